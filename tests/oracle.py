@@ -1,0 +1,288 @@
+"""The independent oracle: a plain eager model whose dense key cache is zero-filled by the pruning rules.
+
+Nothing here shares code with the package. `Oracle` runs an untouched copy of a model with its ordinary cache.
+In the first call on a cache it sees, through `scaled_dot_product_attention`, the queries, keys and mask of
+every layer and chooses the channels to keep; after every call it zeroes the dropped channels of each token
+that is older than the last `recent` ones. `Yardstick` runs the oracle twice, in the model's precision and in
+float64, so that an error can be bounded by what that precision costs anyway.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------- the rules, each a function of plain tensors
+
+
+def allowed_pairs(mask: Tensor | None, is_causal: bool, batch: int, queries: int, keys: int) -> Tensor:
+    """[B, queries, keys], true where some head lets the query attend to the key."""
+    if mask is None:
+        pairs = torch.ones(queries, keys, dtype=torch.bool)
+        return (pairs.tril() if is_causal else pairs).expand(batch, queries, keys)
+    if mask.dtype != torch.bool:
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    return mask.any(1).expand(batch, queries, keys)
+
+
+def valid_keys(pairs: Tensor) -> Tensor:
+    """[B, keys]: a key is valid if some query of the call may attend to it."""
+    return pairs.any(1)
+
+
+def observed_queries(valid: Tensor, queries: int, observe: int) -> Tensor:
+    """[B, queries]: the last `observe` queries whose own position, one of the last, is a valid key."""
+    own = valid[:, valid.shape[1] - queries :]
+    later = own.flip(1).long().cumsum(1).flip(1)  # valid queries from here on, this one included
+    return own & (later <= observe)
+
+
+def mean_of_squares(x: Tensor, chosen: Tensor) -> Tensor:
+    """[B, H, S, D], [B, S] -> [B, H, D]: mean of x^2 over the chosen positions, zero if there are none."""
+    chosen = chosen[:, None, :, None]
+    total = x.float().square().masked_fill(~chosen, 0).sum(2)
+    return total / chosen.sum(2).clamp(min=1)
+
+
+def channel_scores(q: Tensor, k: Tensor, valid: Tensor, observed: Tensor) -> Tensor:
+    """[B, KV heads, D]. Query head h reads KV head h // G."""
+    batch, kv_heads, _, dim = k.shape
+    per_query_head = mean_of_squares(q, observed)
+    grouped = per_query_head.view(batch, kv_heads, -1, dim).mean(2)
+    return grouped * mean_of_squares(k, valid)
+
+
+def kept_count(dim: int, ratio: float, multiple: int) -> int:
+    """T: what the ratio leaves, rounded up to the multiple, at most all channels."""
+    keep = dim - int(dim * ratio)
+    return min(dim, -(-keep // multiple) * multiple)
+
+
+def kept_mask(scores: Tensor, keep: int) -> Tensor:
+    """Boolean mask of the `keep` highest scores; among equals the lower channel wins."""
+    order = scores.neg().argsort(dim=-1, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :keep], True)
+
+
+# ------------------------------------------------------------------ where a model keeps its keys
+
+
+@dataclass
+class Slot:
+    """One layer's dense key cache: `keys` is a [B, H, S, D] view of it with `count` tokens written."""
+
+    holder: object  # what lives as long as the cache does and is copied with it: carries the pruning state
+    keys: Tensor | None
+    count: int
+    bounded: bool = False  # a sliding window's cache: stays dense
+
+
+def hf_slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
+    """Transformers caches, dynamic or static."""
+    cache = arguments.get("past_key_values") if output is None else output.past_key_values
+    return [_hf_slot(layer) for layer in cache.layers] if cache is not None else []
+
+
+def _hf_slot(layer: object) -> Slot:
+    count = int(layer.get_seq_length())
+    keys = layer.keys if count else None
+    return Slot(layer, keys, count, getattr(layer, "is_sliding", False))
+
+
+def tuple_slots(sequence_dim: int) -> Callable:
+    """`forward(ids, past, mask) -> (logits, past)`, past a tuple of (keys, values) per layer."""
+
+    def slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
+        past = arguments.get("past") if output is None else output[1]
+        return [_tensor_slot(keys, sequence_dim) for keys, _ in past or ()]
+
+    return slots
+
+
+def _tensor_slot(keys: Tensor, sequence_dim: int) -> Slot:
+    return Slot(keys, keys.movedim(sequence_dim, 2), keys.shape[sequence_dim])
+
+
+def buffer_slots(sequence_dim: int) -> Callable:
+    """Buffers named `cache_k` in the attention modules, written at `pos` (a tensor, or the first as int)."""
+
+    def slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
+        pos, length = arguments["pos"], arguments["ids"].shape[1]
+        start = int(pos if isinstance(pos, int) else pos[0])
+        count = start if output is None else start + length
+        owners = [m for m in model.modules() if hasattr(m, "cache_k")]
+        rows = arguments["ids"].shape[0]
+        return [Slot(m, m.cache_k[:rows].movedim(sequence_dim, 2), count) for m in owners]
+
+    return slots
+
+
+# ------------------------------------------------------------------ the oracle
+
+
+@dataclass
+class State:
+    """What lives with a layer's cache: the channels kept, and how many tokens may ever be pruned."""
+
+    kept: Tensor  # [B, KV heads, D]
+    limit: int | None
+
+
+@dataclass
+class Seen:
+    """The arguments of one attention call."""
+
+    q: Tensor
+    k: Tensor
+    mask: Tensor | None
+    is_causal: bool
+
+    def by_position(self, queries: int) -> Seen:
+        """Undoes the packing of query groups into the query axis (transformers' one-token calls)."""
+        if self.q.shape[2] == queries:
+            return self
+        q, mask = self.q, self.mask
+        q = q.reshape(q.shape[0], -1, queries, q.shape[3])
+        if mask is not None and mask.shape[-2] != queries:
+            mask = mask.reshape(mask.shape[0], -1, queries, mask.shape[-1])
+        return Seen(q, self.k, mask, self.is_causal and queries > 1)
+
+
+@dataclass
+class Oracle:
+    """Runs a copy of `model` densely; the caches it leaves behind are zero-filled.
+
+    `slots` tells where the keys are (default: a transformers cache). `replay` is the list of decisions of
+    another oracle, taken over in order instead of being made again.
+    """
+
+    model: nn.Module
+    ratio: float
+    recent: int
+    observe: int
+    channel_multiple: int
+    prune_generated: bool = True
+    slots: Callable = hf_slots
+    replay: list[Tensor] | None = None
+    decisions: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model = copy.deepcopy(self.model)
+        plain = self.model.forward
+
+        @functools.wraps(plain)
+        def forward(*args, **kwargs):
+            return self._call(plain, *args, **kwargs)
+
+        self.model.forward = forward  # an instance attribute: generate() and __call__ both use it
+
+    def __call__(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+    def kept(self, holder: object) -> Tensor:
+        return holder.oracle_state.kept
+
+    def select(self, cache: object, index: Tensor) -> None:
+        """Takes sequences of a transformers cache, the pruning state with them."""
+        cache.batch_select_indices(index)
+        for layer in cache.layers:
+            if hasattr(layer, "oracle_state"):
+                layer.oracle_state.kept = layer.oracle_state.kept[index]
+
+    def _call(self, plain: Callable, *args, **kwargs):
+        arguments = inspect.signature(plain).bind(*args, **kwargs).arguments
+        before = self.slots(self.model, arguments, None)
+        states = [_state_of(slot) for slot in before]
+        seen: list[Seen] = []
+        with _watch_attention(seen):
+            output = plain(*args, **kwargs)
+        after = self.slots(self.model, arguments, output)
+        if len(after) != len(seen):
+            raise AssertionError(f"{len(seen)} attention calls for {len(after)} cached layers")
+        states += [None] * (len(after) - len(states))
+        past = before[0].count if before else 0
+        for slot, state, call in zip(after, states, seen, strict=True):
+            if not slot.bounded:
+                self._settle(slot, state, call.by_position(slot.count - past))
+        return output
+
+    def _settle(self, slot: Slot, state: State | None, call: Seen) -> None:
+        if state is None:
+            limit = None if self.prune_generated else max(0, slot.count - self.recent)
+            state = State(self._decide(slot, call), limit)
+        slot.holder.oracle_state = state
+        old = max(0, slot.count - self.recent)
+        if state.limit is not None:
+            old = min(old, state.limit)
+        slot.keys[:, :, :old].masked_fill_(~state.kept[:, :, None], 0)
+
+    def _decide(self, slot: Slot, call: Seen) -> Tensor:
+        if self.replay is not None:
+            kept = self.replay[len(self.decisions)]
+        else:
+            kept = choose(call, slot, self.observe, self.ratio, self.channel_multiple)
+        self.decisions.append(kept)
+        return kept
+
+
+def choose(call: Seen, slot: Slot, observe: int, ratio: float, multiple: int) -> Tensor:
+    """The kept channels of one layer, from its attention call and the cache that the call left behind."""
+    batch, kv_heads, _, dim = slot.keys.shape
+    k = call.k[:, :, : slot.count]
+    k = k[:, :: k.shape[1] // kv_heads]
+    pairs = allowed_pairs(call.mask, call.is_causal, batch, call.q.shape[2], call.k.shape[2])
+    valid = valid_keys(pairs)[:, : slot.count]
+    queries = call.q.shape[2]
+    scores = channel_scores(call.q, k, valid, observed_queries(valid, queries, observe))
+    return kept_mask(scores, kept_count(dim, ratio, multiple))
+
+
+def _state_of(slot: Slot) -> State | None:
+    return getattr(slot.holder, "oracle_state", None) if slot.count else None
+
+
+def _watch_attention(seen: list[Seen]):
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+        seen.append(Seen(query.clone(), key.clone(), attn_mask, is_causal))
+        return attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+
+    return mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", watch)
+
+
+# ------------------------------------------------------------------ comparing
+
+
+class Yardstick:
+    """The oracle in the model's precision (`same`) and in float64 (`exact`), with the same channels."""
+
+    def __init__(self, model: nn.Module, *args, **kwargs) -> None:
+        self.same = Oracle(model, *args, **kwargs)
+        wide = copy.deepcopy(model).double()
+        if hasattr(wide, "set_experts_implementation"):
+            wide.set_experts_implementation("batched_mm")  # the default has no float64
+        self.exact = Oracle(wide, *args, replay=self.same.decisions, **kwargs)
+
+
+def worst(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors, in float64."""
+    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+
+
+def assert_close_to(same: Tensor, got: Tensor, exact: Tensor, factor: float = 4.0, what: str = "") -> None:
+    """`got` may be off the float64 reference by a few times what plain eager code in its precision is."""
+    assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    assert got.dtype == same.dtype, f"{what}: {got.dtype}, expected {same.dtype}"
+    scale = max(1.0, exact.abs().max().item()) if exact.numel() else 1.0
+    budget = 32 * torch.finfo(same.dtype).eps * scale
+    error, natural = worst(got, exact), worst(same, exact)
+    assert error <= factor * natural + budget, f"{what}: off by {error:.2e}; {natural:.2e} is natural"

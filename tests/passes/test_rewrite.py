@@ -1,0 +1,280 @@
+"""Graphs before and after the rewriting, on hand-built modules; what a rewritten graph computes is tested elsewhere."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from think_compile.config import ThinkConfig
+from think_compile.kernels import steps
+from think_compile.passes import rewrite as rw
+from think_compile.passes.attention import find_attention
+from think_compile.passes.kv_cache import find_caches
+from think_compile.passes.normalize import normalize
+
+B, HQ, H, N, P, C, D = 2, 4, 2, 3, 7, 16, 8
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+FIRST = {steps.first_call_growing, steps.first_call_fixed}
+LATER = {steps.later_call_growing, steps.later_call_fixed}
+CONFIG = ThinkConfig(0.5, recent=2, channel_multiple=1, lowering="eager")
+
+
+def prepared(f, *inputs):
+    graph = make_fx(f, pre_dispatch=True, tracing_mode="fake")(*inputs)
+    for node in graph.graph.find_nodes(op="placeholder"):
+        node.meta.clear()
+    normalized = normalize(graph, inputs)
+    findings = find_caches(normalized, find_attention(normalized.graph_module))
+    assert not findings.refused, [(why.reason, why.detail) for _, why in findings.refused]
+    return normalized, findings.cached
+
+
+def rewritten(f, *inputs, packed=(), config=CONFIG):
+    normalized, sites = prepared(f, *inputs)
+    return normalized, rw.rewrite(normalized, sites, frozenset(packed), config)
+
+
+def targets(graph_module):
+    return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
+
+
+def count(graph_module, wanted):
+    return sum(target in wanted for target in targets(graph_module))
+
+
+def first(q, k, v):
+    k, v = k * 2, v * 2
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True), k, v
+
+
+def growing(q, k, v, pk, pv):
+    k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True), k, v
+
+
+def two_layers(q, k, v, pk, pv, pk2, pv2):
+    out, k1, v1 = growing(q, k, v, pk, pv)
+    out, k2, v2 = growing(out, k * 2, v, pk2, pv2)
+    return out, k1, v1, k2, v2
+
+
+def fixed(q, k, v, pk, pv, pos, mask):
+    pk.index_copy_(2, pos, k)
+    pv.index_copy_(2, pos, v)
+    return (F.scaled_dot_product_attention(q, pk, pv, mask, enable_gqa=True),)
+
+
+def fixed_first(q, k, v, pos):
+    pk, pv = torch.zeros(B, H, C, D), torch.zeros(B, H, C, D)
+    pk.index_copy_(2, pos, k)
+    pv.index_copy_(2, pos, v)
+    return F.scaled_dot_product_attention(q, pk, pv, enable_gqa=True), pk, pv
+
+
+def qkv():
+    return torch.randn(B, HQ, N, D), torch.randn(B, H, N, D), torch.randn(B, H, N, D)
+
+
+def past(length=P):
+    return torch.randn(B, H, length, D), torch.randn(B, H, length, D)
+
+
+def fixed_inputs():
+    return (*qkv(), *past(C), torch.arange(N), torch.ones(N, C, dtype=torch.bool))
+
+
+# ------------------------------------------------------------------ first calls
+
+
+@pytest.mark.parametrize("f", [first, fixed_first])
+def test_first_call_leaves_the_attention_untouched(f):
+    inputs = (*qkv(), torch.arange(N)) if f is fixed_first else qkv()
+    normalized, result = rewritten(f, *inputs)
+    before, after = normalized.graph_module, result.graph_module
+    assert count(after, {SDPA}) == count(before, {SDPA}) == 1
+    (old,) = before.graph.find_nodes(op="call_function", target=SDPA)
+    (new,) = after.graph.find_nodes(op="call_function", target=SDPA)
+    assert [getattr(a, "name", a) for a in old.args] == [getattr(a, "name", a) for a in new.args]
+    assert old.kwargs == new.kwargs
+    assert count(after, FIRST) == 1
+    assert count(after, LATER) == 0
+
+
+def test_first_call_keeps_its_result_and_stores_the_rest():
+    inputs = qkv()
+    _, result = rewritten(first, *inputs)
+    values = result.graph_module(*inputs)
+    out, keys, vals = result.outputs
+    assert isinstance(out, rw.Returned)
+    assert torch.equal(values[out.position], first(*inputs)[0])
+    assert isinstance(keys, rw.NewKeys)
+    assert isinstance(vals, rw.NewValues)
+    assert (keys.length, keys.fixed, keys.layout) == (N, False, (0, 1, 2, 3))
+    pruned, channels, ring = values[keys.position : keys.position + 3]
+    assert pruned.shape == (B, H, steps.capacity_for(N), D // 2)
+    assert channels.shape == (B, H, D // 2)
+    assert ring.shape == (B, H, 3, D)
+    assert torch.equal(values[vals.position][:, :, :N], inputs[2] * 2)
+    assert result.appended == [] and result.replaced == []
+
+
+def test_a_dense_past_makes_a_first_call():
+    inputs = (*qkv(), *past())
+    _, result = rewritten(growing, *inputs)
+    assert count(result.graph_module, FIRST) == 1
+    assert count(result.graph_module, {SDPA}) == 1
+    assert result.inputs == [rw.Passed(i) for i in range(5)]
+    values = result.graph_module(*inputs)
+    assert torch.equal(values[result.outputs[0].position], growing(*inputs)[0])
+    assert result.outputs[1].length == P + N
+
+
+def test_a_dense_buffer_is_replaced_not_written():
+    normalized, result = rewritten(fixed, *fixed_inputs())
+    assert [index for index, _ in result.replaced] == normalized.written == [3, 4]
+    assert isinstance(result.replaced[0][1], rw.NewKeys)
+    assert count(result.graph_module, {torch.ops.aten.copy_.default}) == 0
+    inputs = fixed_inputs()
+    before = inputs[3].clone()
+    result.graph_module(*inputs)
+    assert torch.equal(inputs[3], before)
+
+
+# ------------------------------------------------------------------ later calls
+
+
+def test_later_call_drops_the_past_and_the_attention():
+    _, result = rewritten(growing, *qkv(), *past(), packed=(3, 4))
+    after = result.graph_module
+    assert count(after, {SDPA, torch.ops.aten.cat.default}) == 0
+    assert count(after, LATER) == 1
+    assert count(after, FIRST) == 0
+    assert not {3, 4} & {what.index for what in result.inputs if isinstance(what, rw.Passed)}
+    stored = {(what.index, what.name) for what in result.inputs if isinstance(what, rw.FromStore)}
+    assert stored == {(3, "rows"), (3, "channels"), (3, "recent"), (4, "rows")}
+    assert isinstance(result.outputs[1], rw.GrownKeys) and isinstance(result.outputs[2], rw.GrownValues)
+    assert [index for index, _ in result.appended] == [3, 4]
+    assert len(after.graph.find_nodes(op="placeholder")) == len(result.inputs)
+    after.graph.lint()
+
+
+def test_only_one_of_a_pair_packed_makes_a_first_call():
+    _, result = rewritten(growing, *qkv(), *past(), packed=(3,))
+    assert count(result.graph_module, FIRST) == 1
+    assert rw.Passed(3) in result.inputs
+
+
+def test_later_call_on_a_fixed_cache():
+    _, result = rewritten(fixed, *fixed_inputs(), packed=(3, 4))
+    after = result.graph_module
+    assert count(after, {SDPA, torch.ops.aten.index_copy.default, torch.ops.aten.copy_.default}) == 0
+    assert count(after, LATER) == 1
+    stored = {(what.index, what.name) for what in result.inputs if isinstance(what, rw.FromStore)}
+    assert stored == {(3, "rows"), (3, "channels"), (3, "recent"), (3, "progress"), (4, "rows")}
+    assert result.replaced == []
+    assert not any(isinstance(what, rw.FloorOf | rw.PastLength) for what in result.inputs)
+
+
+def test_layers_of_one_length_share_its_numbers():
+    _, result = rewritten(two_layers, *qkv(), *past(), *past(), packed=(3, 4, 5, 6))
+    floors = [what for what in result.inputs if isinstance(what, rw.FloorOf)]
+    assert floors == [rw.FloorOf((3, 5))]
+    assert count(result.graph_module, LATER) == 2
+
+
+def test_layers_that_are_packed_in_part():
+    _, result = rewritten(two_layers, *qkv(), *past(), *past(), packed=(3, 4))
+    assert count(result.graph_module, LATER) == 1
+    assert count(result.graph_module, FIRST) == 1
+    assert count(result.graph_module, {SDPA}) == 1
+    kinds = [type(what) for what in result.outputs]
+    assert kinds == [rw.Returned, rw.GrownKeys, rw.GrownValues, rw.NewKeys, rw.NewValues]
+
+
+def test_the_later_call_computes_what_the_model_would_on_pruned_keys():
+    q, k, v = qkv()
+    pk, pv = past()
+    spec = steps.LayerSpec(D // 2, D, 2, 32, True)
+    pruned, channels, ring, values = steps.first_call_growing(torch.randn(B, HQ, P, D), pk, pv, None, spec)
+    _, result = rewritten(growing, q, k, v, pk, pv, packed=(3, 4))
+    stored = {(3, "rows"): pruned, (3, "channels"): channels, (3, "recent"): ring, (4, "rows"): values}
+    given = []
+    for what in result.inputs:
+        if isinstance(what, rw.FromStore):
+            given.append(stored[(what.index, what.name)])
+        else:
+            given.append((q, k, v)[what.index] if isinstance(what, rw.Passed) else P - 2)
+    out = result.graph_module(*given)[result.outputs[0].position]
+    kept = torch.zeros(B, H, D, dtype=torch.bool).scatter_(-1, channels, True)
+    old = torch.arange(P) < P - 2
+    zeroed = pk.masked_fill(old[:, None] & ~kept[:, :, None], 0)
+    torch.testing.assert_close(out, growing(q, k, v, zeroed, pv)[0])
+
+
+def test_output_lies_in_memory_as_the_stock_attention_would():
+    _, result = rewritten(growing, *qkv(), *past(), packed=(3, 4))
+    assert steps.laid_out in targets(result.graph_module)
+
+
+def test_the_normalized_graph_is_not_changed():
+    normalized, sites = prepared(growing, *qkv(), *past())
+    before = str(normalized.graph_module.graph)
+    rw.rewrite(normalized, sites, frozenset((3, 4)), CONFIG)
+    rw.rewrite(normalized, sites, frozenset(), CONFIG)
+    assert str(normalized.graph_module.graph) == before
+
+
+def test_other_written_inputs_are_still_written():
+    def f(q, k, v, pk, pv, counter):
+        counter.add_(1)
+        return growing(q, k, v, pk, pv)
+
+    counter = torch.tensor(5)
+    normalized, result = rewritten(f, *qkv(), *past(), counter, packed=(3, 4))
+    assert normalized.written == [5]
+    assert count(result.graph_module, {torch.ops.aten.copy_.default}) == 1
+    assert rw.Passed(5) in result.inputs
+
+
+def test_what_is_returned_twice_is_stored_once():
+    def f(q, k, v):
+        out, k, v = first(q, k, v)
+        return out, k, v, k, k.transpose(1, 2)
+
+    _, result = rewritten(f, *qkv())
+    assert count(result.graph_module, FIRST) == 1
+    one, two, moved = result.outputs[1], result.outputs[3], result.outputs[4]
+    assert one == two
+    assert moved.layout == (0, 2, 1, 3)
+    assert moved.position == one.position
+
+
+# ------------------------------------------------------------------ settings and logging
+
+
+@pytest.mark.parametrize("ratio,multiple,kept", [(0.0, 1, 8), (0.3, 1, 6), (0.5, 16, 8), (0.9, 1, 1), (0.75, 4, 4)])
+def test_layer_spec(ratio, multiple, kept):
+    _, (site,) = prepared(growing, *qkv(), *past())
+    config = ThinkConfig(ratio, recent=5, observe=9, channel_multiple=multiple, prune_generated=False)
+    assert rw.layer_spec(site, config) == steps.LayerSpec(kept, D, 5, 9, False)
+
+
+def test_each_pass_logs_one_line(caplog):
+    with caplog.at_level(logging.INFO, logger="think_compile.passes"):
+        rewritten(growing, *qkv(), *past(), packed=(3, 4))
+    lines = [record.getMessage() for record in caplog.records if record.name == "think_compile.passes"]
+    assert [line.split(":")[0] for line in lines] == ["normalize", "attention", "kv_cache", "rewrite"]
+    assert all("1 matches" in line and "ms" in line for line in lines[1:])
+
+
+def test_passes_dump_their_graphs(caplog):
+    with caplog.at_level(logging.DEBUG, logger="think_compile.passes"):
+        rewritten(growing, *qkv(), *past(), packed=(3, 4))
+    dumps = [record.getMessage() for record in caplog.records if record.levelno == logging.DEBUG]
+    before = next(text for text in dumps if text.startswith("rewrite, before"))
+    after = next(text for text in dumps if text.startswith("rewrite, after"))
+    assert "scaled_dot_product_attention" in before
+    assert "scaled_dot_product_attention" not in after
+    assert "later_call_growing" in after

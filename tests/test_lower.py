@@ -1,0 +1,55 @@
+"""Lowering by Inductor: one compilation serves all sizes that vary, and what it assumes of them is checked."""
+
+import pytest
+import torch
+from models import build
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import DynamicCache, StaticCache
+
+from think_compile import report, think_compile
+from think_compile.api import _backend_of
+from think_compile.lower import CompilationFailed, Dims, Inductor
+
+
+def inductors(model):
+    """Every Inductor lowering that the model's graphs hold."""
+    return _backend_of(model).lowered
+
+
+def cache_for(kind, model):
+    if kind == "growing":
+        return DynamicCache(config=model.config)
+    return StaticCache(config=model.config, max_cache_len=96)
+
+
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+@torch.no_grad()
+def test_steps_growth_and_batches_share_compilations(kind):
+    """Seventy steps, through several growths of the store, and three batch sizes: no compilation per size."""
+    plain = build("llama")
+    ours = think_compile(build("llama"), 0.0, recent=4, observe=8)
+    for batch, steps in ((2, 70), (3, 4), (5, 4)):
+        ids = torch.randint(3, 96, (batch, 10 + batch + steps))
+        caches = [cache_for(kind, model) for model in (ours, plain)]
+        for part in ids.split([10 + batch] + [1] * steps, dim=1):
+            got, want = (m(part, past_key_values=c).logits for m, c in zip((ours, plain), caches, strict=True))
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert report(ours).graphs <= 4  # a first and a later call, at batch 2 and at any other
+    assert all(len(lowered.variants) == 1 for lowered in inductors(ours))
+
+
+def test_a_size_that_leaves_what_was_assumed_compiles_again():
+    traced = make_fx(lambda x: (x * 2,))(torch.ones(4, 3))
+    lowered = Inductor(traced, [Dims(varying=(0,))], {})
+    for rows in (4, 9, 1, 4):
+        torch.testing.assert_close(lowered([torch.ones(rows, 3)])[0], torch.full((rows, 3), 2.0))
+    assert len(lowered.variants) == 2  # one row is a shape of its own
+
+
+def test_a_failure_says_that_nothing_has_run():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(torch.mm, (x, x)),))
+    lowered = Inductor(torch.fx.GraphModule({}, graph), [Dims()], {})
+    with pytest.raises(CompilationFailed):
+        lowered([torch.ones(2, 3)])

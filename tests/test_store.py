@@ -1,0 +1,251 @@
+"""Packed stores by themselves: room, growth, rings that grow, owners of rows, bytes."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from think_compile.kernels import steps
+from think_compile.report import _stored
+from think_compile.store import Dense, FixedKeys, FixedValues, GrowingKeys, GrowingValues, Rows
+
+HEADS, DIM, KEEP = 2, 8, 4
+
+
+def keys(length=7, batch=2, recent=3, prune_generated=True) -> GrowingKeys:
+    spec = steps.LayerSpec(KEEP, DIM, recent, 4, prune_generated)
+    q, k = torch.randn(batch, HEADS, length, DIM), torch.randn(batch, HEADS, length, DIM)
+    pruned, channels, ring, _ = steps.first_call_growing(q, k, k, None, spec)
+    return GrowingKeys(Rows(pruned), channels, ring, length, max(0, length - recent), spec)
+
+
+def values(length=7, batch=2) -> GrowingValues:
+    v = torch.randn(batch, HEADS, length, DIM)
+    return GrowingValues(Rows(F.pad(v, (0, 0, 0, 16))), length)
+
+
+def fixed(size=12, length=7, recent=3) -> tuple[FixedKeys, FixedValues]:
+    spec = steps.LayerSpec(KEEP, DIM, recent, 4, True)
+    k = F.pad(torch.randn(2, HEADS, length, DIM), (0, 0, 0, size - length))
+    q = torch.randn(2, HEADS, length, DIM)
+    pruned, channels, ring, progress, v = steps.first_call_fixed(q, k, k, None, 0, spec)
+    return FixedKeys(Rows(pruned), channels, ring, progress, spec), FixedValues(Rows(v))
+
+
+BOTH = pytest.mark.parametrize("make", [keys, values])
+
+
+def new(n, batch=2):
+    return torch.randn(batch, HEADS, n, DIM)
+
+
+@BOTH
+@pytest.mark.parametrize("n", [0, 1, 5, 40, 1000])
+def test_reserve_makes_room_and_keeps_the_tokens(make, n):
+    store = make()
+    before = store.dense()
+    room = store.reserve(n)
+    assert room.rows.capacity >= store.length + n
+    assert room.length == store.length
+    assert torch.equal(room.dense(), before)
+    assert room.reserve(n) is room
+
+
+@BOTH
+def test_reserve_within_capacity_is_the_store_itself(make):
+    store = make()
+    assert store.reserve(store.rows.capacity - store.length - 1) is store  # one row stays free
+    assert store.reserve(store.rows.capacity - store.length) is not store
+
+
+@BOTH
+def test_growth_is_amortised(make):
+    """Few copies over many one-token appends, and little memory above what is needed."""
+    store, copies, moved = make(length=1000), 0, 0
+    for _ in range(400):
+        address = store.rows.tensor.data_ptr()
+        store = store.append(new(1))
+        if store.rows.tensor.data_ptr() != address:
+            copies, moved = copies + 1, moved + store.length
+        assert store.rows.capacity <= store.length * 1.05 + 32
+    assert store.length == 1400
+    assert copies <= 400 / 16 + 1
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 1000, 4096, 100_000])
+def test_capacity_for(length):
+    capacity = steps.capacity_for(length)
+    assert capacity > length
+    assert capacity % 16 == 0
+    assert capacity <= length + length // 64 + 32
+    assert steps.capacity_for(length + 1) >= capacity
+
+
+@BOTH
+def test_append_leaves_the_older_store_alone(make):
+    old = make()
+    before = old.dense()
+    newer = old.append(new(2))
+    assert newer.rows is old.rows
+    branch = old.append(new(3))
+    assert branch.rows is not old.rows
+    again = branch.crop(8).append(new(1))
+    kept = [newer.dense(), branch.dense(), again.dense()]
+    grown = [newer.append(new(30)), branch.append(new(1)), again.append(new(1))]
+    assert torch.equal(old.dense(), before)
+    assert all(torch.equal(s.dense(), d) for s, d in zip([newer, branch, again], kept, strict=True))
+    assert [s.length for s in grown] == [39, 11, 10]
+
+
+@BOTH
+def test_free_above(make):
+    store = make()
+    rows = store.rows
+    assert rows.free_above(7, store)
+    newer = store.append(new(1))
+    assert newer.rows is rows
+    assert not rows.free_above(7, store)
+    assert rows.free_above(8, newer)
+    assert rows.free_above(8, store)
+    del newer
+    gc.collect()
+    assert rows.free_above(7, store)
+    shorter = store.crop(3)
+    assert not rows.free_above(3, shorter)
+    assert rows.free_above(7, store)
+
+
+@BOTH
+def test_a_failed_append_changes_nothing(make):
+    store = make()
+    before = store.dense()
+    for wrong in (torch.randn(2, HEADS + 1, 1, DIM), torch.randn(3, HEADS, 1, DIM)):
+        with pytest.raises((RuntimeError, IndexError)):
+            store.append(wrong)
+    assert torch.equal(store.dense(), before)
+
+
+@BOTH
+def test_map_batch_owns_its_rows(make):
+    store = make()
+    picked = store.map_batch(lambda t: t.index_select(0, torch.tensor([1, 1, 0])))
+    before = store.dense()
+    assert torch.equal(picked.dense(), before[[1, 1, 0]])
+    picked = picked.append(new(1, 3))
+    assert torch.equal(store.dense(), before)
+    assert picked.logical_shape == (3, HEADS, 8, DIM)
+
+
+@pytest.mark.parametrize("recent", [0, 1, 3, 30])
+@pytest.mark.parametrize("call", [1, 2, 7, 40])
+def test_ring_grows_without_prune_generated(recent, call):
+    """Every token after the first call stays whole, whatever the sizes of the calls."""
+    store = keys(length=12, recent=recent, prune_generated=False)
+    expected, floor = store.dense(), store.floor
+    for _ in range(max(3, 100 // call)):
+        rows = new(call)
+        store = store.append(rows)
+        expected = torch.cat([expected, rows], 2)
+        assert store.floor == floor, f"at {store.length}"
+        assert torch.equal(store.dense(), expected), f"at {store.length}"
+
+
+@pytest.mark.parametrize("recent", [0, 1, 3, 30])
+@pytest.mark.parametrize("call", [1, 2, 7, 40])
+def test_window_moves_with_prune_generated(recent, call):
+    store = keys(length=12, recent=recent)
+    whole = torch.full((2, HEADS, 12, DIM), torch.nan)
+    whole[:, :, store.floor :] = store.dense()[:, :, store.floor :]
+    stays = torch.zeros(2, HEADS, DIM, dtype=torch.bool).scatter_(-1, store.channels, True)
+    old = store.dense()[:, :, : store.floor]
+    for _ in range(max(3, 60 // call)):
+        rows = new(call)
+        store, whole = store.append(rows), torch.cat([whole, rows], 2)
+        got = store.dense()
+        floor = max(0, store.length - recent, 12 - recent)
+        assert store.floor == floor
+        assert torch.equal(got[:, :, floor:], whole[:, :, floor:])
+        assert torch.equal(got[:, :, : old.shape[2]], old)
+        gone = got[:, :, max(0, 12 - recent) : floor]
+        expected = whole[:, :, max(0, 12 - recent) : floor].masked_fill(~stays[:, :, None], 0)
+        assert torch.equal(gone, expected)
+    assert store.recent.shape[2] == recent + 1
+
+
+def test_crop_keeps_the_window_where_it_was():
+    store = keys(length=12, recent=4)
+    assert (store.floor, store.crop(10).floor, store.crop(5).floor) == (8, 8, 5)
+    assert torch.equal(store.crop(10).dense(), store.dense()[:, :, :10])
+
+
+def test_bytes_are_those_of_the_tensors():
+    store, other = keys(), values()
+    expected = sum(t.nbytes for t in (store.rows.tensor, store.channels, store.recent))
+    assert sum(t.nbytes for t in store.tensors()) == expected
+    assert [t.nbytes for t in other.tensors()] == [other.rows.tensor.nbytes]
+    key, value = fixed()
+    assert sum(t.nbytes for t in key.tensors()) == expected_fixed(key)
+    assert sum(t.nbytes for t in value.tensors()) == value.rows.tensor.nbytes
+
+
+def expected_fixed(key):
+    return sum(t.nbytes for t in (key.rows.tensor, key.channels, key.recent, key.progress))
+
+
+def test_shared_rows_count_once():
+    store = values()
+    newer = store.append(new(1))
+    assert _stored([store, newer]) == store.rows.tensor.untyped_storage().nbytes()
+
+
+def test_fixed_clear():
+    key, value = fixed()
+    addresses = [t.data_ptr() for t in (*key.tensors(), *value.tensors())]
+    key.clear()
+    value.clear()
+    assert addresses == [t.data_ptr() for t in (*key.tensors(), *value.tensors())]
+    assert not key.dense().any()
+    assert not value.dense().any()
+    assert key.progress.tolist() == [0, 0]
+
+
+def test_fixed_dense():
+    key, value = fixed()
+    got = key.dense()
+    assert got.shape == (2, HEADS, 12, DIM) == key.logical_shape
+    stays = torch.zeros(2, HEADS, DIM, dtype=torch.bool).scatter_(-1, key.channels, True)
+    whole = value.dense()  # made of the same numbers
+    assert torch.equal(got[:, :, 4:7], whole[:, :, 4:7])
+    assert torch.equal(got[:, :, :4], whole[:, :, :4].masked_fill(~stays[:, :, None], 0))
+    assert not got[:, :, 7:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_to_another_dtype_keeps_indices(dtype):
+    for store in (keys(), values(), *fixed()):
+        moved = store.to(torch.device("cpu"), dtype)
+        assert moved.dtype == dtype
+        assert torch.equal(moved.dense(), store.dense().to(dtype))
+        assert moved.rows is not store.rows
+        if hasattr(store, "channels"):
+            assert moved.channels.dtype == torch.int64
+        if hasattr(store, "progress"):
+            assert moved.progress.dtype == torch.int64
+            moved.progress.zero_()
+            assert store.progress.any()
+
+
+@pytest.mark.parametrize("make", [keys, values, lambda: fixed()[0], lambda: fixed()[1]])
+def test_stores_can_be_pickled(make):
+    store = make()
+    assert torch.equal(pickle.loads(pickle.dumps(store)).dense(), store.dense())
+    assert torch.equal(copy.deepcopy(store).dense(), store.dense())
+
+
+def test_dense_store():
+    store = Dense(Rows(torch.randn(2, HEADS, 5, DIM)))
+    assert store.logical_shape == (2, HEADS, 5, DIM)
+    assert torch.equal(store.map_batch(lambda t: t[:1]).dense(), store.dense()[:1])

@@ -1,0 +1,152 @@
+"""What users call: wrap a model, see what happened, undo it."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from think_compile import adapter
+from think_compile.backend import Backend, NothingRewritten
+from think_compile.config import ThinkConfig
+from think_compile.report import Report
+
+M = TypeVar("M", bound=nn.Module)
+
+_backends: weakref.WeakKeyDictionary[nn.Module, Backend] = weakref.WeakKeyDictionary()
+
+
+def think_compile(
+    model: M,
+    ratio: float = ThinkConfig.ratio,
+    *,
+    recent: int = ThinkConfig.recent,
+    observe: int = ThinkConfig.observe,
+    channel_multiple: int = ThinkConfig.channel_multiple,
+    prune_generated: bool = ThinkConfig.prune_generated,
+    strict: bool = ThinkConfig.strict,
+    lowering: str = ThinkConfig.lowering,
+    **inductor_options: Any,
+) -> M:
+    """Compile ``model`` in place so that its key cache is pruned (ThinK, arXiv 2407.21018); returns the same object.
+
+    Args:
+        model: any ``nn.Module`` decoder that keeps a key/value cache.
+        ratio: share of the key channels to drop, in [0, 1). 0 keeps all.
+        recent: number of latest tokens whose keys stay whole.
+        observe: number of latest queries that score the channels.
+        channel_multiple: kept channels are rounded up to a multiple of this.
+        prune_generated: also prune generated tokens as they leave the window.
+        strict: raise where a layer with a cache cannot be rewritten, and on internal failure.
+        lowering: "inductor" or "eager".
+        **inductor_options: options of ``torch._inductor.config`` for the lowering.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``, or an argument has the wrong type.
+        ValueError: an argument is out of range, or the model is wrapped already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    config = ThinkConfig(ratio, recent, observe, channel_multiple, prune_generated, strict, lowering, inductor_options)
+    if model in _backends:
+        raise ValueError(
+            "this model is wrapped by think_compile already; think_compile.restore(model) undoes it, "
+            "then wrap it again with the new arguments."
+        )
+    if model._compiled_call_impl is not None:
+        raise ValueError("this model is compiled already (model.compile()); wrap it before, or a fresh copy of it.")
+    _backends[model] = _install(model, Backend(model, config))
+    return model
+
+
+def _install(model: nn.Module, backend: Backend) -> Backend:
+    """Compile the model's call in place. Its code object is its own, so that models do not share recompile limits."""
+    compiled, reference = _compiled(model, backend), weakref.ref(model)
+
+    def compiled_call(*args: Any, **kwargs: Any) -> Any:
+        return compiled(reference(), args, kwargs)
+
+    model._compiled_call_impl = compiled_call
+    adapter.on_wrap(model)
+    return backend
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model._call_impl(*args, **kwargs)
+
+
+def _compiled(model: nn.Module, backend: Backend) -> Callable[..., Any]:
+    """``_call`` compiled for one model; our own errors come out as they are."""
+    code = _call.__code__.replace(co_name=f"{type(model).__name__}_call")
+    compiled = torch.compile(types.FunctionType(code, globals()), backend=backend)
+
+    def call(*args: Any) -> Any:
+        try:
+            result = compiled(*args)
+        except BackendCompilerFailed as failed:
+            if isinstance(failed.inner_exception, NothingRewritten):
+                raise failed.inner_exception from None
+            raise
+        backend.check_attention_was_seen()
+        return result
+
+    return call
+
+
+def _backend_of(model: nn.Module) -> Backend:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if model not in _backends:
+        raise ValueError("this model is not wrapped by think_compile; call think_compile(model, ...) first.")
+    return _backends[model]
+
+
+def report(model: nn.Module) -> Report:
+    """What was rewritten and refused so far, and the bytes that the live caches hold.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    return _backend_of(model).report()
+
+
+def restore(model: M) -> M:
+    """Undo :func:`think_compile`; returns the same object.
+
+    Caches made meanwhile keep working and stay packed. Outside of a compiled call the window moves before the
+    attention reads the keys, so that tokens leaving it in a call are read pruned one call early; start a new cache
+    where that matters.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    _backend_of(model)
+    del _backends[model]
+    model._compiled_call_impl = None
+    adapter.on_restore(model)
+    return model
+
+
+def explain(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], **options: Any) -> Report:
+    """What :func:`think_compile` would do to ``model``, seen from one call with ``example_inputs``.
+
+    The call is traced and run once as the model wrote it; nothing is generated, and the model is left unwrapped.
+
+    Args:
+        model: an ``nn.Module``, wrapped or not.
+        example_inputs: keyword arguments (a mapping) or positional ones (a tuple) of one call that fills a cache.
+        **options: as for :func:`think_compile`.
+    """
+    wrapped = _backends.get(model)
+    config = ThinkConfig(**options) if options or wrapped is None else wrapped.config
+    backend = Backend(model, dataclasses.replace(config, strict=False), dry=True)  # it tells, and does not raise
+    args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+    with torch.no_grad():
+        _compiled(model, backend)(model, args, kwargs)
+    return backend.report()

@@ -1,0 +1,240 @@
+"""The Dynamo backend: the pass list, in order, and what happens when a graph is not to be rewritten."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.fx import GraphModule
+
+from think_compile.config import ThinkConfig
+from think_compile.handle import Handle, LostWrite
+from think_compile.lower import CompilationFailed
+from think_compile.passes.attention import Attention, find_attention
+from think_compile.passes.kv_cache import CachedAttention, Findings, find_caches
+from think_compile.passes.normalize import Normalized, normalize
+from think_compile.passes.refusal import Reason, Refused
+from think_compile.passes.rewrite import rewrite
+from think_compile.report import Ledger, Report, refused_record, rewritten_record
+from think_compile.runtime import Program, packed_inputs
+from think_compile.store import Store
+
+log = logging.getLogger(__name__)
+
+ISSUES = "please report it with this message and the model's name"
+
+
+class ThinkWarning(UserWarning):
+    """Something of a model was left as it was, although pruning was asked for."""
+
+
+class NothingRewritten(RuntimeError):
+    """``strict=True``, and a layer could not be rewritten."""
+
+
+def fallback_allowed() -> bool:
+    """Whether an internal failure may fall back to the plain graph; THINK_COMPILE_FALLBACK=0 forbids it."""
+    return os.environ.get("THINK_COMPILE_FALLBACK", "1") != "0"
+
+
+class Backend:
+    """Compiles the graphs of one model, and remembers what it did."""
+
+    def __init__(self, model: torch.nn.Module, config: ThinkConfig, *, dry: bool = False) -> None:
+        self.model, self.config, self.dry = weakref.ref(model), config, dry
+        self.ledger = Ledger()
+        self.stores: weakref.WeakSet[Store] = weakref.WeakSet()
+        self.graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+        self.warned: set[str] = set()
+        self.checked = self.graphs_refused_for_gradients = False
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.ledger.graphs += 1
+        try:
+            return self._compile(gm, example_inputs)
+        except NothingRewritten:
+            raise
+        except Exception as error:
+            return self._fall_back(gm, error)
+
+    @property
+    def lowered(self) -> list[Any]:
+        """The lowerings that the live graphs hold."""
+        return [program.lowered for graph in self.graphs for program in graph.programs.values()]
+
+    def report(self) -> Report:
+        """What was done so far, and the caches that live now."""
+        return Report.of(self.config, self.ledger, self.stores)
+
+    # ------------------------------------------------------------------------------------------------ compiling
+
+    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
+            reason = Reason.REQUIRES_GRAD.value
+            self.graphs_refused_for_gradients = True
+            self.warn_once(f"called with gradients enabled: {reason}. The call runs exactly, unpruned.")
+            return self._plain(gm, example_inputs)
+        normalized = normalize(gm, example_inputs)
+        sites = find_attention(normalized.graph_module)
+        if not sites:
+            return self._plain(gm, example_inputs)
+        findings = find_caches(normalized, sites)
+        self._refuse_unswappable(findings, example_inputs)
+        self._record(normalized, findings)
+        self._warn_of_dense_reads(normalized, findings, example_inputs)
+        if self.dry or not findings.cached:
+            return self._plain(gm, example_inputs)
+        return CompiledGraph(self, gm, normalized, findings.cached)
+
+    def _warn_of_dense_reads(self, normalized: Normalized, findings: Findings, example_inputs: Sequence[Any]) -> None:
+        """A cache that an earlier graph packed, and that this one cannot read packed."""
+        packed = {i for i, x in enumerate(example_inputs) if isinstance(x, Handle) and not x.is_dense}
+        read = packed.difference(*(site.past for site in findings.cached if site.past is not None))
+        read = {i for i in read if normalized.placeholders[i].users}
+        if read:
+            self.warn_once(f"{len(read)} pruned caches are read densely from now on: {_sentence(findings.refused)}")
+
+    def _refuse_unswappable(self, findings: Findings, example_inputs: Sequence[Any]) -> None:
+        """A dense tensor that is written in place can become a handle only where its holder is known."""
+        for site in list(findings.cached):
+            held = site.past if site.fixed and site.past is not None else ()
+            if not all(isinstance(example_inputs[i], Handle) or self._holders(example_inputs[i]) for i in held):
+                findings.cached.remove(site)
+                findings.refused.append((site.attention, Refused(Reason.HELD_OUTSIDE)))
+
+    def _holders(self, tensor: Tensor) -> list[tuple[dict[str, Any], str]]:
+        """The (dict, name) pairs of the model's modules that hold this very tensor."""
+        model = self.model()
+        places = [d for m in model.modules() for d in (m._buffers, m.__dict__)] if model is not None else []
+        return [(place, name) for place in places for name, held in place.items() if held is tensor]
+
+    def replace(self, tensor: Tensor, handle: Handle) -> None:
+        """Put a handle where a written dense cache tensor stood."""
+        if isinstance(tensor, Handle):
+            tensor.cell = handle.cell
+            return
+        for place, name in self._holders(tensor):
+            place[name] = handle
+
+    def _plain(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The graph as the model wrote it; handles that reach it become dense."""
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        has_handles = any(isinstance(node.meta.get("example_value"), Handle) for node in placeholders)
+        if self.config.lowering == "eager" or has_handles or self.dry:
+            return _densified(gm.forward) if has_handles else gm.forward
+        from torch._inductor.compile_fx import compile_fx
+
+        options = dict(self.config.inductor_options) or None
+        return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=options))
+
+    def _fall_back(self, gm: GraphModule, error: Exception) -> Callable[..., Any]:
+        self.excuse(error)
+        return _densified(gm.forward)
+
+    def excuse(self, error: Exception) -> None:
+        """Warn of an internal failure, or raise it where falling back is not wanted."""
+        if self.config.strict or not fallback_allowed():
+            raise error
+        self.warn_once(
+            f"an internal failure, {type(error).__name__}: {error}. This graph runs as the model wrote it, with no "
+            f"saving; {ISSUES}."
+        )
+        log.debug("internal failure", exc_info=error)
+
+    # ---------------------------------------------------------------------------------------------- reporting
+
+    def _record(self, normalized: Normalized, findings: Findings) -> None:
+        records = [rewritten_record(site, normalized.sources, self.config) for site in findings.cached]
+        records += [refused_record(site, refused) for site, refused in findings.refused]
+        self.ledger.add(records)
+        problems = [r for r in findings.refused if r[1].reason is not Reason.NOT_CACHED]
+        nothing = not any(record.reason is None for record in self.ledger.layers.values())
+        if self.config.strict and (problems or nothing):
+            raise NothingRewritten(f"strict=True, and {_sentence(problems or findings.refused)}")
+        if nothing:
+            self.warn_once(f"nothing was rewritten: {_sentence(findings.refused)}")
+
+    def check_attention_was_seen(self) -> None:
+        """After a whole call: a model in which there is nothing to rewrite."""
+        if self.checked or self.graphs_refused_for_gradients:
+            return
+        self.checked = True
+        if self.ledger.layers:
+            return
+        text = "nothing was rewritten: no attention was found in the model's graphs"
+        if self.config.strict:
+            raise NothingRewritten(f"strict=True, and {text}")
+        self.warn_once(text)
+
+    def warn_once(self, text: str) -> None:
+        if text not in self.warned:
+            self.warned.add(text)
+            warnings.warn(f"think_compile: {text}", ThinkWarning, stacklevel=2)
+
+
+def _sentence(refused: Sequence[tuple[Attention, Refused]]) -> str:
+    """The refusals for people: layers of one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for site, why in refused:
+        detail = f" [{why.detail}]" if why.detail else ""
+        by_reason.setdefault(why.reason.value + detail, []).append(site.path or "an attention")
+    return "; ".join(f"{len(paths)} layers ({paths[0]}, ...): {reason}" for reason, paths in by_reason.items())
+
+
+def _densified(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return forward(*pytree.tree_map_only(Handle, lambda h: h.densify(), args))
+
+    return run
+
+
+class CompiledGraph:
+    """A graph with rewritten layers, as Dynamo calls it."""
+
+    def __init__(self, backend: Backend, gm: GraphModule, normalized: Normalized, sites: list[CachedAttention]) -> None:
+        self.backend, self.gm, self.normalized, self.sites = backend, gm, normalized, sites
+        self.programs: dict[frozenset[int], Program] = {}
+        backend.graphs.add(self)
+        self.plain: Callable[..., Any] | None = None  # after an internal failure: the graph as the model wrote it
+
+    def __call__(self, *args: Any) -> Any:
+        if self.plain is None:
+            try:
+                return self._run(args)
+            except (LostWrite, torch.OutOfMemoryError):
+                raise  # the caller's own, and nothing that the plain graph would do better
+            except Exception as error:
+                self.backend.excuse(error.error if isinstance(error, CompilationFailed) else error)
+                self.plain = _densified(self.gm.forward)
+        return self.plain(*args)
+
+    def _run(self, args: Sequence[Any]) -> Any:
+        packed = packed_inputs(self.sites, args, self.backend.config)
+        if packed not in self.programs:
+            self._warn_of_unusable(packed, args)
+            self.programs[packed] = self._program(packed)
+        outputs = self.programs[packed].run(args, self.backend.replace)
+        for output in outputs:
+            if isinstance(output, Handle) and output.store is not None:
+                self.backend.stores.add(output.store)
+        return outputs
+
+    def _warn_of_unusable(self, packed: frozenset[int], args: Sequence[Any]) -> None:
+        past = {index for site in self.sites if site.past is not None for index in site.past}
+        unusable = [args[i] for i in past - packed if isinstance(args[i], Handle) and not args[i].is_dense]
+        if unusable:
+            self.backend.warn_once(
+                f"{len(unusable)} pruned caches were made with other settings or do not fit this call, for example "
+                f"{unusable[0]}; they are read densely and pruned anew"
+            )
+
+    def _program(self, packed: frozenset[int]) -> Program:
+        config = self.backend.config
+        return Program(self.normalized, rewrite(self.normalized, self.sites, packed, config), config)

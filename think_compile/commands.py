@@ -1,0 +1,203 @@
+"""The commands of `think-compile`: demo, generate and explain."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+import think_compile as tc
+from think_compile import hf, terminal
+
+app = typer.Typer(
+    help="Prunes the key cache of decoder models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DEFAULTS = tc.ThinkConfig()
+BAD_INPUT = (ValueError, TypeError, OSError, ImportError, tc.NothingRewritten)
+DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+Model = Annotated[str, typer.Argument(help="A folder, a .gguf file or a hub id.", metavar="MODEL")]
+Ratio = Annotated[float, typer.Option(help="Share of the key channels to drop, in [0, 1).")]
+Recent = Annotated[int, typer.Option(help="Latest tokens whose keys stay whole.")]
+Observe = Annotated[int, typer.Option(help="Latest queries of the prompt that score the channels.")]
+Multiple = Annotated[int, typer.Option(help="Kept channels are rounded up to a multiple of this.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; auto is the checkpoint's own.")]
+Lowering = Annotated[
+    str | None,
+    typer.Option(help="inductor or eager; by default inductor if there is a C++ compiler.", show_default=False),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail if any layer cannot be rewritten.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")]
+
+
+@app.command()
+def demo(
+    ratio: Ratio = DEFAULTS.ratio,
+    device: Device = "cpu",
+    max_new_tokens: NewTokens = 64,
+    lowering: Lowering = None,
+    model: Annotated[
+        str | None, typer.Option(help="Use this model instead of fetching one.", show_default=False)
+    ] = None,
+) -> None:
+    """Finds a fact in about 2,000 tokens, plain and pruned, with SmolLM2-135M-Instruct; compares the two."""
+    with one_line_errors() as console:
+        from think_compile.demo import run_demo
+
+        options = _think_options(console, lowering, ratio=ratio)
+        run_demo(console, options, device=_device(device), max_new_tokens=max_new_tokens, source=model)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="The text to go on from.", show_default=False)] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A text file that holds the prompt.", show_default=False)
+    ] = None,
+    ratio: Ratio = DEFAULTS.ratio,
+    recent: Recent = DEFAULTS.recent,
+    observe: Observe = DEFAULTS.observe,
+    channel_multiple: Multiple = DEFAULTS.channel_multiple,
+    max_new_tokens: NewTokens = 128,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    lowering: Lowering = None,
+    strict: Strict = False,
+    trust_remote_code: Trust = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option(help="Use the chat template; by default if the model has one.", show_default=False),
+    ] = None,
+) -> None:
+    """Generates greedily with a pruned key cache, then says what was stored."""
+    with one_line_errors() as console:
+        text = _prompt(prompt, prompt_file)
+        options = _think_options(
+            console,
+            lowering,
+            ratio=ratio,
+            recent=recent,
+            observe=observe,
+            channel_multiple=channel_multiple,
+            strict=strict,
+        )
+        where = _load_options(device, dtype, trust_remote_code)
+        network, tokenizer = hf.load_model(model, **where)
+        chat = bool(tokenizer.chat_template) if chat is None else chat
+        inputs = terminal.encode(tokenizer, text, chat=chat, device=where["device"])
+        network = tc.think_compile(network, **options)
+        # The name keeps the cache alive: the report counts live caches.
+        generation = terminal.stream_generation(network, tokenizer, inputs, max_new_tokens, console)
+        console.rule(f"{len(generation.tokens)} tokens; {generation.seconds:.1f} s this run, compiling included")
+        console.print(terminal.summary(tc.report(network)), highlight=False)
+
+
+@app.command()
+def explain(
+    model: Model,
+    ratio: Ratio = DEFAULTS.ratio,
+    recent: Recent = DEFAULTS.recent,
+    observe: Observe = DEFAULTS.observe,
+    channel_multiple: Multiple = DEFAULTS.channel_multiple,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt that is traced.")] = 128,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    lowering: Lowering = None,
+    strict: Strict = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Says, layer by layer, what would be rewritten and what not, and why. Reads no weights."""
+    with one_line_errors() as console:
+        options = _think_options(
+            console,
+            lowering,
+            ratio=ratio,
+            recent=recent,
+            observe=observe,
+            channel_multiple=channel_multiple,
+            strict=strict,
+        )
+        where = _load_options(device, dtype, trust_remote_code)
+        network = hf.load_config_model(model, **where)
+        vocabulary = network.get_input_embeddings().num_embeddings
+        ids = torch.arange(prompt_tokens, device=where["device"]).remainder(vocabulary)[None]  # [1, S]
+        report = tc.explain(network, {"input_ids": ids, "use_cache": True}, **options)
+        console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[Console]:
+    """Shows what our API says about bad input as one sentence, exit status 2; yields a console."""
+    transformers_logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: _complain("warning", message)
+        try:
+            yield Console()
+        except Exception as error:
+            # Dynamo wraps what is raised while it compiles
+            cause = getattr(error, "inner_exception", error)
+            if not isinstance(cause, BAD_INPUT):
+                raise
+            _complain("error", cause)
+            raise typer.Exit(2) from None
+
+
+def _complain(kind: str, what: Warning | Exception | str) -> None:
+    typer.echo(f"think-compile: {kind}: {' '.join(str(what).split())}", err=True)
+
+
+def _think_options(console: Console, lowering: str | None, **options: Any) -> dict[str, Any]:
+    """Keyword arguments of ``think_compile``, checked here so that bad ones fail before a model is loaded."""
+    if lowering is None:
+        lowering = "inductor" if _has_cpp_toolchain() else "eager"
+        if lowering == "eager":
+            console.print("No C++ compiler with Python headers is here: lowering=eager.", highlight=False)
+    options["lowering"] = lowering
+    tc.ThinkConfig(**options)
+    return options
+
+
+def _has_cpp_toolchain() -> bool:
+    """Whether Inductor (CPU) and Triton (CUDA) find what they build their launchers with."""
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return header.is_file() and any(shutil.which(name) for name in compilers if name)
+
+
+def _load_options(device: str, dtype: str, trust_remote_code: bool) -> dict[str, Any]:
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return {"device": _device(device), "dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _prompt(text: str | None, file: Path | None) -> str:
+    if (text is None) == (file is None):
+        raise ValueError("give exactly one of --prompt and --prompt-file")
+    return text if text is not None else file.read_text(encoding="utf-8")  # type: ignore[union-attr]

@@ -1,0 +1,106 @@
+"""ThinkConfig: what the user may choose, checked once. The only place that holds defaults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LOWERINGS = ("inductor", "eager")
+
+
+def _check_int(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int >= {low}, got {value!r} ({type(value).__name__}).")
+    if value < low:
+        raise ValueError(f"{name} must be an int >= {low}, got {value}.")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__}).")
+
+
+def _check_ratio(ratio: Any) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise TypeError(
+            f"ratio must be a number in [0, 1), the share of key channels to drop; got {ratio!r} "
+            f"({type(ratio).__name__})."
+        )
+    if math.isnan(ratio) or not 0 <= ratio < 1:
+        raise ValueError(f"ratio must be in [0, 1), the share of key channels to drop; got {ratio}.")
+
+
+def _check_inductor_options(options: Mapping[str, Any]) -> None:
+    if not options:
+        return
+    from torch._inductor import config as inductor_config
+
+    known = inductor_config.get_config_copy()
+    for name in options:
+        if name.replace("-", "_") not in known:
+            raise TypeError(
+                f"unknown argument {name!r}: it is neither an option of think_compile nor one of "
+                "torch._inductor.config (torch._inductor.list_options() names those)."
+            )
+
+
+class Options(dict[str, Any]):
+    """A mapping that does not change, and so can be hashed, copied and pickled as part of a frozen value."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted((name, repr(value)) for name, value in self.items())))
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise TypeError("the options of a ThinkConfig do not change; make another ThinkConfig")
+
+    def __reduce__(self) -> Any:
+        return Options, (dict(self),)
+
+
+@dataclass(frozen=True)
+class ThinkConfig:
+    """The arguments of :func:`think_compile.think_compile`, frozen.
+
+    Attributes:
+        ratio: share of the key channels to drop, in [0, 1) (the paper's lambda).
+        recent: number of latest tokens whose keys stay whole between calls.
+        observe: number of latest queries that score the channels (the paper's observation window).
+        channel_multiple: kept channels are rounded up to a multiple of this; 1 is exactly the paper.
+        prune_generated: also prune tokens that come after the first call, as they leave the window.
+            False is the paper's own code: only the first call's tokens are pruned.
+        strict: raise when an attention layer with a cache cannot be rewritten, and on internal failure,
+            instead of leaving it as it was.
+        lowering: "inductor" compiles the rewritten graph, "eager" runs it op by op.
+        inductor_options: options of ``torch._inductor.config`` for the lowering.
+    """
+
+    ratio: float = 0.5
+    recent: int = 32
+    observe: int = 32
+    channel_multiple: int = 16
+    prune_generated: bool = True
+    strict: bool = False
+    lowering: str = "inductor"
+    inductor_options: Mapping[str, Any] = field(default_factory=dict)  # kept as a read-only, hashable mapping
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.ratio)
+        _check_int("recent", self.recent, 0)
+        _check_int("observe", self.observe, 1)
+        _check_int("channel_multiple", self.channel_multiple, 1)
+        _check_bool("prune_generated", self.prune_generated)
+        _check_bool("strict", self.strict)
+        if self.lowering not in LOWERINGS:
+            raise ValueError(f"lowering must be one of {LOWERINGS}, got {self.lowering!r}.")
+        if self.inductor_options and self.lowering != "inductor":
+            raise ValueError(f"{sorted(self.inductor_options)} need lowering='inductor', got {self.lowering!r}.")
+        _check_inductor_options(self.inductor_options)
+        object.__setattr__(self, "inductor_options", Options(self.inductor_options))
+
+    def kept_channels(self, head_dim: int) -> int:
+        """T of ``head_dim`` channels: D - int(D * ratio), rounded up to ``channel_multiple``, at most D."""
+        kept = head_dim - int(head_dim * self.ratio)
+        rounded = -(-kept // self.channel_multiple) * self.channel_multiple
+        return min(head_dim, rounded)

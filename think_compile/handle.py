@@ -1,0 +1,413 @@
+"""The cache tensor that is not stored densely: a tensor subclass with the logical shape and a packed store.
+
+The model keeps a handle wherever it keeps a cache tensor. Inside a compiled call the runtime swaps in the store's
+tensors; outside, the operations that caches see (batch selection, crops, moves, copies, resets, joins) are done on
+the packed store, and any other operation gets the dense tensor, dropped channels zero: slow, never wrong. A write
+makes the handle dense; a write to a view of it, which is a copy, is found out and raises.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from think_compile.store import (
+    Dense,
+    FixedKeys,
+    FixedValues,
+    GrowingKeys,
+    GrowingValues,
+    Rows,
+    Store,
+    allocating,
+)
+
+aten = torch.ops.aten
+log = logging.getLogger(__name__)
+
+BATCH, TOKEN = 0, 2
+CANONICAL = (0, 1, 2, 3)
+Layout = tuple[int, int, int, int]
+
+
+class LostWrite(RuntimeError):
+    """Somebody wrote in place to a copy of packed numbers."""
+
+
+class Cell:
+    """What the aliases of one cache tensor share: its store, and how often they have written to it themselves."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.version = 0
+
+
+class Handle(torch.Tensor):
+    """A key or value cache tensor  backed by a packed :class:`~think_compile.store.Store`.
+
+    ``axes[i]`` is the canonical axis (batch 0, head 1, token 2, channel 3) that stands at axis i of the tensor.
+    Dynamo sees an opaque subclass with one inner tensor, the anchor, so that nothing of the store is guarded.
+    """
+
+    cell: Cell | None
+    axes: Layout
+    anchor: Tensor
+    sliced: bool
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, store: Store, layout: Layout = CANONICAL, anchor: Tensor | None = None) -> Handle:
+        shape = tuple(store.logical_shape[axis] for axis in layout)
+        return Handle._wrap(shape, Cell(store), layout, store.rows.tensor.new_empty(1) if anchor is None else anchor)
+
+    @staticmethod
+    def _wrap(shape: Any, cell: Cell | None, layout: Layout, anchor: Tensor) -> Handle:
+        self = torch.Tensor._make_wrapper_subclass(Handle, shape, dtype=anchor.dtype, device=anchor.device)
+        self.cell, self.axes, self.anchor, self.sliced = cell, layout, anchor, False
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    # ---------------------------------------------------------------- what Dynamo needs of an opaque subclass
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["anchor"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: None, size: Any, stride: Any) -> Handle:
+        return Handle._wrap(size, None, CANONICAL, inner["anchor"])
+
+    # ------------------------------------------------------------------------------- the store, and the dense tensor
+
+    @property
+    def store(self) -> Store | None:
+        """The packed store; None while Dynamo traces."""
+        return None if self.cell is None else self.cell.store
+
+    @store.setter
+    def store(self, store: Store) -> None:
+        assert self.cell is not None
+        self.cell.store = store
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the store holds a plain tensor, after an operation that no packed form could express."""
+        return isinstance(self.store, Dense)
+
+    def dense(self) -> Tensor:
+        """The logical tensor, in the cache's own layout, dropped channels of tokens out of the window zero."""
+        if self.cell is None:
+            return self._traced_dense()
+        self.check_unwritten()
+        return self.cell.store.dense().permute(self.axes).contiguous()
+
+    def check_unwritten(self) -> None:
+        """Raise if somebody wrote to a view of this packed tensor: such a view is a copy, the numbers are lost."""
+        if self.cell is None or self.is_dense or self.is_inference():
+            return
+        if self._version != self.cell.version:
+            raise LostWrite(
+                "a view of a packed cache was written to in place, which cannot reach the cache; "
+                "assign to the cache itself (cache[...] = values)"
+            )
+
+    def _traced_dense(self) -> Tensor:
+        """Stands in for the shape while Dynamo traces; a graph of another backend must not read it."""
+        keys = torch._C._TorchDispatchModeKey
+        if any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FUNCTIONAL)):
+            raise RuntimeError(
+                "a packed key/value cache was given to a graph that think_compile did not compile; "
+                "pass cache.dense() there, or run that function without torch.compile"
+            )
+        return self.anchor.new_empty(tuple(self.shape))
+
+    def densify(self) -> Tensor:
+        """Make this very tensor hold its dense form from now on, and return that (it aliases the handle)."""
+        assert self.cell is not None
+        if not self.is_dense:
+            dense = self.dense()
+            log.info("a packed cache %s becomes dense", tuple(self.shape))
+            self.cell.store = Dense(Rows(dense.permute(sorted(range(4), key=self.axes.__getitem__))))
+        return self.cell.store.dense().permute(self.axes)
+
+    def with_store(self, store: Store) -> Handle:
+        """A handle in the same layout on another store."""
+        anchor = self.anchor if (store.device, store.dtype) == (self.device, self.dtype) else None
+        return Handle(store, self.axes, anchor)
+
+    # -------------------------------------------------------------------------------- operations on the handle
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        kind = type(self.store).__name__
+        return f"Handle({tuple(self.shape)}, {self.dtype}, {self.device}, {kind})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        if id(self) not in memo:
+            with allocating():
+                memo[id(self)] = _clone(self)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Handle, (_clone(self).store, self.axes)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """As torch's; a crop of the tokens comes back packed, and not as a view that autograd tracks."""
+        tokens = _token_range(self, index)
+        cropped = None if tokens is None or self.store is None else _slice(self, self.axes.index(TOKEN), *tokens)
+        return super().__getitem__(index) if cropped is None else cropped
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """As torch's; the cache is dense from then on."""
+        if self.store is not None:
+            _refuse_slices(self, "assignment")
+            self.densify()
+        super().__setitem__(index, value)
+
+    def narrow(self, dim: int, start: int | Tensor, length: int) -> Tensor:  # type: ignore[override]
+        """As torch's; a crop of the tokens comes back packed."""
+        inside = isinstance(start, int) and 0 <= start <= start + length <= self.shape[dim]
+        if inside and self.axes[dim] == TOKEN:
+            return self[(slice(None),) * (dim % 4) + (slice(start, start + length),)]
+        return super().narrow(dim, start, length)
+
+    def repeat_interleave(  # type: ignore[override]
+        self, repeats: int | Tensor, dim: int | None = None, *, output_size: int | None = None
+    ) -> Tensor:
+        """As torch's; along the batch it stays packed."""
+        if dim is not None and self.axes[dim] == BATCH and self.store is not None:
+            with allocating():
+                return self.with_store(self.store.map_batch(lambda t: t.repeat_interleave(repeats, 0)))
+        return self.dense().repeat_interleave(repeats, dim, output_size=output_size)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args and isinstance(args[0], Handle) else None
+        if first is not None and first.cell is None and func in (aten.detach.default, aten.alias.default):
+            return Handle._wrap(first.shape, None, first.axes, first.anchor)
+        packed = _cat if func is aten.cat.default else _PACKED.get(func)
+        if packed is not None and (func is aten.cat.default or (first is not None and first.cell is not None)):
+            if first is not None:
+                first.check_unwritten()
+            with allocating():
+                result = packed(*args, **kwargs)
+            if result is not None:
+                return result
+        return _on_dense(func, args, kwargs)
+
+
+def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run ``func`` on dense tensors; a handle that is written to becomes dense itself."""
+    if torch.Tag.inplace_view in func.tags:
+        raise RuntimeError(f"{func}: the shape of a packed cache cannot be changed in place; use cache.dense()")
+    schema = func._schema.arguments
+    written = {s.name for s in schema if s.alias_info is not None and s.alias_info.is_write}
+    named = {**{s.name: a for s, a in zip(schema, args, strict=False)}, **kwargs}
+    targets = [a for name, a in named.items() if name in written and isinstance(a, Handle)]
+    for target in targets:
+        _refuse_slices(target, func)
+    log.debug("%s on a packed cache runs on the dense tensor", func)
+    plain = {name: _dense_argument(a, name in written) for name, a in named.items()}
+    with allocating() if targets else nullcontext():
+        result = func(*[plain[s.name] for s, _ in zip(schema, args, strict=False)], **{k: plain[k] for k in kwargs})
+    return targets[0] if len(targets) == 1 else result
+
+
+def _refuse_slices(handle: Handle, what: Any) -> None:
+    if handle.sliced:
+        raise RuntimeError(
+            f"{what}: writing in place to a slice of a packed cache would not reach the cache; "
+            "write to the cache itself, or to slice.dense()"
+        )
+
+
+def _dense_argument(argument: Any, written: bool) -> Any:
+    def plain(handle: Handle) -> Tensor:
+        return handle.densify() if written and handle.cell is not None else handle.dense()
+
+    return pytree.tree_map_only(Handle, plain, argument)
+
+
+# ---------------------------------------------------- operations on the packed store; None: not this case, go dense
+
+
+def _clone(handle: Handle, **_: Any) -> Handle:
+    assert handle.store is not None
+    return handle.with_store(handle.store.map_batch(torch.clone))
+
+
+def _alias(handle: Handle) -> Handle:
+    alias = Handle._wrap(handle.shape, handle.cell, handle.axes, handle.anchor)
+    alias.sliced = handle.sliced
+    return alias
+
+
+def _to_copy(handle: Handle, **kwargs: Any) -> Handle | None:
+    dtype = kwargs.get("dtype") or handle.dtype
+    if not dtype.is_floating_point or kwargs.get("pin_memory"):
+        return None
+    assert handle.store is not None
+    device = kwargs.get("device") or handle.device
+    return handle.with_store(handle.store.to(device, dtype, bool(kwargs.get("non_blocking"))))
+
+
+def _index_select(handle: Handle, dim: int, index: Tensor) -> Handle | None:
+    if handle.axes[dim] != BATCH:
+        return None
+    assert handle.store is not None
+    index = index.to(handle.device)
+    return handle.with_store(handle.store.map_batch(lambda t: t.index_select(0, index)))
+
+
+def _index(handle: Handle, indices: list[Tensor | None]) -> Handle | None:
+    """Advanced indexing by one list of rows or one mask along the batch."""
+    picked = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(picked) != 1 or picked[0][1].dim() != 1:
+        return None
+    dim, index = picked[0]
+    if index.dtype in (torch.bool, torch.uint8):
+        if index.shape[0] != handle.shape[dim]:
+            return None
+        index = index.nonzero()[:, 0]
+    rows = index + (index < 0) * handle.shape[dim]
+    return _index_select(handle, dim, rows)
+
+
+def _slice(
+    handle: Handle, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Handle | None:
+    """Crops of a growing cache, batch ranges, and slices that keep everything."""
+    size = handle.shape[dim]
+    start, end, step = slice(start, end, step).indices(size)
+    if step == 1 and (start, end) == (0, size):
+        return _alias(handle)
+    store, axis = handle.store, handle.axes[dim]
+    if axis == BATCH and step > 0 and start < end and not isinstance(store, Dense):
+        assert store is not None
+        return _marked_slice(handle.with_store(store.map_batch(lambda t: t[start:end:step].clone())))
+    if axis == TOKEN and step == 1 and 0 == start < end and isinstance(store, (GrowingKeys, GrowingValues)):
+        return _marked_slice(handle.with_store(store.crop(end)))
+    return None
+
+
+def _token_range(handle: Handle, index: Any) -> tuple[int | None, int | None] | None:
+    """(start, end) if ``index`` takes a range of tokens and all of everything else."""
+    items = index if isinstance(index, tuple) else (index,)
+    if not all(isinstance(i, slice) or i is Ellipsis for i in items):
+        return None
+    dots = [at for at, item in enumerate(items) if item is Ellipsis]
+    if len(dots) > 1 or len(items) - len(dots) > handle.dim():
+        return None
+    at = dots[0] if dots else len(items)
+    missing = handle.dim() - len(items) + len(dots)
+    full = [*items[:at], *[slice(None)] * missing, *items[at + 1 :]]
+    token = full.pop(handle.axes.index(TOKEN)) if len(full) == 4 else None
+    if token is None or token.step not in (None, 1) or any(i != slice(None) for i in full):
+        return None
+    return token.start, token.stop
+
+
+def _marked_slice(handle: Handle) -> Handle:
+    handle.sliced = True
+    return handle
+
+
+def _zero_(handle: Handle) -> Handle | None:
+    if handle.sliced or not isinstance(handle.store, (FixedKeys, FixedValues)):
+        return None
+    handle.store.clear()
+    assert handle.cell is not None
+    handle.cell.version += 1  # autograd counts this write too
+    return handle
+
+
+def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor | None:
+    """Joins: new tokens behind a growing cache, or batches of growing caches of one history."""
+    tensors = [t for t in tensors if t.dim() != 1 or t.numel()]  # torch joins such empty tensors to anything
+    first = tensors[0]
+    if not isinstance(first, Handle) or first.store is None or first.dim() != 4:
+        return None
+    axis = first.axes[dim]
+    if axis == TOKEN and not any(isinstance(t, Handle) for t in tensors[1:]):
+        return _cat_tokens(first, tensors[1:])
+    if axis == BATCH and all(isinstance(t, Handle) for t in tensors):
+        return _cat_batches(first, tensors)  # type: ignore[arg-type]
+    return None
+
+
+def _cat_tokens(handle: Handle, new: list[Tensor]) -> Handle | None:
+    """New tokens behind the cache, outside of any graph of ours: the window has moved already when this is read.
+
+    A compiled call attends before the window moves; an eager ``cat`` cannot know what will read its result.
+    """
+    store = handle.store
+    if not isinstance(store, (GrowingKeys, GrowingValues)):
+        return None
+    back = sorted(range(4), key=handle.axes.__getitem__)
+    for rows in new:
+        expected = [
+            size if axis != TOKEN else rows.shape[i]
+            for i, (axis, size) in enumerate(zip(handle.axes, handle.shape, strict=True))
+            if i < rows.dim()
+        ]
+        if rows.dtype != store.dtype or rows.device != store.device or list(rows.shape) != expected:
+            return None
+        store = store.append(rows.permute(back))
+    return handle.with_store(store)
+
+
+def _cat_batches(first: Handle, handles: list[Handle]) -> Handle | None:
+    stores: list[Any] = [h.store for h in handles]
+    if any(h.axes != first.axes or h.dtype != first.dtype for h in handles):
+        return None
+    if all(isinstance(s, GrowingValues) and s.length == stores[0].length for s in stores):
+        return first.with_store(GrowingValues(_joined_rows(stores), stores[0].length))
+    keys = [s for s in stores if isinstance(s, GrowingKeys)]
+    same = {(s.length, s.floor, s.spec, s.recent.shape[2]) for s in keys}
+    if len(keys) != len(stores) or len(same) != 1:
+        return None
+    return first.with_store(
+        GrowingKeys(
+            _joined_rows(keys),
+            torch.cat([s.channels for s in keys]),
+            torch.cat([s.recent for s in keys]),
+            keys[0].length,
+            keys[0].floor,
+            keys[0].spec,
+        )
+    )
+
+
+def _joined_rows(stores: list[Any]) -> Rows:
+    length = stores[0].length
+    return Rows(torch.cat([s.rows.tensor[:, :, :length] for s in stores]))
+
+
+_PACKED: dict[Any, Callable[..., Handle | None]] = {
+    aten.detach.default: _alias,
+    aten.alias.default: _alias,
+    aten.lift_fresh.default: _alias,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
+    aten.slice.Tensor: _slice,
+    aten.zero_.default: _zero_,
+}
+
+
+def handle_for(store: Store, layout: Layout) -> Handle:
+    """A handle as a compiled call returns it: its token axis is marked dynamic, so that steps do not recompile."""
+    handle = Handle(store, layout)
+    torch._dynamo.maybe_mark_dynamic(handle, layout.index(TOKEN))
+    return handle

@@ -1,0 +1,1 @@
+"""What runs inside the rewritten graph: scoring, packing, appending and attending."""

@@ -1,0 +1,204 @@
+"""How a cache tensor came to be: joined from its past and the call's new rows by ``cat``, or by a write at positions.
+
+Part of pass 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from think_compile.passes import layout as lay
+from think_compile.passes.normalize import Normalized
+from think_compile.passes.refusal import Reason, Refused, where
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Join:
+    """How a cache tensor came to be.
+
+    Attributes:
+        past: index of the graph input that holds the past; None: there is none yet.
+        past_axes: for each axis of the joined tensor, the axis of the past input.
+        new: the call's own rows, axes as the joined tensor's; None: the joined tensor is all new.
+        axis: token axis of the joined tensor along which it was joined.
+        fixed: whether the rows were written into a tensor of fixed size.
+        start: fixed: first position written, an int or int node, or the node of all positions [N].
+        consecutive: fixed: the positions are known to be start, start + 1, ...
+    """
+
+    past: int | None = None
+    past_axes: tuple[int, ...] | None = None
+    new: Node | None = None
+    axis: int | None = None
+    fixed: bool = False
+    start: Any = None
+    consecutive: bool = True
+
+
+def join_of(normalized: Normalized, root: Node, token_axis: int) -> Join:
+    """How ``root`` was joined along its axis ``token_axis``; raises :class:`Refused` where that is not understood."""
+    if root.target is aten.cat.default:
+        return _join_of_cat(normalized, root, token_axis)
+    if root.target in WRITES:
+        return _join_of_write(normalized, root, token_axis)
+    if root.op == "placeholder":
+        raise Refused(Reason.NO_JOIN_SEEN, f"graph input {root.name}")
+    return Join()
+
+
+def _join_of_cat(normalized: Normalized, root: Node, token_axis: int) -> Join:
+    dim = root.args[1] if len(root.args) > 1 else root.kwargs.get("dim", 0)
+    if dim % 4 != token_axis:
+        return Join()  # it makes the keys (as rotary embeddings do), it does not join them to a past
+    parts = [part for part in root.args[0] if not lay.same_size(part.meta["val"].numel(), 0)]
+    if len(parts) == 1:
+        return Join()
+    past = _past_input(normalized, parts[0])
+    if len(parts) != 2 or past is None:
+        raise Refused(Reason.UNKNOWN_ROOT, where(root))
+    return Join(past[0], past[1], parts[1], token_axis)
+
+
+def _past_input(normalized: Normalized, node: Node) -> tuple[int, tuple[int, ...]] | None:
+    """The graph input behind a join's past, and its axis for each axis of the join."""
+    source, chain = lay.walk_back(node)
+    if source.op != "placeholder" or source.meta["val"].dim() != 4:
+        return None
+    if source.meta["val"].dtype != node.meta["val"].dtype:
+        return None
+    axes = lay.follow(chain, lay.source_axes(source.meta["val"].shape))
+    return normalized.placeholders.index(source), tuple(source_axis(atoms, "") for atoms in axes)
+
+
+@dataclass(frozen=True)
+class _Write:
+    base: Node
+    new: Node
+    dim: int
+    start: Any
+    consecutive: bool
+
+
+def _join_of_write(normalized: Normalized, root: Node, token_axis: int) -> Join:
+    write = WRITES[root.target](root)
+    if write is None or write.dim % 4 != token_axis:
+        raise Refused(Reason.UNKNOWN_ROOT, where(root))
+    joined = {"new": write.new, "axis": token_axis, "fixed": True}
+    joined |= {"start": write.start, "consecutive": write.consecutive}
+    past = _past_input(normalized, write.base)
+    if past is not None:
+        return Join(*past, **joined)
+    source, _ = lay.walk_back(write.base)
+    if source.target not in _FRESH:
+        raise Refused(Reason.UNKNOWN_ROOT, where(source))
+    return Join(**joined)
+
+
+def _index_copy(node: Node) -> _Write | None:
+    base, dim, index, new = node.args
+    return _Write(base, new, dim, index, _is_consecutive(index))
+
+
+def _index_put(node: Node) -> _Write | None:
+    base, indices, new = node.args[:3]
+    accumulate = node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False)
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if accumulate or len(given) != 1 or given[0][1].meta["val"].dim() != 1:
+        return None
+    dim, index = given[0]
+    if index.meta["val"].dtype == torch.bool or new.meta["val"].dim() != base.meta["val"].dim():
+        return None
+    return _Write(base, new, dim, index, _is_consecutive(index))
+
+
+def _slice_scatter(node: Node) -> _Write | None:
+    base, new = node.args[:2]
+    dim, start, _, step = lay.slice_bounds(node, first=2)
+    if new.target is aten.copy.default:  # the rows as they are written: cast and broadcast over what stood there
+        new = new.args[1] if _same_kind(new.args[1], new) else new
+    if step != 1 or new.meta["val"].dim() != base.meta["val"].dim():
+        return None
+    if isinstance(start, int) and start < 0:
+        start = base.meta["val"].shape[dim] + start
+    return _Write(base, new, dim, start, True)
+
+
+def _same_kind(a: Node, b: Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    sizes = zip(x.shape, y.shape, strict=False)
+    return x.dtype == y.dtype and x.dim() == y.dim() and all(lay.same_size(m, n) for m, n in sizes)
+
+
+WRITES = {
+    aten.index_copy.default: _index_copy,
+    aten.index_put.default: _index_put,
+    aten.slice_scatter.default: _slice_scatter,
+}
+JOINS = {aten.cat.default, *WRITES}
+_FRESH = {
+    aten.zeros.default,
+    aten.new_zeros.default,
+    aten.zeros_like.default,
+    aten.full.default,
+    aten.empty.memory_format,
+    aten.new_empty.default,
+}
+_ARANGES = {aten.arange.default, aten.arange.start}
+
+
+def _is_consecutive(index: Node) -> bool:
+    """Whether an index tensor is an ``arange``, moved by one number."""
+    if lay.same_size(index.meta["val"].numel(), 1):
+        return True
+    source, chain = lay.walk_back(index)
+    if any(not lay.same_size(n.meta["val"].numel(), source.meta["val"].numel()) for n in chain):
+        return False  # repeated
+    if any(n.target in (aten.permute.default, aten.transpose.int) for n in chain):
+        return False
+    if source.target in _ARANGES:
+        return True
+    if source.target is not aten.add.Tensor or source.kwargs.get("alpha", 1) != 1:
+        return False
+    tensors = [arg for arg in source.args if isinstance(arg, Node) and _is_many(arg)]
+    return len(tensors) == 1 and _is_consecutive(tensors[0])
+
+
+def _is_many(node: Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and not lay.same_size(value.numel(), 1)
+
+
+def source_axis(atoms: list[lay.Atom], name: str) -> int:
+    """The one whole source axis that an axis consists of; only heads may be repeated."""
+    own = [atom for atom in atoms if atom.axis is not None]
+    copies = [atom for atom in atoms if atom.axis is None and not lay.same_size(atom.size, 1)]
+    if len(own) != 1 or own[0].part or (copies and name != "H"):
+        reason = Reason.CHANNEL_MIXING if name == "D" else Reason.UNKNOWN_LAYOUT
+        raise Refused(reason, f"axis {name} is not one axis of the cache")
+    assert own[0].axis is not None
+    return own[0].axis
+
+
+def same_positions(a: Join, b: Join) -> bool:
+    """Whether two writes go to the same positions: the same node, number, or nodes computed alike."""
+    return _alike(a.start, b.start)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if not (isinstance(a, Node) and isinstance(b, Node)):
+        return not isinstance(a, Node) and not isinstance(b, Node) and lay.same_size(a, b)
+    if a is b:
+        return True
+    if a.op != "call_function" or a.target is not b.target or len(a.args) != len(b.args) or a.kwargs != b.kwargs:
+        return False
+    return all(_alike_argument(x, y) for x, y in zip(a.args, b.args, strict=True))
+
+
+def _alike_argument(x: Any, y: Any) -> bool:
+    return _alike(x, y) if isinstance(x, Node) and isinstance(y, Node) else x == y

@@ -1,0 +1,269 @@
+"""Pass 3: walk an attention's keys and values back to their cache, and prove that it is one; else refuse by name.
+
+A cache tensor is *joined* from its past and the call's new rows: by ``cat`` along the tokens (growing) or by a
+write at positions (fixed). It is *confirmed* when the joined tensor leaves the graph, returned or written back.
+What it is called and who holds it does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from think_compile.passes import layout as lay
+from think_compile.passes.attention import Attention
+from think_compile.passes.join import JOINS, WRITES, Join, join_of, same_positions, source_axis
+from think_compile.passes.normalize import Normalized
+from think_compile.passes.observe import observed
+from think_compile.passes.refusal import Reason, Refused, where
+
+aten = torch.ops.aten
+CANONICAL_NAMES = "BHSD"
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """The keys or the values of a site.
+
+    Attributes:
+        root: the joined tensor.
+        axes: canonical axis (batch 0, head 1, token 2, channel 3) of each axis of ``root``.
+        join: how it was joined.
+        outputs: indices of the graph outputs that hold it, with the layout of each.
+        extent: how many positions the attention reads.
+    """
+
+    root: Node
+    axes: tuple[int, ...]
+    join: Join
+    outputs: dict[int, tuple[int, ...]]
+    extent: Any
+
+    @property
+    def to_canonical(self) -> list[int]:
+        """The permutation that brings ``root`` into [B, H, S, D]."""
+        return [self.axes.index(axis) for axis in range(4)]
+
+    @property
+    def past_layout(self) -> tuple[int, ...] | None:
+        """Canonical axis of each axis of the past input."""
+        if self.join.past_axes is None:
+            return None
+        return tuple(self.axes[self.join.past_axes.index(i)] for i in range(4))
+
+    def size(self, axis: int) -> Any:
+        """Size of a canonical axis."""
+        return self.root.meta["val"].shape[self.axes.index(axis)]
+
+
+@dataclass(frozen=True)
+class CachedAttention:
+    """An attention whose keys and values are proven to be a cache."""
+
+    attention: Attention
+    keys: CacheTensor
+    values: CacheTensor
+
+    @property
+    def fixed(self) -> bool:
+        return self.keys.join.fixed
+
+    @property
+    def past(self) -> tuple[int, int] | None:
+        """Indices of the inputs that hold the past keys and values."""
+        if self.keys.join.past is None or self.values.join.past is None:
+            return None
+        return self.keys.join.past, self.values.join.past
+
+
+@dataclass
+class Findings:
+    """What the pass found."""
+
+    cached: list[CachedAttention] = field(default_factory=list)
+    refused: list[tuple[Attention, Refused]] = field(default_factory=list)
+
+
+def find_caches(normalized: Normalized, sites: Sequence[Attention]) -> Findings:
+    """Sort the attention sites into those with a proven cache and those to be left alone."""
+    findings = Findings()
+    with observed("kv_cache", normalized.graph_module.graph) as count:
+        for site in sites:
+            try:
+                findings.cached.append(_prove(normalized, site))
+            except Refused as refused:
+                findings.refused.append((site, refused))
+            except lay.NotLayout as why:
+                findings.refused.append((site, Refused(Reason.UNKNOWN_LAYOUT, str(why))))
+        _refuse_shared(findings)
+        count.matches = len(findings.cached)
+    return findings
+
+
+def _refuse_shared(findings: Findings) -> None:
+    roots = [root for c in findings.cached for root in {c.keys.root, c.values.root}]
+    shared = {root for root in roots if roots.count(root) > 1}
+    for c in list(findings.cached):
+        if c.keys.root in shared or c.values.root in shared or c.keys.root is c.values.root:
+            findings.cached.remove(c)
+            findings.refused.append((c.attention, Refused(Reason.SHARED, where(c.keys.root))))
+
+
+def _prove(normalized: Normalized, site: Attention) -> CachedAttention:
+    if site.dropout:
+        raise Refused(Reason.DROPOUT, f"p = {site.dropout}")
+    q, k = site.q.meta["val"], site.k.meta["val"]
+    if not (q.is_floating_point() and k.is_floating_point()):
+        raise Refused(Reason.NOT_FLOATING, f"{q.dtype}, {k.dtype}")
+    if q.dim() != 4:
+        raise Refused(Reason.UNKNOWN_LAYOUT, f"queries have {q.dim()} axes")
+    keys = _cache_tensor(normalized, site, site.k)
+    try:
+        values = _cache_tensor(normalized, site, site.v)
+    except Refused as refused:
+        if refused.reason is Reason.NOT_CACHED:
+            raise Refused(Reason.VALUES_NOT_CACHED, refused.detail) from None
+        raise
+    _check_pair(site, keys, values)
+    return CachedAttention(site, keys, values)
+
+
+def _check_pair(site: Attention, keys: CacheTensor, values: CacheTensor) -> None:
+    if not lay.same_size(keys.size(1), values.size(1)):
+        raise Refused(Reason.HEADS_DIFFER, f"{keys.size(1)} and {values.size(1)}")
+    if keys.join.fixed != values.join.fixed or (keys.join.past is None) != (values.join.past is None):
+        raise Refused(Reason.VALUES_NOT_CACHED, "they are joined in another way than the keys")
+    if keys.join.fixed and not same_positions(keys.join, values.join):
+        raise Refused(Reason.VALUES_NOT_CACHED, "they are written at other positions than the keys")
+    n_query = site.q.meta["val"].shape[2]
+    for tensor in (keys, values):
+        new = tensor.root if tensor.join.new is None else tensor.join.new
+        n_new = new.meta["val"].shape[tensor.axes.index(2)]
+        if not lay.equal_size(n_new, n_query):
+            raise Refused(Reason.CROSS_ATTENTION, f"{n_query} queries, {n_new} new keys")
+
+
+# --------------------------------------------------------------------------------------------- one cache tensor
+
+
+def _cache_tensor(normalized: Normalized, site: Attention, operand: Node) -> CacheTensor:
+    root, chain, prefix = _root_of(operand)
+    if root.target not in JOINS:
+        root, chain = _first_of_rank_4(root, chain)
+    axes, copies_first = _roles(lay.follow(chain, lay.source_axes(root.meta["val"].shape)), root)
+    if copies_first and not lay.same_size(root.meta["val"].shape[axes.index(1)], 1):
+        raise Refused(Reason.UNKNOWN_LAYOUT, "the heads are repeated in turn, not each beside its copies")
+    outputs = _outputs_holding(normalized, root, axes)
+    join = join_of(normalized, root, axes.index(2))
+    if not outputs:
+        raise Refused(Reason.NOT_CACHED, where(root))
+    _check_readers(root, site)
+    if join.past is not None:
+        _check_past_readers(normalized.placeholders[join.past], root)
+    return CacheTensor(root, axes, join, outputs, _extent(root, axes, chain, prefix))
+
+
+def _root_of(operand: Node) -> tuple[Node, list[Node], Node | None]:
+    """The joined tensor behind an operand, the layout operations between, and the slice that reads a prefix."""
+    root, chain = lay.walk_back(operand)
+    if root.target is not aten.slice.Tensor:
+        return root, chain, None
+    behind, before = lay.walk_back(root.args[0])
+    _, start, _, step = lay.slice_bounds(root)
+    if lay.value_of(start) == 0 and step == 1 and behind.target in WRITES:
+        return behind, [*before, root, *chain], root
+    return root, chain, None
+
+
+def _first_of_rank_4(root: Node, chain: list[Node]) -> tuple[Node, list[Node]]:
+    """Keys fresh from a projection [B, S, H*D] have the cache's axes only behind the view that splits them."""
+    while root.meta["val"].dim() != 4 and chain:
+        root, chain = chain[0], chain[1:]
+    return root, chain
+
+
+def _extent(root: Node, axes: tuple[int, ...], chain: list[Node], prefix: Node | None) -> Any:
+    """How many positions are read: all of the joined tensor's, or up to the end of a slice along the tokens."""
+    shape = root.meta["val"].shape
+    if prefix is None:
+        return shape[axes.index(2)]
+    dim, _, end, _ = lay.slice_bounds(prefix)
+    sliced = lay.follow(chain[: chain.index(prefix)], lay.source_axes(shape))[dim]
+    if source_axis(sliced, "") != axes.index(2):
+        raise Refused(Reason.UNKNOWN_LAYOUT, where(prefix))
+    return end if isinstance(end, Node) else prefix.meta["val"].shape[dim]
+
+
+def _roles(axes: lay.Axes, root: Node) -> tuple[tuple[int, ...], bool]:
+    """The canonical axis of each axis of the source, given the axes [B, H, S, D] that the attention sees."""
+    rank = root.meta["val"].dim()
+    if len(axes) != 4 or rank != 4:
+        raise Refused(Reason.UNKNOWN_LAYOUT, f"{len(axes)} axes at the attention, {rank} at {where(root)}")
+    found = [source_axis(atoms, CANONICAL_NAMES[i]) for i, atoms in enumerate(axes)]
+    if sorted(found) != list(range(4)):
+        raise Refused(Reason.UNKNOWN_LAYOUT, f"axes {found} at {where(root)}")
+    head = [atom for atom in axes[1] if atom.axis is not None or not lay.same_size(atom.size, 1)]
+    return tuple(found.index(axis) for axis in range(4)), head[0].axis is None
+
+
+def _outputs_holding(normalized: Normalized, root: Node, axes: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    """The graph outputs that are ``root``, with their layouts."""
+    held = {}
+    for index, output in enumerate(normalized.outputs):
+        if not isinstance(output, Node):
+            continue
+        source, chain = lay.walk_back(output, stop=root)
+        if source.target is aten.slice.Tensor and lay.walk_back(source.args[0])[0] is root:
+            raise Refused(Reason.SLIDING, where(source))
+        if source is root and output.meta["val"].dtype != root.meta["val"].dtype:
+            raise Refused(Reason.UNKNOWN_ROOT, f"it is kept as {output.meta['val'].dtype}, and read otherwise")
+        if source is root:
+            moved = lay.follow(chain, lay.source_axes(root.meta["val"].shape))
+            held[index] = tuple(axes[source_axis(atoms, "")] for atoms in moved)
+    return held
+
+
+# -------------------------------------------------------------------------------------------------- the readers
+
+
+_LOOKS_AT_SHAPE = {aten.sym_size.int, aten._assert_tensor_metadata.default}
+
+
+def _readers(node: Node) -> Iterator[tuple[Node, Node]]:
+    """(reader, what it reads) of a tensor through layout operations, those that only look at its shape left out."""
+    for user in node.users:
+        if user.target in _LOOKS_AT_SHAPE:
+            continue
+        if lay.layout_input(user) is node:
+            yield from _readers(user)
+        else:
+            yield user, node
+
+
+def _check_readers(root: Node, site: Attention) -> None:
+    for reader, read in _readers(root):
+        if reader.op == "output":
+            continue
+        if reader is site.node and read is not site.q and read is not site.mask:
+            continue
+        if reader.target is aten.slice.Tensor and all(r is site.node for r, _ in _readers(reader)):
+            continue
+        if reader.target is site.node.target and read in reader.args[1:3]:
+            raise Refused(Reason.SHARED, where(reader))
+        raise Refused(Reason.KEY_ESCAPES, where(reader))
+
+
+def _check_past_readers(past: Node, root: Node) -> None:
+    for reader, read in _readers(past):
+        is_base = reader.target is aten.slice_scatter.default and reader.args[0] is read
+        is_overwritten = reader.target is aten.copy.default and reader.args[0] is read
+        if reader is root or is_base or is_overwritten:
+            continue
+        if reader.target is aten.slice.Tensor:
+            _check_past_readers(reader, root)
+            continue
+        raise Refused(Reason.PAST_ESCAPES, where(reader))

@@ -1,0 +1,267 @@
+"""Which axis is which: follow a tensor through operations that only move, split, merge or repeat its axes.
+
+An axis is a list of atoms, factors of the source's axes in order; repeating adds atoms of no axis. So the head axis
+of repeated keys reads [heads of the source, copies], and a merged [batch*head] axis reads [batch, head]: one algebra
+for every layout, and none is assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+
+aten = torch.ops.aten
+Size = Any  # int or torch.SymInt
+EVERYTHING = 2**62  # an end of a slice from here on means "to the end"
+
+VIEWS = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+}
+SAME = {
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+}
+MOVES = {
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.repeat.default,
+    aten.repeat_interleave.self_int,
+    aten.slice.Tensor,
+}
+LAYOUT_OPS = VIEWS | SAME | MOVES
+
+
+@dataclass(frozen=True)
+class Atom:
+    """A factor of an axis: ``axis`` of the source (None: made by repeating), ``part`` tells factors of one axis."""
+
+    size: Size
+    axis: int | None
+    part: int = 0
+
+
+Axes = list[list[Atom]]
+
+
+class NotLayout(Exception):
+    """The operation does more than move axes; the text says what."""
+
+
+def same_size(a: Size, b: Size) -> bool:
+    """Whether two sizes are known to be equal (without guarding on it)."""
+    return bool(a == b) if isinstance(a, int) and isinstance(b, int) else statically_known_true(a == b)
+
+
+def equal_size(a: Size, b: Size) -> bool:
+    """Whether two sizes are equal in this call; if that is not known, the caller's graph is guarded on the answer."""
+    return bool(a == b) if isinstance(a, int) and isinstance(b, int) else guard_or_false(a == b)
+
+
+def source_axes(shape: Sequence[Size]) -> Axes:
+    """The axes of a tensor that is itself the source."""
+    return [[Atom(size, axis)] for axis, size in enumerate(shape)]
+
+
+def layout_input(node: Node) -> Node | None:
+    """The tensor whose axes ``node`` arranges, or None if it is no operation of this kind."""
+    if node.op != "call_function":
+        return None
+    if node.target is aten.slice_scatter.default:  # written over wholly: the result is the written tensor
+        return node.args[1] if slice_keeps_all(node, first=2) else None
+    if node.target is aten.slice.Tensor and not slice_keeps_all(node):
+        return None
+    if node.target in LAYOUT_OPS:
+        return node.args[0]
+    return None
+
+
+def walk_back(node: Node, stop: Node | None = None) -> tuple[Node, list[Node]]:
+    """The first tensor behind ``node`` that no layout operation made, and those operations in running order.
+
+    Goes no further than ``stop``.
+    """
+    chain: list[Node] = []
+    while node is not stop and (source := layout_input(node)) is not None:
+        chain.append(node)
+        node = source
+    return node, chain[::-1]
+
+
+def slice_bounds(node: Node, first: int = 1) -> tuple[int, Any, Any, Any]:
+    """(dim, start, end, step) of a slice (``first`` 1) or slice_scatter (2) node."""
+    given = list(node.args[first:]) + [None] * 4
+    dim = given[0] if given[0] is not None else node.kwargs.get("dim", 0)
+    start = given[1] if given[1] is not None else node.kwargs.get("start")
+    end = given[2] if given[2] is not None else node.kwargs.get("end")
+    step = given[3] if given[3] is not None else node.kwargs.get("step", 1)
+    return dim, 0 if start is None else start, EVERYTHING if end is None else end, step
+
+
+def value_of(arg: Any) -> Any:
+    """The fake value of a node, or the constant itself."""
+    return arg.meta["val"] if isinstance(arg, Node) else arg
+
+
+def slice_keeps_all(node: Node, first: int = 1) -> bool:
+    """Whether a slice covers its axis by its bounds: from 0 to the end, whatever the size, or to the size known."""
+    dim, start, end, step = slice_bounds(node, first)
+    size = node.args[0].meta["val"].shape[dim]
+    end = value_of(end)
+    return value_of(start) == 0 and step == 1 and (_is_everything(end) or same_size(end, size))
+
+
+def _is_everything(end: Any) -> bool:
+    return isinstance(end, int) and end >= EVERYTHING
+
+
+def apply(node: Node, axes: Axes) -> Axes:
+    """The axes after ``node``, a layout operation on a tensor with ``axes``."""
+    target = node.target
+    if target in SAME or target is aten.slice_scatter.default:
+        return axes
+    if target in VIEWS:
+        return _regroup(axes, node.meta["val"].shape)
+    if target is aten.permute.default:
+        return [axes[d] for d in node.args[1]]
+    if target is aten.transpose.int:
+        return _swapped(axes, *node.args[1:3])
+    if target is aten.unsqueeze.default:
+        at = node.args[1] % (len(axes) + 1)
+        return [*axes[:at], [Atom(1, None)], *axes[at:]]
+    if target is aten.squeeze.dim:
+        return _squeezed(axes, node.args[1])
+    if target is aten.slice.Tensor:
+        return axes if slice_keeps_all(node) else _prefix(node, axes)
+    return _repeated(node, axes)
+
+
+def follow(chain: Sequence[Node], axes: Axes) -> Axes:
+    """The axes at the end of a chain of layout operations."""
+    for node in chain:
+        axes = apply(node, axes)
+    return axes
+
+
+def _prefix(node: Node, axes: Axes) -> Axes:
+    """A slice that reads the first part of one whole axis."""
+    dim = slice_bounds(node)[0] % len(axes)
+    if len(axes[dim]) != 1 or axes[dim][0].part:
+        raise NotLayout("a slice of a merged axis")
+    shorter = Atom(node.meta["val"].shape[dim], axes[dim][0].axis)
+    return [*axes[:dim], [shorter], *axes[dim + 1 :]]
+
+
+def _swapped(axes: Axes, a: int, b: int) -> Axes:
+    out = list(axes)
+    out[a], out[b] = out[b], out[a]
+    return out
+
+
+def _squeezed(axes: Axes, dim: int) -> Axes:
+    dim %= len(axes)
+    if not all(same_size(atom.size, 1) for atom in axes[dim]):
+        return axes
+    return [*axes[:dim], *axes[dim + 1 :]]
+
+
+def _repeated(node: Node, axes: Axes) -> Axes:
+    if node.target is aten.expand.default:
+        return _expanded(axes, node.meta["val"].shape)
+    if node.target is aten.repeat.default:
+        times = node.args[1]
+        padded: Axes = [[] for _ in range(len(times) - len(axes))] + axes
+        return [atoms if n == 1 else [Atom(n, None), *atoms] for n, atoms in zip(times, padded, strict=True)]
+    repeats, dim = node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    if dim is None or not isinstance(repeats, int):
+        raise NotLayout("repeat_interleave flattens")
+    return [[*atoms, Atom(repeats, None)] if i == dim % len(axes) else atoms for i, atoms in enumerate(axes)]
+
+
+def _expanded(axes: Axes, shape: Sequence[Size]) -> Axes:
+    padded: Axes = [[Atom(1, None)] for _ in range(len(shape) - len(axes))] + axes
+    out = []
+    for atoms, size in zip(padded, shape, strict=True):
+        grown = same_size(_product(atoms), 1) and not same_size(size, 1)
+        out.append([*atoms, Atom(size, None)] if grown else atoms)
+    return out
+
+
+def _product(atoms: Sequence[Atom]) -> Size:
+    total: Size = 1
+    for atom in atoms:
+        total = total * atom.size
+    return total
+
+
+def _regroup(axes: Axes, shape: Sequence[Size]) -> Axes:
+    """A view: the same atoms in the same order, cut anew; an atom that spans two axes is split."""
+    flat = [atom for atoms in axes for atom in atoms]
+    out: Axes = []
+    for size in shape:
+        taken, flat = _take(flat, size)
+        out.append(taken)
+    if any(not same_size(atom.size, 1) for atom in flat):
+        raise NotLayout("a view whose axes cannot be followed")
+    if out and flat:
+        out[-1] = [*out[-1], *flat]
+    return out
+
+
+def _take(flat: list[Atom], size: Size) -> tuple[list[Atom], list[Atom]]:
+    """The leading atoms whose sizes multiply to ``size``, and the rest."""
+    if same_size(size, 1):
+        is_one = bool(flat) and same_size(flat[0].size, 1)
+        return (flat[:1], flat[1:]) if is_one else ([Atom(1, None)], flat)
+    taken: list[Atom] = []
+    while flat and not same_size(_product(taken), size):
+        head, done = flat[0], _product(taken)
+        if not _must_split(head, done, size):
+            taken, flat = [*taken, head], flat[1:]
+            continue
+        outer = Atom(size // done, head.axis, head.part * 2 + 1)
+        inner = Atom(head.size // outer.size, head.axis, head.part * 2 + 2)
+        taken, flat = [*taken, outer], [inner, *flat[1:]]
+    if not same_size(_product(taken), size):
+        raise NotLayout("a view whose axes cannot be followed")
+    return taken, flat
+
+
+def _must_split(atom: Atom, done: Size, size: Size) -> bool:
+    """Whether an atom reaches beyond an axis of ``size`` of which ``done`` is filled; raises if it does not factor."""
+    if not all(isinstance(n, int) for n in (atom.size, done, size)) or done * atom.size <= size:
+        return False
+    if size % done or atom.size % (size // done):
+        raise NotLayout("a view that cuts across axes")
+    return True
+
+
+def stride_order(value: torch.Tensor) -> list[int]:
+    """The axes from the largest stride to the smallest: how the tensor lies in memory."""
+    strides = [_hint(stride) for stride in value.stride()]
+    sizes = [_hint(size) for size in value.shape]
+    real = sorted((i for i in range(value.dim()) if sizes[i] != 1), key=lambda i: -strides[i])
+    ones = [i for i in range(value.dim()) if sizes[i] == 1]
+    for i in ones:  # an axis of size one lies anywhere: leave it where it stands
+        real.insert(min(i, len(real)), i)
+    return real
+
+
+def _hint(size: Size) -> int:
+    return size if isinstance(size, int) else size.node.hint

@@ -1,0 +1,118 @@
+"""Pass 1: a Dynamo graph becomes one functional pre-dispatch ATen graph, the only form the other passes read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+
+from think_compile.passes.observe import observed
+
+
+@dataclass
+class Normalized:
+    """A functional graph and how it stands to the caller's.
+
+    Attributes:
+        graph_module: placeholders as the caller's inputs; each has its fake value in ``meta["val"]``. The outputs are
+            first the new values of written inputs, then the caller's own outputs.
+        written: for each of those first outputs, the index of the input that it is written to.
+        sources: for each input, where Dynamo found it ("L['self']...", for people), or "".
+    """
+
+    graph_module: GraphModule
+    written: list[int]
+    sources: list[str]
+
+    @property
+    def placeholders(self) -> list[Node]:
+        return self.graph_module.graph.find_nodes(op="placeholder")
+
+    @property
+    def outputs(self) -> list[Any]:
+        return list(self.graph_module.graph.output_node().args[0])
+
+
+def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
+    """Export ``gm``, a graph that Dynamo hands to a backend, with plain tensors in place of tensor subclasses."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    sources = [_source(node) for node in placeholders]
+    with observed("normalize", gm.graph) as count:
+        mode = _fake_mode(example_inputs)
+        fakes = [_fake(mode, node, value) for node, value in zip(placeholders, example_inputs, strict=True)]
+        with torch.no_grad(), tracing(TracingContext(mode)):
+            exported, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True)
+        graph_module = GraphModule(exported, exported.graph)
+        _hold_constants(graph_module, gm, signature)
+        names = [node.name for node in graph_module.graph.find_nodes(op="placeholder")]
+        written = [names.index(name) for name in signature.user_inputs_to_mutate.values()]
+        count.matches, count.graph = len(names), graph_module.graph
+    _keep_values(graph_module, fakes)
+    _drop_assertions(graph_module)
+    return Normalized(graph_module, written, sources)
+
+
+def _hold_constants(graph_module: GraphModule, gm: GraphModule, signature: Any) -> None:
+    """Tensors that the graph holds itself come out of the export as its first inputs: make them its own again."""
+    if signature.buffers_to_mutate:
+        raise NotImplementedError(
+            f"the graph writes to tensors of its own: {list(signature.buffers_to_mutate.values())}"
+        )
+    held = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    for (name, tensor), node in zip(held.items(), placeholders, strict=False):
+        own = f"held_{name.replace('.', '_')}"
+        graph_module.register_buffer(own, tensor)
+        with graph_module.graph.inserting_before(node):
+            constant = graph_module.graph.get_attr(own)
+        constant.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(constant)
+        graph_module.graph.erase_node(node)
+
+
+def _fake_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        return context.fake_mode
+    return torch._guards.detect_fake_mode(example_inputs) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _source(node: Node) -> str:
+    grapharg = node.meta.get("grapharg")  # cleared once the backend has returned: read at once
+    source = getattr(grapharg, "source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return name() if callable(name) else name
+
+
+def _fake(mode: FakeTensorMode, node: Node, value: Any) -> Any:
+    """The input as a plain fake tensor of the logical shape."""
+    value = node.meta.get("example_value", value)
+    if not isinstance(value, Tensor):
+        return value
+    if type(value) in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return mode.from_tensor(value, static_shapes=True)
+    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(value):
+        with mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return value
+
+
+def _keep_values(graph_module: GraphModule, fakes: Sequence[Any]) -> None:
+    for node, fake in zip(graph_module.graph.find_nodes(op="placeholder"), fakes, strict=True):
+        node.meta.setdefault("val", fake)
+
+
+def _drop_assertions(graph_module: GraphModule) -> None:
+    """Assertions on dtypes hold by construction, and would keep tensors alive that are no longer read."""
+    target = torch.ops.aten._assert_tensor_metadata.default
+    for node in graph_module.graph.find_nodes(op="call_function", target=target):
+        graph_module.graph.erase_node(node)

@@ -1,0 +1,45 @@
+"""Why a layer is left alone: the reasons, each one sentence for people."""
+
+from __future__ import annotations
+
+import enum
+
+from torch.fx import Node
+
+
+class Reason(enum.Enum):
+    """Why an attention layer is left exactly as the model wrote it; the value is the sentence for people."""
+
+    NOT_CACHED = "this call keeps no cache of the keys: they neither leave the graph nor are written to an input"
+    VALUES_NOT_CACHED = "the values are not cached beside the keys"
+    KEY_ESCAPES = "the cached keys or values are also read by something other than this attention"
+    SHARED = "the cache is read by more than one attention layer"
+    CHANNEL_MIXING = "an operation between cache and attention mixes or splits the channels"
+    SLIDING = "the layer keeps a bounded window of tokens, so its cache is small already"
+    CROSS_ATTENTION = "the keys are not those of the queries' own sequence"
+    NO_JOIN_SEEN = "the keys come into the graph whole (cross-attention, or a graph break before the attention)"
+    UNKNOWN_LAYOUT = "the cache's axes cannot be told apart"
+    UNKNOWN_ROOT = "how the cache is joined from its past and the new keys is not understood"
+    PAST_ESCAPES = "the past cache is read by something other than the join"
+    HEADS_DIFFER = "keys and values have different heads"
+    DROPOUT = "attention dropout is on"
+    NOT_FLOATING = "queries or keys are not floating point"
+    REQUIRES_GRAD = "gradients are on, and a pruned cache has none"
+    HELD_OUTSIDE = "the cache is written in place to a tensor that is no buffer of the model, so it cannot be swapped"
+    PACKED_ELSEWHERE = "keys and values do not both come from one packed cache"
+
+
+class Refused(Exception):
+    """Left as it is, for this reason; ``detail`` says what in the graph."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+def where(node: Node) -> str:
+    """A node for people: the operation and, when the trace knows it, the line of the model that made it."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().strip("^~ ")]
+    line = f" ({lines[-1]})" if lines else ""
+    return f"{node.target}{line}"

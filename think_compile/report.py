@@ -1,0 +1,205 @@
+"""What was rewritten, what was left alone and why, and how many bytes the live caches hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from think_compile.config import ThinkConfig
+from think_compile.passes.attention import Attention
+from think_compile.passes.kv_cache import CANONICAL_NAMES, CachedAttention
+from think_compile.passes.refusal import Reason, Refused
+from think_compile.store import FixedKeys, GrowingKeys, Store
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One attention layer.
+
+    Attributes:
+        layer: module path, as far as the trace tells.
+        cache: "growing", "fixed" or "none".
+        source: where the trace found the past keys, or "" while there are none.
+        axes: order of the cache's axes, of B(atch) H(ead) S(equence) D(channel).
+        q_heads, kv_heads, head_dim: sizes.
+        kept: key channels stored for tokens out of the window, T.
+        reason: why it was left alone; None: rewritten.
+        detail: what in the graph stopped it.
+    """
+
+    layer: str
+    cache: str
+    source: str
+    axes: str
+    q_heads: int | None
+    kv_heads: int | None
+    head_dim: int | None
+    kept: int | None
+    reason: Reason | None
+    detail: str
+
+
+def rewritten_record(site: CachedAttention, sources: list[str], config: ThinkConfig) -> LayerRecord:
+    """The record of a rewritten layer."""
+    head_dim = int(site.keys.size(3))
+    kept = config.kept_channels(head_dim)
+    layout = next(iter(site.keys.outputs.values()))
+    return LayerRecord(
+        layer=site.attention.path,
+        cache="fixed" if site.fixed else "growing",
+        source="" if site.past is None else sources[site.past[0]],
+        axes="".join(CANONICAL_NAMES[axis] for axis in layout),
+        q_heads=int(site.attention.q.meta["val"].shape[1]),
+        kv_heads=int(site.keys.size(1)),
+        head_dim=head_dim,
+        kept=kept,
+        reason=None,
+        detail="" if kept < head_dim else f"all {head_dim} channels are kept: {_why_all(config, head_dim)}",
+    )
+
+
+def _why_all(config: ThinkConfig, head_dim: int) -> str:
+    if head_dim - int(head_dim * config.ratio) == head_dim:
+        return f"ratio {config.ratio} drops none"
+    return f"rounding up to channel_multiple={config.channel_multiple} reaches the head's size"
+
+
+def refused_record(site: Attention, refused: Refused) -> LayerRecord:
+    """The record of a layer that was left alone."""
+    q = site.q.meta["val"]
+    return LayerRecord(
+        layer=site.path,
+        cache="none",
+        source="",
+        axes="",
+        q_heads=int(q.shape[1]) if q.dim() == 4 else None,
+        kv_heads=None,
+        head_dim=int(q.shape[-1]),
+        kept=None,
+        reason=refused.reason,
+        detail=refused.detail,
+    )
+
+
+def _weight(record: LayerRecord) -> int:
+    """Which of two records of a layer tells more: one with a cache over one without, a rewriting over a refusal."""
+    if record.reason is None:
+        return 2
+    return 0 if record.reason is Reason.NOT_CACHED else 1
+
+
+class Ledger:
+    """Collects the records of a model's graphs and the stores that its calls made."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, LayerRecord] = {}
+        self.graphs = 0
+
+    def add(self, records: Iterable[LayerRecord]) -> None:
+        """Take in the records of one graph; of a layer seen before the more telling record stays."""
+        seen: dict[str, int] = {}
+        for record in records:
+            nth = seen[record.layer] = seen.get(record.layer, 0) + 1
+            key = record.layer if nth == 1 else f"{record.layer}#{nth}"
+            known = self.layers.get(key)
+            if known is None or _weight(record) >= _weight(known):
+                source = record.source or (known.source if known else "")
+                self.layers[key] = LayerRecord(**{**record.__dict__, "source": source})
+
+
+def _is_keys(store: Store) -> bool:
+    return isinstance(store, (GrowingKeys, FixedKeys))
+
+
+def _stored(stores: Iterable[Store]) -> int:
+    """Bytes of the distinct tensors behind the stores."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for s in stores for t in s.tensors()}
+    return sum(storages.values())
+
+
+def _dense(stores: Iterable[Store]) -> int:
+    """Bytes that plain tensors of the same logical shapes would hold; branches of one line of calls count once."""
+    longest: dict[int, int] = {}
+    for store in stores:
+        batch, heads, length, width = store.logical_shape
+        n_bytes = batch * heads * length * width * store.dtype.itemsize
+        key = id(store.rows)
+        longest[key] = max(longest.get(key, 0), n_bytes)
+    return sum(longest.values())
+
+
+@dataclass(frozen=True)
+class Report:
+    """What think_compile did to a model.
+
+    Attributes:
+        config: the settings in force.
+        rewritten: layers whose key cache is pruned.
+        refused: layers left exactly as they were, each with its reason.
+        graphs: graphs that were compiled.
+        stored_key_bytes, stored_value_bytes: bytes of the tensors that the live caches hold.
+        dense_key_bytes, dense_value_bytes: bytes of plain caches of the same tokens.
+    """
+
+    config: ThinkConfig
+    rewritten: tuple[LayerRecord, ...]
+    refused: tuple[LayerRecord, ...]
+    graphs: int
+    stored_key_bytes: int
+    dense_key_bytes: int
+    stored_value_bytes: int
+    dense_value_bytes: int
+
+    @classmethod
+    def of(cls, config: ThinkConfig, ledger: Ledger, stores: Iterable[Store]) -> Report:
+        """The report of now."""
+        live = list(stores)
+        keys = [s for s in live if _is_keys(s)]
+        values = [s for s in live if not _is_keys(s)]
+        layers = ledger.layers.values()
+        return cls(
+            config,
+            tuple(r for r in layers if r.reason is None),
+            tuple(r for r in layers if r.reason is not None),
+            ledger.graphs,
+            _stored(keys),
+            _dense(keys),
+            _stored(values),
+            _dense(values),
+        )
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the live caches hold, keys and values."""
+        return self.stored_key_bytes + self.stored_value_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that plain caches of the same tokens would hold, keys and values."""
+        return self.dense_key_bytes + self.dense_value_bytes
+
+    def __str__(self) -> str:
+        lines = [f"think_compile: {len(self.rewritten)} layers rewritten, {len(self.refused)} left as they were"]
+        lines += [_line(record) for record in (*self.rewritten, *self.refused)]
+        if self.dense_bytes:
+            lines.append(_bytes_line("keys", self.stored_key_bytes, self.dense_key_bytes))
+            lines.append(_bytes_line("values", self.stored_value_bytes, self.dense_value_bytes))
+        return "\n".join(lines)
+
+
+def _line(record: LayerRecord) -> str:
+    name = record.layer or "(attention)"
+    if record.reason is not None:
+        detail = f" [{record.detail}]" if record.detail else ""
+        return f"  {name}: left as it was: {record.reason.value}{detail}"
+    assert record.kept is not None and record.head_dim is not None
+    dropped = 1 - record.kept / record.head_dim
+    return (
+        f"  {name}: {record.cache} cache {record.axes}, {record.q_heads} query and {record.kv_heads} key heads, "
+        f"{record.kept} of {record.head_dim} channels kept (effective ratio {dropped:.3g})"
+        + (f"; {record.detail}" if record.detail else "")
+    )
+
+
+def _bytes_line(name: str, stored: int, dense: int) -> str:
+    return f"  live {name}: {stored:,} bytes stored, {dense:,} if dense ({stored / max(dense, 1):.3f})"

@@ -1,0 +1,185 @@
+"""One compiled graph at run time: unpack handles, run the lowered graph, pack what it leaves into handles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+
+from think_compile.config import ThinkConfig
+from think_compile.handle import Handle, handle_for
+from think_compile.lower import Dims, Eager, Inductor
+from think_compile.passes import rewrite as rw
+from think_compile.passes.kv_cache import CachedAttention
+from think_compile.passes.layout import value_of
+from think_compile.passes.normalize import Normalized
+from think_compile.store import (
+    FixedKeys,
+    FixedValues,
+    GrowingKeys,
+    GrowingValues,
+    Rows,
+    Store,
+    allocating,
+)
+
+Replace = Callable[[Any, Handle], None]
+
+
+class Program:
+    """A rewritten graph and its lowering, for one choice of which handles are packed."""
+
+    def __init__(self, normalized: Normalized, rewritten: rw.Rewritten, config: ThinkConfig) -> None:
+        self.rewritten = rewritten
+        placeholders = normalized.placeholders
+        self.written = frozenset(normalized.written)
+        self.symbols = {
+            node.meta["val"].node.expr: i
+            for i, node in enumerate(placeholders)
+            if isinstance(node.meta["val"], SymInt) and node.meta["val"].node.expr.is_symbol
+        }
+        self.fetchers = [self._fetcher(what) for what in rewritten.inputs]
+        self.new_tokens = [(index, self._number(n)) for index, n in rewritten.appended]
+        dims = [_dims(what, placeholders) for what in rewritten.inputs]
+        graph = rewritten.graph_module
+        self.lowered = Eager(graph) if config.lowering == "eager" else Inductor(graph, dims, config.inductor_options)
+
+    def run(self, args: Sequence[Any], replace: Replace) -> tuple[Any, ...]:
+        """The caller's outputs for the caller's inputs."""
+        counts = {index: number(args) for index, number in self.new_tokens}
+        with allocating():
+            stores = {index: args[index].store.reserve(n) for index, n in counts.items()}
+            stores |= {index: args[index].store.map_batch(torch.clone) for index in self.rewritten.copied}
+            values = self.lowered([fetch(args, stores) for fetch in self.fetchers])
+            made = _Made(args, stores, counts, values, lambda size: self._number(size)(args))
+            for index, what in self.rewritten.replaced:
+                replace(args[index], made.output(what))
+            return tuple(made.output(what) for what in self.rewritten.outputs)
+
+    def _fetcher(self, what: rw.Input) -> Callable[[Sequence[Any], dict[int, Any]], Any]:
+        """How to get an input of the lowered graph from the caller's inputs and the reserved stores."""
+        if isinstance(what, rw.Passed):
+            return _passed(what.index, what.index in self.written)
+        if isinstance(what, rw.FromStore):
+            return _from_store(what.index, what.name)
+        if isinstance(what, rw.PastLength):
+            return lambda args, stores: stores[what.index].length
+        return lambda args, stores: max(stores[index].floor for index in what.indices)
+
+    def _number(self, size: Any) -> Callable[[Sequence[Any]], int]:
+        """The value of a size of the caller's graph, given the caller's inputs."""
+        if isinstance(size, int):
+            return lambda args: size
+        expr = size.node.expr
+        return lambda args: int(expr.subs({s: args[i] for s, i in self.symbols.items() if s in expr.free_symbols}))
+
+
+def _passed(index: int, written: bool) -> Callable[[Sequence[Any], dict[int, Any]], Any]:
+    def fetch(args: Sequence[Any], stores: dict[int, Any]) -> Any:
+        arg = args[index]
+        if not isinstance(arg, Handle):
+            return arg
+        return arg.densify() if written else arg.dense()
+
+    return fetch
+
+
+def _from_store(index: int, name: str) -> Callable[[Sequence[Any], dict[int, Any]], Any]:
+    def fetch(args: Sequence[Any], stores: dict[int, Any]) -> Tensor:
+        store = stores[index] if index in stores else args[index].store
+        return store.rows.tensor if name == "rows" else getattr(store, name)
+
+    return fetch
+
+
+def _dims(what: rw.Input, placeholders: Sequence[Any]) -> Dims:
+    """Which sizes of a lowered graph's input vary."""
+    if isinstance(what, (rw.PastLength, rw.FloorOf)):
+        return Dims(number=True)
+    if isinstance(what, rw.FromStore):
+        return Dims(
+            what.varying, tuple(f"{what.name}_{axis}" if axis == 2 else f"axis_{axis}" for axis in what.varying)
+        )
+    value = value_of(placeholders[what.index])
+    if isinstance(value, SymInt):
+        return Dims(number=True)
+    if not isinstance(value, Tensor):
+        return Dims()
+    varying = tuple(axis for axis, size in enumerate(value.shape) if isinstance(size, SymInt))
+    return Dims(varying, strided=any(isinstance(n, SymInt) for n in (*value.shape, *value.stride())))
+
+
+class _Made:
+    """Makes the caller's outputs; a store made once serves every output that names it."""
+
+    def __init__(
+        self,
+        args: Sequence[Any],
+        stores: dict[int, Any],
+        counts: dict[int, int],
+        values: Sequence[Any],
+        number: Callable[[Any], int],
+    ) -> None:
+        self.args, self.stores, self.counts, self.values, self.number = args, stores, counts, values, number
+        self.made: dict[Any, Store] = {}
+
+    def output(self, what: rw.Output) -> Any:
+        if isinstance(what, rw.Returned):
+            return self.values[what.position]
+        if isinstance(what, rw.Constant):
+            return what.value
+        if isinstance(what, rw.SameHandle):
+            return self.args[what.index]
+        if isinstance(what, rw.CopiedHandle):
+            return self.args[what.index].with_store(self.stores[what.index])
+        key = (type(what), what.index if isinstance(what, (rw.GrownKeys, rw.GrownValues)) else what.position)
+        if key not in self.made:
+            self.made[key] = self._store(what)
+        return handle_for(self.made[key], what.layout)  # type: ignore[arg-type]
+
+    def _store(self, what: Any) -> Store:
+        if isinstance(what, rw.GrownKeys):
+            recent = self.values[what.position].contiguous()
+            return self.stores[what.index].appended(recent, self.counts[what.index])
+        if isinstance(what, rw.GrownValues):
+            return self.stores[what.index].appended(self.counts[what.index])
+        return self._new_keys(what) if isinstance(what, rw.NewKeys) else self._new_values(what)
+
+    def _new_keys(self, what: rw.NewKeys) -> Store:
+        n = 4 if what.fixed else 3
+        pruned, channels, recent, *progress = (t.contiguous() for t in self.values[what.position :][:n])
+        if what.fixed:
+            return FixedKeys(Rows(pruned), channels, recent, progress[0], what.spec)
+        length = self.number(what.length)
+        return GrowingKeys(Rows(pruned), channels, recent, length, max(0, length - what.spec.recent), what.spec)
+
+    def _new_values(self, what: rw.NewValues) -> Store:
+        values = self.values[what.position].contiguous()
+        return FixedValues(Rows(values)) if what.fixed else GrowingValues(Rows(values), self.number(what.length))
+
+
+def packed_inputs(sites: Sequence[CachedAttention], args: Sequence[Any], config: ThinkConfig) -> frozenset[int]:
+    """The inputs whose handles can be used packed in this call; the others are given to the graph densely."""
+    found: set[int] = set()
+    for site in sites:
+        if site.past is not None and _usable(site, args, config):
+            found.update(site.past)
+    return frozenset(found)
+
+
+def _usable(site: CachedAttention, args: Sequence[Any], config: ThinkConfig) -> bool:
+    assert site.past is not None
+    keys, values = (args[index] for index in site.past)
+    if not (isinstance(keys, Handle) and isinstance(values, Handle)):
+        return False
+    keys.check_unwritten()
+    values.check_unwritten()
+    if (keys.axes, values.axes) != (site.keys.past_layout, site.values.past_layout):
+        return False
+    kinds = (FixedKeys, FixedValues) if site.fixed else (GrowingKeys, GrowingValues)
+    k, v = keys.store, values.store
+    if not (isinstance(k, kinds[0]) and isinstance(v, kinds[1])):
+        return False
+    return k.length == v.length and k.spec == rw.layer_spec(site, config)

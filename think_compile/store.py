@@ -1,0 +1,309 @@
+"""The packed storage behind a handle: pruned keys and whole values, growing or of fixed size.
+
+A growing store is a value: an append makes a new store that shares the row buffers, so an older store (a branch,
+a reused prefix) stays what it was. A fixed store is a place: it is written in place, as the buffer it replaces.
+Canonical axes are [batch, head, token, channel]; shapes as in :mod:`think_compile.kernels.reference`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from think_compile.kernels import reference as ref
+from think_compile.kernels.steps import LayerSpec, capacity_for
+
+
+def allocating() -> AbstractContextManager[Any]:
+    """Stores outlive the call, so they must not be inference tensors, which no later call could write to."""
+    stack = ExitStack()
+    stack.enter_context(torch.no_grad())
+    if torch.is_inference_mode_enabled():
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+    return stack
+
+
+class Rows:
+    """A buffer [B, H, C, *] that is appended to in place, shared by the stores of one line of calls."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.owners: weakref.WeakSet[Store] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tensor": self.tensor}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.tensor, self.owners = state["tensor"], weakref.WeakSet()
+
+    @property
+    def capacity(self) -> int:
+        return self.tensor.shape[2]
+
+    def free_above(self, length: int, owner: Store) -> bool:
+        """Whether rows from ``length`` on belong to nobody but ``owner``."""
+        return all(other is owner or other.length <= length for other in self.owners)
+
+    def copy(self, length: int, capacity: int) -> Rows:
+        """A copy of the first ``length`` rows with ``capacity``; the rows above are zero."""
+        shape = list(self.tensor.shape)
+        shape[2] = capacity
+        with allocating():
+            tensor = self.tensor.new_zeros(shape)
+            tensor[:, :, :length] = self.tensor[:, :, :length]
+        return Rows(tensor)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Rows:
+        return Rows(f(self.tensor))
+
+
+class Store:
+    """What every store can do. ``length`` is the number of rows a reader may see: tokens, or a fixed cache's size."""
+
+    length: int
+    rows: Rows
+
+    def __post_init__(self) -> None:
+        self.rows.owners.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.rows.owners.add(self)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that hold memory."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """The logical tensor [B, H, length, *]."""
+        raise NotImplementedError
+
+    def map_batch(self, f: Callable[[Tensor], Tensor]) -> Store:
+        """A new store with ``f`` applied to every tensor that has a batch axis (in front)."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool = False) -> Store:
+        """A copy on another device or in another dtype; indices and lengths keep theirs."""
+
+        def cast(t: Tensor) -> Tensor:
+            return t.to(device, dtype if t.is_floating_point() else None, non_blocking=non_blocking, copy=True)
+
+        return self.map_batch(cast)
+
+    @property
+    def logical_shape(self) -> tuple[int, int, int, int]:
+        batch, heads, _, _ = self.rows.tensor.shape
+        return batch, heads, self.length, self.width
+
+    @property
+    def width(self) -> int:
+        """Channels of the logical tensor."""
+        return self.rows.tensor.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.tensor.device
+
+
+def _room(store: GrowingKeys | GrowingValues, n_new: int) -> Rows:
+    """Rows in which ``n_new`` more may be written: the store's own, or a larger or private copy."""
+    needed = store.length + n_new
+    fits = needed < store.rows.capacity  # one row stays free: a slice that is the whole would be compiled apart
+    if fits and store.rows.free_above(store.length, store):
+        return store.rows
+    return store.rows.copy(store.length, store.rows.capacity if fits else capacity_for(needed))
+
+
+@dataclass(eq=False)
+class GrowingKeys(Store):
+    """Pruned keys of a growing cache. The ring holds whole keys of positions [floor, length)."""
+
+    rows: Rows  # [B, H, C, T]
+    channels: Tensor  # [B, H, T]
+    recent: Tensor  # [B, H, R, D]
+    length: int
+    floor: int
+    spec: LayerSpec
+
+    @property
+    def width(self) -> int:
+        return self.recent.shape[-1]
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.rows.tensor, self.channels, self.recent)
+
+    def dense(self) -> Tensor:
+        packed = ref.Packed(self.rows.tensor, self.channels, self.recent)
+        return ref.dense_keys(packed, self.floor, self.length, self.length)
+
+    def map_batch(self, f: Callable[[Tensor], Tensor]) -> GrowingKeys:
+        return replace(self, rows=self.rows.map(f), channels=f(self.channels), recent=f(self.recent))
+
+    def crop(self, length: int) -> GrowingKeys:
+        """The first ``length`` tokens, sharing the rows; tokens that have left the window stay pruned."""
+        return replace(self, length=length, floor=min(self.floor, length))
+
+    def reserve(self, n_new: int) -> GrowingKeys:
+        """This store, or one with the same tokens whose rows and ring take ``n_new`` more in place."""
+        rows = _room(self, n_new)
+        recent = self.recent
+        if not self.spec.prune_generated:
+            recent = self._ring_with_room(n_new)
+        if rows is self.rows and recent is self.recent:
+            return self
+        return replace(self, rows=rows, recent=recent)
+
+    def _ring_with_room(self, n_new: int) -> Tensor:
+        needed = self.length + n_new - self.floor
+        if needed < self.recent.shape[2]:  # a full ring is a window again, and would let go of its oldest token
+            return self.recent
+        positions = ref.ring_positions(self.length, capacity_for(needed), self.device)
+        return self.recent.index_select(2, positions % self.recent.shape[2])
+
+    def appended(self, recent: Tensor, n_new: int) -> GrowingKeys:
+        """The store after a call wrote ``n_new`` rows in place and handed back the new ring."""
+        length = self.length + n_new
+        floor = max(self.floor, length - self.spec.whole_tokens(recent.shape[2]))
+        return replace(self, recent=recent, length=length, floor=floor)
+
+    def append(self, k_new: Tensor) -> GrowingKeys:
+        """The store with ``k_new`` [B, H, N, D] behind its tokens, outside of any graph."""
+        room = self.reserve(k_new.shape[2])
+        ref.append_rows(room.rows.tensor, ref.narrow_rows(k_new, room.channels), self.length)
+        return room.appended(ref.advance_ring(room.recent, k_new, self.length), k_new.shape[2])
+
+
+@dataclass(eq=False)
+class GrowingValues(Store):
+    """Whole values of a growing cache."""
+
+    rows: Rows  # [B, H, C, Dv]
+    length: int
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.rows.tensor
+
+    def dense(self) -> Tensor:
+        return self.rows.tensor[:, :, : self.length].clone()
+
+    def map_batch(self, f: Callable[[Tensor], Tensor]) -> GrowingValues:
+        return replace(self, rows=self.rows.map(f))
+
+    def crop(self, length: int) -> GrowingValues:
+        """The first ``length`` tokens, sharing the rows."""
+        return replace(self, length=length)
+
+    def reserve(self, n_new: int) -> GrowingValues:
+        """This store, or one with the same tokens whose rows take ``n_new`` more in place."""
+        rows = _room(self, n_new)
+        return self if rows is self.rows else replace(self, rows=rows)
+
+    def appended(self, n_new: int) -> GrowingValues:
+        """The store after a call wrote ``n_new`` rows in place."""
+        return replace(self, length=self.length + n_new)
+
+    def append(self, v_new: Tensor) -> GrowingValues:
+        """The store with ``v_new`` [B, H, N, Dv] behind its tokens, outside of any graph."""
+        room = self.reserve(v_new.shape[2])
+        ref.append_rows(room.rows.tensor, v_new, self.length)
+        return room.appended(v_new.shape[2])
+
+
+@dataclass(eq=False)
+class FixedKeys(Store):
+    """Pruned keys of a cache of fixed size; ``progress`` is [floor, length written], on the device."""
+
+    rows: Rows  # [B, H, C, T]
+    channels: Tensor  # [B, H, T]
+    recent: Tensor  # [B, H, R, D]
+    progress: Tensor  # [2] int64
+    spec: LayerSpec
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        return self.rows.capacity
+
+    @property
+    def width(self) -> int:
+        return self.recent.shape[-1]
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.rows.tensor, self.channels, self.recent, self.progress)
+
+    def dense(self) -> Tensor:
+        packed = ref.Packed(self.rows.tensor, self.channels, self.recent)
+        return ref.dense_keys(packed, self.progress[0], self.progress[1], self.length)
+
+    def map_batch(self, f: Callable[[Tensor], Tensor]) -> FixedKeys:
+        return replace(
+            self,
+            rows=self.rows.map(f),
+            channels=f(self.channels),
+            recent=f(self.recent),
+            progress=self.progress.clone(),
+        )
+
+    def to(self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool = False) -> FixedKeys:
+        moved = super().to(device, dtype, non_blocking)
+        assert isinstance(moved, FixedKeys)
+        return replace(moved, progress=self.progress.to(device, copy=True))
+
+    def clear(self) -> None:
+        """Forget every token; the next call writes from position 0 and chooses its channels anew."""
+        for tensor in (self.rows.tensor, self.recent, self.progress):
+            tensor.zero_()
+
+
+@dataclass(eq=False)
+class FixedValues(Store):
+    """Whole values of a cache of fixed size."""
+
+    rows: Rows  # [B, H, C, Dv]
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        return self.rows.capacity
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.rows.tensor
+
+    def dense(self) -> Tensor:
+        return self.rows.tensor.clone()
+
+    def map_batch(self, f: Callable[[Tensor], Tensor]) -> FixedValues:
+        return replace(self, rows=self.rows.map(f))
+
+    def clear(self) -> None:
+        """Zero every row."""
+        self.rows.tensor.zero_()
+
+
+@dataclass(eq=False)
+class Dense(Store):
+    """A plain tensor in canonical axes: what a handle holds after an operation that no packed form can express."""
+
+    rows: Rows
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        return self.rows.capacity
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.rows.tensor
+
+    def dense(self) -> Tensor:
+        return self.rows.tensor
+
+    def map_batch(self, f: Callable[[Tensor], Tensor]) -> Dense:
+        return replace(self, rows=self.rows.map(f))
