@@ -188,7 +188,7 @@ def test_restore_then_wrap_again():
 
 
 def test_a_cache_outlives_restore():
-    """A cache made while wrapped stays packed and goes on; what leaves the window in a call is pruned before it."""
+    """A cache made while wrapped stays packed and goes on."""
     model, ids = wrapped(), tokens(1, 12)
     _, conversation = talk("tuple_cat", model, ids[:, :9], [9])
     restore(model)

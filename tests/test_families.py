@@ -162,7 +162,6 @@ def life(trio: Trio, batch: int) -> None:
     trio.check_caches()
 
 
-@pytest.mark.xfail(reason="known bug: wrong logits after several conversations through Inductor", strict=False)
 @torch.no_grad()
 def test_inductor_through_a_life():
     trio = Trio(lowering="inductor")
@@ -207,3 +206,34 @@ def test_inductor_in_low_precision(dtype):
     nothing is pruned, and only the arithmetic is compared."""
     trio = Trio(rules=Rules(0.0), model=hugging_face("llama").to(dtype), lowering="inductor")
     trio.run(tokens(2, 32), [20, *[1] * 9, 3], padding("left", 2, 20))
+
+
+# --------------------------------------------------------------------------------- handles in calls of no graph of ours
+
+
+@pytest.mark.parametrize("prune_generated", [True, False])
+@torch.no_grad()
+def test_a_packed_cache_read_op_by_op(prune_generated):
+    """The model called as it is on a packed cache, as torch does beyond its recompile limit: same logits."""
+    trio = Trio(rules=Rules(0.5, recent=4, prune_generated=prune_generated))
+    trio.run(tokens(2, 27), [20, 1, 1, 5])
+    call = trio.model._compiled_call_impl
+    for new in (1, 1, 3, 1, 9, 1):
+        trio.model._compiled_call_impl = None
+        trio.step(tokens(2, new))
+        trio.model._compiled_call_impl = call
+        trio.run(tokens(2, 2), [1, 1])
+    trio.check_handles(layers_of(trio))
+
+
+@torch.no_grad()
+def test_many_conversations_stay_compiled():
+    """More kinds of calls than torch compiles by its own limit."""
+    trio = Trio()
+    for batch in (1, 2):
+        for prompt in (1, 2, 17):
+            for side in ("none", "left"):
+                trio.begin()
+                trio.run(tokens(batch, prompt + 2), [prompt, 1, 1], padding(side, batch, prompt))
+                trio.check_handles(layers_of(trio))
+    assert report(trio.model).graphs > 8

@@ -59,10 +59,15 @@ class Twin:
         self.dense = self.dense.masked_fill(dropped, 0)
         return self
 
+    def settled(self) -> "Twin":
+        """The window moves at the next append: who appended, reads first."""
+        floor = max(self.floor, self.dense.shape[2] - self.recent)
+        return Twin(self.dense, self.kept, floor, self.recent, self.layout)._prune()
+
     def append(self, new: Tensor) -> "Twin":
-        dense = torch.cat([self.dense, new], 2)
-        floor = max(self.floor, dense.shape[2] - self.recent)
-        return Twin(dense, self.kept, floor, self.recent, self.layout)._prune()
+        settled = self.settled()
+        settled.dense = torch.cat([settled.dense, new], 2)
+        return settled
 
     def crop(self, length: int) -> "Twin":
         dense, floor = self.dense[:, :, :length].clone(), min(self.floor, length)

@@ -163,16 +163,19 @@ def test_window_moves_with_prune_generated(recent, call):
     old = store.dense()[:, :, : store.floor]
     for _ in range(max(3, 60 // call)):
         rows = new(call)
-        store, whole = store.append(rows), torch.cat([whole, rows], 2)
-        got = store.dense()
+        before, store, whole = store, store.append(rows), torch.cat([whole, rows], 2)
+        assert torch.equal(store.dense()[:, :, :-call], before.settled().dense())  # whoever reads next sees the window
+        assert torch.equal(store.dense()[:, :, -call:], rows)
+        settled = store.settled()
+        got = settled.dense()
         floor = max(0, store.length - recent, 12 - recent)
-        assert store.floor == floor
+        assert settled.floor == floor
         assert torch.equal(got[:, :, floor:], whole[:, :, floor:])
         assert torch.equal(got[:, :, : old.shape[2]], old)
         gone = got[:, :, max(0, 12 - recent) : floor]
         expected = whole[:, :, max(0, 12 - recent) : floor].masked_fill(~stays[:, :, None], 0)
         assert torch.equal(gone, expected)
-    assert store.recent.shape[2] == recent + 1
+        assert settled.recent.shape[2] == recent + 1
 
 
 def test_crop_keeps_the_window_where_it_was():

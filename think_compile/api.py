@@ -19,6 +19,10 @@ from think_compile.report import Report
 
 M = TypeVar("M", bound=nn.Module)
 
+# Graphs of one model before torch gives up compiling it and runs it op by op. Torch's own limit of 8 is reached by a
+# few conversations that differ in batch, padding and cache; beyond it no new cache would be pruned.
+MAX_GRAPHS = 64
+
 _backends: weakref.WeakKeyDictionary[nn.Module, Backend] = weakref.WeakKeyDictionary()
 
 
@@ -88,7 +92,8 @@ def _compiled(model: nn.Module, backend: Backend) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         try:
-            result = compiled(*args)
+            with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+                result = compiled(*args)
         except BackendCompilerFailed as failed:
             if isinstance(failed.inner_exception, NothingRewritten):
                 raise failed.inner_exception from None
@@ -119,9 +124,7 @@ def report(model: nn.Module) -> Report:
 def restore(model: M) -> M:
     """Undo :func:`think_compile`; returns the same object.
 
-    Caches made meanwhile keep working and stay packed. Outside of a compiled call the window moves before the
-    attention reads the keys, so that tokens leaving it in a call are read pruned one call early; start a new cache
-    where that matters.
+    Caches made meanwhile keep working and stay packed.
 
     Raises:
         ValueError: the model is not wrapped.

@@ -174,7 +174,8 @@ class Backend:
         self.warn_once(text)
 
     def warn_once(self, text: str) -> None:
-        if text not in self.warned:
+        """Once for each text; ``explain`` does not warn, its report is what was asked for."""
+        if text not in self.warned and not self.dry:
             self.warned.add(text)
             warnings.warn(f"think_compile: {text}", ThinkWarning, stacklevel=2)
 

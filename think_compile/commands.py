@@ -140,6 +140,8 @@ def explain(
         ids = torch.arange(prompt_tokens, device=where["device"]).remainder(vocabulary)[None]  # [1, S]
         report = tc.explain(network, {"input_ids": ids, "use_cache": True}, **options)
         console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+        if strict and report.problems:
+            raise tc.NothingRewritten(f"--strict, and left as it was: {report.problems[0].sentence}")
 
 
 @contextmanager

@@ -346,10 +346,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor | None:
 
 
 def _cat_tokens(handle: Handle, new: list[Tensor]) -> Handle | None:
-    """New tokens behind the cache, outside of any graph of ours: the window has moved already when this is read.
-
-    A compiled call attends before the window moves; an eager ``cat`` cannot know what will read its result.
-    """
+    """New tokens behind the cache, outside of any graph of ours."""
     store = handle.store
     if not isinstance(store, (GrowingKeys, GrowingValues)):
         return None

@@ -38,6 +38,13 @@ class LayerRecord:
     reason: Reason | None
     detail: str
 
+    @property
+    def sentence(self) -> str:
+        """The layer and the reason why it was left alone."""
+        assert self.reason is not None
+        detail = f" [{self.detail}]" if self.detail else ""
+        return f"{self.layer or '(attention)'}: {self.reason.value}{detail}"
+
 
 def rewritten_record(site: CachedAttention, sources: list[str], config: ThinkConfig) -> LayerRecord:
     """The record of a rewritten layer."""
@@ -169,6 +176,11 @@ class Report:
         )
 
     @property
+    def problems(self) -> tuple[LayerRecord, ...]:
+        """What ``strict=True`` raises for: refused layers that keep a cache, or, where nothing was rewritten, all."""
+        return tuple(r for r in self.refused if not self.rewritten or r.reason is not Reason.NOT_CACHED)
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes that the live caches hold, keys and values."""
         return self.stored_key_bytes + self.stored_value_bytes
@@ -188,10 +200,9 @@ class Report:
 
 
 def _line(record: LayerRecord) -> str:
-    name = record.layer or "(attention)"
     if record.reason is not None:
-        detail = f" [{record.detail}]" if record.detail else ""
-        return f"  {name}: left as it was: {record.reason.value}{detail}"
+        return f"  left as it was: {record.sentence}"
+    name = record.layer or "(attention)"
     assert record.kept is not None and record.head_dim is not None
     dropped = 1 - record.kept / record.head_dim
     return (

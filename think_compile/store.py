@@ -156,15 +156,24 @@ class GrowingKeys(Store):
 
     def reserve(self, n_new: int) -> GrowingKeys:
         """This store, or one with the same tokens whose rows and ring take ``n_new`` more in place."""
-        rows = _room(self, n_new)
-        recent = self.recent
-        if not self.spec.prune_generated:
-            recent = self._ring_with_room(n_new)
-        if rows is self.rows and recent is self.recent:
-            return self
-        return replace(self, rows=rows, recent=recent)
+        settled = self.settled()
+        rows = _room(settled, n_new)
+        recent = settled.recent if self.spec.prune_generated else settled.ring_with_room(n_new)
+        if rows is settled.rows and recent is settled.recent:
+            return settled
+        return replace(settled, rows=rows, recent=recent)
 
-    def _ring_with_room(self, n_new: int) -> Tensor:
+    def settled(self) -> GrowingKeys:
+        """This store, or one whose window has moved on: :meth:`append` leaves that to whatever comes next."""
+        rows = self.spec.ring_rows(0)
+        if not self.spec.prune_generated or self.recent.shape[2] == rows:
+            return self
+        positions = ref.ring_positions(self.length, rows, self.device).clamp(min=0)
+        recent = self.recent.index_select(2, positions % self.recent.shape[2])
+        return replace(self, recent=recent, floor=max(self.floor, self.length - self.spec.recent))
+
+    def ring_with_room(self, n_new: int) -> Tensor:
+        """The ring, or a larger copy, in which ``n_new`` more tokens stay beside all that are whole."""
         needed = self.length + n_new - self.floor
         if needed < self.recent.shape[2]:  # a full ring is a window again, and would let go of its oldest token
             return self.recent
@@ -178,10 +187,16 @@ class GrowingKeys(Store):
         return replace(self, recent=recent, length=length, floor=floor)
 
     def append(self, k_new: Tensor) -> GrowingKeys:
-        """The store with ``k_new`` [B, H, N, D] behind its tokens, outside of any graph."""
-        room = self.reserve(k_new.shape[2])
-        ref.append_rows(room.rows.tensor, ref.narrow_rows(k_new, room.channels), self.length)
-        return room.appended(ref.advance_ring(room.recent, k_new, self.length), k_new.shape[2])
+        """The store with ``k_new`` [B, H, N, D] behind its tokens, outside of any graph.
+
+        The window does not move yet: whoever appends reads the result next, and is to see whole keys of all tokens
+        that were whole before, as an attention in a graph does.
+        """
+        n_new = k_new.shape[2]
+        room = self.reserve(n_new)
+        ref.append_rows(room.rows.tensor, ref.narrow_rows(k_new, room.channels), room.length)
+        recent = ref.advance_ring(room.ring_with_room(n_new), k_new, room.length)
+        return replace(room, recent=recent, length=room.length + n_new)
 
 
 @dataclass(eq=False)
