@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -22,7 +21,7 @@ from think_compile.passes.kv_cache import CachedAttention, Findings, find_caches
 from think_compile.passes.normalize import Normalized, normalize
 from think_compile.passes.refusal import Reason, Refused
 from think_compile.passes.rewrite import rewrite
-from think_compile.report import Ledger, Report, refused_record, rewritten_record
+from think_compile.report import Ledger, Report, refused_graph, refused_record, rewritten_record
 from think_compile.runtime import Program, packed_inputs
 from think_compile.store import Store
 
@@ -81,7 +80,11 @@ class Backend:
             self.graphs_refused_for_gradients = True
             self.warn_once(f"called with gradients enabled: {reason}. The call runs exactly, unpruned.")
             return self._plain(gm, example_inputs)
-        normalized = normalize(gm, example_inputs)
+        try:
+            normalized = normalize(gm, example_inputs)
+        except Refused as refused:
+            self._refuse_graph(refused)
+            return self._plain(gm, example_inputs)
         sites = find_attention(normalized.graph_module)
         if not sites:
             return self._plain(gm, example_inputs)
@@ -124,11 +127,11 @@ class Backend:
             place[name] = handle
 
     def _plain(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The graph as the model wrote it; handles that reach it become dense."""
+        """The graph as the model wrote it; handles that reach it see its operations one by one."""
         placeholders = gm.graph.find_nodes(op="placeholder")
         has_handles = any(isinstance(node.meta.get("example_value"), Handle) for node in placeholders)
         if self.config.lowering == "eager" or has_handles or self.dry:
-            return _densified(gm.forward) if has_handles else gm.forward
+            return gm.forward
         from torch._inductor.compile_fx import compile_fx
 
         options = dict(self.config.inductor_options) or None
@@ -136,7 +139,7 @@ class Backend:
 
     def _fall_back(self, gm: GraphModule, error: Exception) -> Callable[..., Any]:
         self.excuse(error)
-        return _densified(gm.forward)
+        return gm.forward
 
     def excuse(self, error: Exception) -> None:
         """Warn of an internal failure, or raise it where falling back is not wanted."""
@@ -149,6 +152,13 @@ class Backend:
         log.debug("internal failure", exc_info=error)
 
     # ---------------------------------------------------------------------------------------------- reporting
+
+    def _refuse_graph(self, refused: Refused) -> None:
+        self.ledger.add([refused_graph(refused)])
+        text = f"a graph of the model was left as it was: {refused.reason.value} [{refused.detail}]"
+        if self.config.strict:
+            raise NothingRewritten(f"strict=True, and {text}")
+        self.warn_once(text)
 
     def _record(self, normalized: Normalized, findings: Findings) -> None:
         records = [rewritten_record(site, normalized.sources, self.config) for site in findings.cached]
@@ -189,13 +199,6 @@ def _sentence(refused: Sequence[tuple[Attention, Refused]]) -> str:
     return "; ".join(f"{len(paths)} layers ({paths[0]}, ...): {reason}" for reason, paths in by_reason.items())
 
 
-def _densified(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        return forward(*pytree.tree_map_only(Handle, lambda h: h.densify(), args))
-
-    return run
-
-
 class CompiledGraph:
     """A graph with rewritten layers, as Dynamo calls it."""
 
@@ -213,7 +216,7 @@ class CompiledGraph:
                 raise  # the caller's own, and nothing that the plain graph would do better
             except Exception as error:
                 self.backend.excuse(error.error if isinstance(error, CompilationFailed) else error)
-                self.plain = _densified(self.gm.forward)
+                self.plain = self.gm.forward
         return self.plain(*args)
 
     def _run(self, args: Sequence[Any]) -> Any:

@@ -56,7 +56,7 @@ def rewritten_record(site: CachedAttention, sources: list[str], config: ThinkCon
         cache="fixed" if site.fixed else "growing",
         source="" if site.past is None else sources[site.past[0]],
         axes="".join(CANONICAL_NAMES[axis] for axis in layout),
-        q_heads=int(site.attention.q.meta["val"].shape[1]),
+        q_heads=site.query_heads,
         kv_heads=int(site.keys.size(1)),
         head_dim=head_dim,
         kept=kept,
@@ -73,19 +73,24 @@ def _why_all(config: ThinkConfig, head_dim: int) -> str:
 
 def refused_record(site: Attention, refused: Refused) -> LayerRecord:
     """The record of a layer that was left alone."""
-    q = site.q.meta["val"]
+    shape = site.q.meta["val"].shape
     return LayerRecord(
         layer=site.path,
         cache="none",
         source="",
         axes="",
-        q_heads=int(q.shape[1]) if q.dim() == 4 else None,
+        q_heads=int(shape[1]) if site.region is None and len(shape) == 4 else None,
         kv_heads=None,
-        head_dim=int(q.shape[-1]),
+        head_dim=int(shape[-1 if site.region is None else site.region.logits.contracted[0]]),
         kept=None,
         reason=refused.reason,
         detail=refused.detail,
     )
+
+
+def refused_graph(refused: Refused) -> LayerRecord:
+    """The record of a graph of which nothing can be told."""
+    return LayerRecord("", "none", "", "", None, None, None, None, refused.reason, refused.detail)
 
 
 def _weight(record: LayerRecord) -> int:

@@ -11,10 +11,11 @@ from torch import SymInt, Tensor
 from think_compile.config import ThinkConfig
 from think_compile.handle import Handle, handle_for
 from think_compile.lower import Dims, Eager, Inductor
-from think_compile.passes import rewrite as rw
+from think_compile.passes import plan
 from think_compile.passes.kv_cache import CachedAttention
 from think_compile.passes.layout import value_of
 from think_compile.passes.normalize import Normalized
+from think_compile.passes.rewrite import layer_spec
 from think_compile.store import (
     FixedKeys,
     FixedValues,
@@ -31,7 +32,7 @@ Replace = Callable[[Any, Handle], None]
 class Program:
     """A rewritten graph and its lowering, for one choice of which handles are packed."""
 
-    def __init__(self, normalized: Normalized, rewritten: rw.Rewritten, config: ThinkConfig) -> None:
+    def __init__(self, normalized: Normalized, rewritten: plan.Rewritten, config: ThinkConfig) -> None:
         self.rewritten = rewritten
         placeholders = normalized.placeholders
         self.written = frozenset(normalized.written)
@@ -58,13 +59,13 @@ class Program:
                 replace(args[index], made.output(what))
             return tuple(made.output(what) for what in self.rewritten.outputs)
 
-    def _fetcher(self, what: rw.Input) -> Callable[[Sequence[Any], dict[int, Any]], Any]:
+    def _fetcher(self, what: plan.Input) -> Callable[[Sequence[Any], dict[int, Any]], Any]:
         """How to get an input of the lowered graph from the caller's inputs and the reserved stores."""
-        if isinstance(what, rw.Passed):
+        if isinstance(what, plan.Passed):
             return _passed(what.index, what.index in self.written)
-        if isinstance(what, rw.FromStore):
+        if isinstance(what, plan.FromStore):
             return _from_store(what.index, what.name)
-        if isinstance(what, rw.PastLength):
+        if isinstance(what, plan.PastLength):
             return lambda args, stores: stores[what.index].length
         return lambda args, stores: max(stores[index].floor for index in what.indices)
 
@@ -94,11 +95,11 @@ def _from_store(index: int, name: str) -> Callable[[Sequence[Any], dict[int, Any
     return fetch
 
 
-def _dims(what: rw.Input, placeholders: Sequence[Any]) -> Dims:
+def _dims(what: plan.Input, placeholders: Sequence[Any]) -> Dims:
     """Which sizes of a lowered graph's input vary."""
-    if isinstance(what, (rw.PastLength, rw.FloorOf)):
+    if isinstance(what, (plan.PastLength, plan.FloorOf)):
         return Dims(number=True)
-    if isinstance(what, rw.FromStore):
+    if isinstance(what, plan.FromStore):
         return Dims(
             what.varying, tuple(f"{what.name}_{axis}" if axis == 2 else f"axis_{axis}" for axis in what.varying)
         )
@@ -125,29 +126,29 @@ class _Made:
         self.args, self.stores, self.counts, self.values, self.number = args, stores, counts, values, number
         self.made: dict[Any, Store] = {}
 
-    def output(self, what: rw.Output) -> Any:
-        if isinstance(what, rw.Returned):
+    def output(self, what: plan.Output) -> Any:
+        if isinstance(what, plan.Returned):
             return self.values[what.position]
-        if isinstance(what, rw.Constant):
+        if isinstance(what, plan.Constant):
             return what.value
-        if isinstance(what, rw.SameHandle):
+        if isinstance(what, plan.SameHandle):
             return self.args[what.index]
-        if isinstance(what, rw.CopiedHandle):
+        if isinstance(what, plan.CopiedHandle):
             return self.args[what.index].with_store(self.stores[what.index])
-        key = (type(what), what.index if isinstance(what, (rw.GrownKeys, rw.GrownValues)) else what.position)
+        key = (type(what), what.index if isinstance(what, (plan.GrownKeys, plan.GrownValues)) else what.position)
         if key not in self.made:
             self.made[key] = self._store(what)
         return handle_for(self.made[key], what.layout)  # type: ignore[arg-type]
 
     def _store(self, what: Any) -> Store:
-        if isinstance(what, rw.GrownKeys):
+        if isinstance(what, plan.GrownKeys):
             recent = self.values[what.position].contiguous()
             return self.stores[what.index].appended(recent, self.counts[what.index])
-        if isinstance(what, rw.GrownValues):
+        if isinstance(what, plan.GrownValues):
             return self.stores[what.index].appended(self.counts[what.index])
-        return self._new_keys(what) if isinstance(what, rw.NewKeys) else self._new_values(what)
+        return self._new_keys(what) if isinstance(what, plan.NewKeys) else self._new_values(what)
 
-    def _new_keys(self, what: rw.NewKeys) -> Store:
+    def _new_keys(self, what: plan.NewKeys) -> Store:
         n = 4 if what.fixed else 3
         pruned, channels, recent, *progress = (t.contiguous() for t in self.values[what.position :][:n])
         if what.fixed:
@@ -155,7 +156,7 @@ class _Made:
         length = self.number(what.length)
         return GrowingKeys(Rows(pruned), channels, recent, length, max(0, length - what.spec.recent), what.spec)
 
-    def _new_values(self, what: rw.NewValues) -> Store:
+    def _new_values(self, what: plan.NewValues) -> Store:
         values = self.values[what.position].contiguous()
         return FixedValues(Rows(values)) if what.fixed else GrowingValues(Rows(values), self.number(what.length))
 
@@ -182,4 +183,4 @@ def _usable(site: CachedAttention, args: Sequence[Any], config: ThinkConfig) -> 
     k, v = keys.store, values.store
     if not (isinstance(k, kinds[0]) and isinstance(v, kinds[1])):
         return False
-    return k.length == v.length and k.spec == rw.layer_spec(site, config)
+    return k.length == v.length and k.spec == layer_spec(site, config)

@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from think_compile.config import ThinkConfig
 from think_compile.kernels import steps
+from think_compile.passes import plan
 from think_compile.passes import rewrite as rw
 from think_compile.passes.attention import find_attention
 from think_compile.passes.kv_cache import find_caches
@@ -107,10 +108,10 @@ def test_first_call_keeps_its_result_and_stores_the_rest():
     _, result = rewritten(first, *inputs)
     values = result.graph_module(*inputs)
     out, keys, vals = result.outputs
-    assert isinstance(out, rw.Returned)
+    assert isinstance(out, plan.Returned)
     assert torch.equal(values[out.position], first(*inputs)[0])
-    assert isinstance(keys, rw.NewKeys)
-    assert isinstance(vals, rw.NewValues)
+    assert isinstance(keys, plan.NewKeys)
+    assert isinstance(vals, plan.NewValues)
     assert (keys.length, keys.fixed, keys.layout) == (N, False, (0, 1, 2, 3))
     pruned, channels, ring = values[keys.position : keys.position + 3]
     assert pruned.shape == (B, H, steps.capacity_for(N), D // 2)
@@ -125,7 +126,7 @@ def test_a_dense_past_makes_a_first_call():
     _, result = rewritten(growing, *inputs)
     assert count(result.graph_module, FIRST) == 1
     assert count(result.graph_module, {SDPA}) == 1
-    assert result.inputs == [rw.Passed(i) for i in range(5)]
+    assert result.inputs == [plan.Passed(i) for i in range(5)]
     values = result.graph_module(*inputs)
     assert torch.equal(values[result.outputs[0].position], growing(*inputs)[0])
     assert result.outputs[1].length == P + N
@@ -134,7 +135,7 @@ def test_a_dense_past_makes_a_first_call():
 def test_a_dense_buffer_is_replaced_not_written():
     normalized, result = rewritten(fixed, *fixed_inputs())
     assert [index for index, _ in result.replaced] == normalized.written == [3, 4]
-    assert isinstance(result.replaced[0][1], rw.NewKeys)
+    assert isinstance(result.replaced[0][1], plan.NewKeys)
     assert count(result.graph_module, {torch.ops.aten.copy_.default}) == 0
     inputs = fixed_inputs()
     before = inputs[3].clone()
@@ -151,10 +152,10 @@ def test_later_call_drops_the_past_and_the_attention():
     assert count(after, {SDPA, torch.ops.aten.cat.default}) == 0
     assert count(after, LATER) == 1
     assert count(after, FIRST) == 0
-    assert not {3, 4} & {what.index for what in result.inputs if isinstance(what, rw.Passed)}
-    stored = {(what.index, what.name) for what in result.inputs if isinstance(what, rw.FromStore)}
+    assert not {3, 4} & {what.index for what in result.inputs if isinstance(what, plan.Passed)}
+    stored = {(what.index, what.name) for what in result.inputs if isinstance(what, plan.FromStore)}
     assert stored == {(3, "rows"), (3, "channels"), (3, "recent"), (4, "rows")}
-    assert isinstance(result.outputs[1], rw.GrownKeys) and isinstance(result.outputs[2], rw.GrownValues)
+    assert isinstance(result.outputs[1], plan.GrownKeys) and isinstance(result.outputs[2], plan.GrownValues)
     assert [index for index, _ in result.appended] == [3, 4]
     assert len(after.graph.find_nodes(op="placeholder")) == len(result.inputs)
     after.graph.lint()
@@ -163,7 +164,7 @@ def test_later_call_drops_the_past_and_the_attention():
 def test_only_one_of_a_pair_packed_makes_a_first_call():
     _, result = rewritten(growing, *qkv(), *past(), packed=(3,))
     assert count(result.graph_module, FIRST) == 1
-    assert rw.Passed(3) in result.inputs
+    assert plan.Passed(3) in result.inputs
 
 
 def test_later_call_on_a_fixed_cache():
@@ -171,16 +172,16 @@ def test_later_call_on_a_fixed_cache():
     after = result.graph_module
     assert count(after, {SDPA, torch.ops.aten.index_copy.default, torch.ops.aten.copy_.default}) == 0
     assert count(after, LATER) == 1
-    stored = {(what.index, what.name) for what in result.inputs if isinstance(what, rw.FromStore)}
+    stored = {(what.index, what.name) for what in result.inputs if isinstance(what, plan.FromStore)}
     assert stored == {(3, "rows"), (3, "channels"), (3, "recent"), (3, "progress"), (4, "rows")}
     assert result.replaced == []
-    assert not any(isinstance(what, rw.FloorOf | rw.PastLength) for what in result.inputs)
+    assert not any(isinstance(what, plan.FloorOf | plan.PastLength) for what in result.inputs)
 
 
 def test_layers_of_one_length_share_its_numbers():
     _, result = rewritten(two_layers, *qkv(), *past(), *past(), packed=(3, 4, 5, 6))
-    floors = [what for what in result.inputs if isinstance(what, rw.FloorOf)]
-    assert floors == [rw.FloorOf((3, 5))]
+    floors = [what for what in result.inputs if isinstance(what, plan.FloorOf)]
+    assert floors == [plan.FloorOf((3, 5))]
     assert count(result.graph_module, LATER) == 2
 
 
@@ -190,7 +191,7 @@ def test_layers_that_are_packed_in_part():
     assert count(result.graph_module, FIRST) == 1
     assert count(result.graph_module, {SDPA}) == 1
     kinds = [type(what) for what in result.outputs]
-    assert kinds == [rw.Returned, rw.GrownKeys, rw.GrownValues, rw.NewKeys, rw.NewValues]
+    assert kinds == [plan.Returned, plan.GrownKeys, plan.GrownValues, plan.NewKeys, plan.NewValues]
 
 
 def test_the_later_call_computes_what_the_model_would_on_pruned_keys():
@@ -202,10 +203,10 @@ def test_the_later_call_computes_what_the_model_would_on_pruned_keys():
     stored = {(3, "rows"): pruned, (3, "channels"): channels, (3, "recent"): ring, (4, "rows"): values}
     given = []
     for what in result.inputs:
-        if isinstance(what, rw.FromStore):
+        if isinstance(what, plan.FromStore):
             given.append(stored[(what.index, what.name)])
         else:
-            given.append((q, k, v)[what.index] if isinstance(what, rw.Passed) else P - 2)
+            given.append((q, k, v)[what.index] if isinstance(what, plan.Passed) else P - 2)
     out = result.graph_module(*given)[result.outputs[0].position]
     kept = torch.zeros(B, H, D, dtype=torch.bool).scatter_(-1, channels, True)
     old = torch.arange(P) < P - 2
@@ -235,7 +236,7 @@ def test_other_written_inputs_are_still_written():
     normalized, result = rewritten(f, *qkv(), *past(), counter, packed=(3, 4))
     assert normalized.written == [5]
     assert count(result.graph_module, {torch.ops.aten.copy_.default}) == 1
-    assert rw.Passed(5) in result.inputs
+    assert plan.Passed(5) in result.inputs
 
 
 def test_what_is_returned_twice_is_stored_once():

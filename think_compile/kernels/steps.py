@@ -142,21 +142,45 @@ def later_call_fixed(
     is_causal: bool,
 ) -> Tensor:
     """Write the new tokens into a fixed cache from ``start`` on and attend: [B, Hq, N, Dv]."""
-    n_new = k_new.shape[2]
     start = torch.as_tensor(start, device=q.device)
+    ref.append_rows(values, v_new, start)
     channels.copy_(ref.rescore_restarted(q, k_new, mask, channels, start, extent, spec.observe))
     ref.append_rows(pruned, ref.narrow_rows(k_new, channels), start)
-    ref.append_rows(values, v_new, start)
     floor = torch.minimum(progress[0], start)
     packed = ref.Packed(pruned, channels, recent)
     scale = default_scale(q, scale)
     out = ref.attend(q, k_new, packed, values, start, floor, extent, mask, scale, is_causal)
-    recent.copy_(ref.advance_ring(recent, k_new, start))
-    length = start + n_new
-    whole = torch.where(start == 0, spec.recent, spec.whole_tokens(recent.shape[2]))  # from 0: a first call
-    floor = torch.maximum(floor, length - whole)
-    progress.copy_(torch.stack([floor, length]))
+    _advance_fixed(k_new, recent, progress, start, floor, spec)
     return out
+
+
+def append_keys_fixed(
+    q: Tensor,
+    k_new: Tensor,
+    mask: Tensor | None,
+    pruned: Tensor,
+    channels: Tensor,
+    recent: Tensor,
+    progress: Tensor,
+    start: Tensor | int,
+    extent: int,
+    spec: LayerSpec,
+) -> None:
+    """Write the new keys into a fixed cache from ``start`` on. To be run once the call has attended."""
+    start = torch.as_tensor(start, device=q.device)
+    channels.copy_(ref.rescore_restarted(q, k_new, mask, channels, start, extent, spec.observe))
+    ref.append_rows(pruned, ref.narrow_rows(k_new, channels), start)
+    _advance_fixed(k_new, recent, progress, start, torch.minimum(progress[0], start), spec)
+
+
+def _advance_fixed(
+    k_new: Tensor, recent: Tensor, progress: Tensor, start: Tensor, floor: Tensor, spec: LayerSpec
+) -> None:
+    """Move a fixed cache's window behind the new tokens."""
+    recent.copy_(ref.advance_ring(recent, k_new, start))
+    length = start + k_new.shape[2]
+    whole = torch.where(start == 0, spec.recent, spec.whole_tokens(recent.shape[2]))  # from 0: a first call
+    progress.copy_(torch.stack([torch.maximum(floor, length - whole), length]))
 
 
 def start_of(positions: Tensor, proven: bool) -> Tensor:
@@ -171,3 +195,88 @@ def laid_out(x: Tensor, order: list[int]) -> Tensor:
     """``x`` with its axes in memory from the outermost to the innermost as ``order`` says."""
     back = sorted(range(len(order)), key=lambda i: order[i])
     return x.permute(order).contiguous().permute(back)
+
+
+# ------------------------------------------------------------------------------- attention that is written out
+
+
+def canonical_queries(q: Tensor, order: tuple[int, ...], k: Tensor) -> Tensor:
+    """[B, Hq, N, D]: query operand ``q``, permuted by ``order``, of keys ``k`` [B, H, S, D]."""
+    q = q.permute(order)
+    return q.reshape(k.shape[0], -1, *q.shape[-2:])
+
+
+def allowed_pairs(mask: Tensor, kind: str) -> Tensor:
+    """Bool, true where a query may attend: ``mask`` added to the logits ("add"), or telling ("allow", "block")."""
+    if kind == "add":
+        return mask > torch.finfo(mask.dtype).min / 2
+    return mask if kind == "allow" else ~mask
+
+
+def canonical_pairs(allowed: Tensor, at: Tensor, logits: Tensor, order: tuple[int, ...], k: Tensor) -> Tensor:
+    """[B, Hq, N, S]: ``allowed`` broadcast to ``at``, which is ``logits`` up to views; ``order`` permutes those."""
+    pairs = allowed.expand(at.shape).reshape(logits.shape).permute(order)
+    return pairs.reshape(k.shape[0], -1, *pairs.shape[-2:])
+
+
+def nonzero_pairs(probabilities: Tensor) -> Tensor:
+    """Bool, true where a query did attend: of an attention whose mask was not recognised."""
+    return probabilities != 0
+
+
+def logits_growing(
+    q: Tensor, k_new: Tensor, pruned: Tensor, channels: Tensor, recent: Tensor, start: int, floor: int
+) -> Tensor:
+    """Q K^T of a later call, unscaled, over past and new tokens: [B, Hq, N, start + N], fp32 at least."""
+    packed = ref.Packed(pruned, channels, recent)
+    return ref.pruned_logits(q, k_new, packed, start, floor, start + k_new.shape[2])
+
+
+def logits_fixed(
+    q: Tensor,
+    k_new: Tensor,
+    pruned: Tensor,
+    channels: Tensor,
+    recent: Tensor,
+    progress: Tensor,
+    start: Tensor | int,
+    extent: int,
+) -> Tensor:
+    """Q K^T of a later call on a fixed cache, unscaled, over its first ``extent`` rows: [B, Hq, N, extent]."""
+    start = torch.as_tensor(start, device=q.device)
+    packed = ref.Packed(pruned, channels, recent)
+    return ref.pruned_logits(q, k_new, packed, start, torch.minimum(progress[0], start), extent)
+
+
+def as_product(
+    logits: Tensor,
+    q: Tensor,
+    order: tuple[int, ...],
+    layout: tuple[int, ...],
+    alpha: float,
+    bias: Tensor | None,
+    beta: float,
+) -> Tensor:
+    """Logits [B, Hq, N, S] as the model's own product has them: axes, dtype, ``alpha * logits + beta * bias``.
+
+    ``q`` is the product's query operand, ``order`` as in :func:`canonical_queries`; ``layout`` permutes the model's
+    logits to batch and head axes, N, S.
+    """
+    back = sorted(range(len(layout)), key=lambda i: layout[i])
+    sizes = q.permute(order).shape[:-1]
+    out = logits.reshape(*sizes, logits.shape[-1]).permute(back)
+    out = out if isinstance(alpha, int) and alpha == 1 else out * alpha
+    out = out if bias is None else out + bias * beta
+    return out.to(q.dtype)
+
+
+def append_values(v_new: Tensor, values: Tensor, start: Tensor | int, growing: bool) -> Tensor:
+    """Write the new values [B, H, N, Dv] in place; the values [B, H, *, Dv]: those written so far, or all rows."""
+    ref.append_rows(values, v_new, start)
+    return values[:, :, : start + v_new.shape[2]] if growing else values
+
+
+def append_keys_growing(k_new: Tensor, pruned: Tensor, channels: Tensor, recent: Tensor, start: int) -> Tensor:
+    """Append the new keys' narrow rows in place; the new ring. To be run once the call has attended."""
+    ref.append_rows(pruned, ref.narrow_rows(k_new, channels), start)
+    return ref.advance_ring(recent, k_new, start)

@@ -7,9 +7,10 @@ What it is called and who holds it does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import Node
@@ -20,9 +21,12 @@ from think_compile.passes.join import JOINS, WRITES, Join, join_of, same_positio
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
 from think_compile.passes.refusal import Reason, Refused, where
+from think_compile.passes.region import Region
+from think_compile.passes.roles import QueryLayout, keeps_order, key_axes, query_layout, usable_masks, value_axes
 
 aten = torch.ops.aten
 CANONICAL_NAMES = "BHSD"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class CacheTensor:
         join: how it was joined.
         outputs: indices of the graph outputs that hold it, with the layout of each.
         extent: how many positions the attention reads.
+        chain: the operations between ``root`` and the attention, in running order.
     """
 
     root: Node
@@ -42,6 +47,12 @@ class CacheTensor:
     join: Join
     outputs: dict[int, tuple[int, ...]]
     extent: Any
+    chain: tuple[Node, ...]
+
+    @property
+    def scales(self) -> list[Node]:
+        """The operations behind the cache that multiply it by one number."""
+        return [node for node in self.chain if lay.layout_input(node) is None and lay.scaled_input(node) is not None]
 
     @property
     def to_canonical(self) -> list[int]:
@@ -62,15 +73,44 @@ class CacheTensor:
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """An attention whose keys and values are proven to be a cache."""
+    """An attention whose keys and values are proven to be a cache.
+
+    ``queries`` tells of a written-out attention how its queries and logits lie.
+    """
 
     attention: Attention
     keys: CacheTensor
     values: CacheTensor
+    queries: QueryLayout | None = None
 
     @property
     def fixed(self) -> bool:
         return self.keys.join.fixed
+
+    @property
+    def query_tokens(self) -> Any:
+        """Queries of the call, N."""
+        return self._query_shape()[2]
+
+    @property
+    def query_heads(self) -> int:
+        """Query heads, Hq."""
+        return int(self._query_shape()[1])
+
+    def is_canonical(self, shape: Sequence[Any]) -> bool:
+        """Whether logits of this shape, the product's own up to views, are [B, Hq, N, *] as they stand."""
+        assert self.queries is not None
+        in_order = self.queries.logits == tuple(range(len(self.queries.logits)))
+        ours = self._query_shape()[:3]
+        return in_order and len(shape) == 4 and all(map(lay.same_size, shape[:3], ours))
+
+    def _query_shape(self) -> list[Any]:
+        shape = self.attention.q.meta["val"].shape
+        if self.queries is None:
+            return list(shape)
+        *others, tokens, channels = (shape[axis] for axis in self.queries.queries)
+        every_head = math.prod(others) // self.keys.size(0)
+        return [self.keys.size(0), every_head, tokens, channels]
 
     @property
     def past(self) -> tuple[int, int] | None:
@@ -99,9 +139,32 @@ def find_caches(normalized: Normalized, sites: Sequence[Attention]) -> Findings:
                 findings.refused.append((site, refused))
             except lay.NotLayout as why:
                 findings.refused.append((site, Refused(Reason.UNKNOWN_LAYOUT, str(why))))
+        _settle_readings(findings)
         _refuse_shared(findings)
         count.matches = len(findings.cached)
     return findings
+
+
+def _settle_readings(findings: Findings) -> None:
+    """Of several readings of one softmax as an attention, the proven one counts; two that are proven are none."""
+    ambiguous = [c for many in _by_softmax(findings.cached, lambda c: c.attention) if len(many) > 1 for c in many]
+    findings.cached = [c for c in findings.cached if c not in ambiguous]
+    refused = [(c.attention, Refused(Reason.AMBIGUOUS, where(c.attention.node))) for c in ambiguous]
+    proven = {c.attention.region.softmax for c in findings.cached if c.attention.region is not None}
+    findings.refused = refused + findings.refused
+    for readings in _by_softmax(findings.refused, lambda r: r[0]):
+        region = readings[0][0].region
+        for other in readings if region is not None and region.softmax in proven else readings[1:]:
+            findings.refused.remove(other)
+
+
+def _by_softmax(found: Sequence[T], site: Callable[[T], Attention]) -> list[list[T]]:
+    groups: dict[Node, list[T]] = {}
+    for one in found:
+        region = site(one).region
+        if region is not None:
+            groups.setdefault(region.softmax, []).append(one)
+    return list(groups.values())
 
 
 def _refuse_shared(findings: Findings) -> None:
@@ -119,42 +182,78 @@ def _prove(normalized: Normalized, site: Attention) -> CachedAttention:
     q, k = site.q.meta["val"], site.k.meta["val"]
     if not (q.is_floating_point() and k.is_floating_point()):
         raise Refused(Reason.NOT_FLOATING, f"{q.dtype}, {k.dtype}")
-    if q.dim() != 4:
+    if site.region is None and q.dim() != 4:
         raise Refused(Reason.UNKNOWN_LAYOUT, f"queries have {q.dim()} axes")
-    keys = _cache_tensor(normalized, site, site.k)
+    keys = _keys(normalized, site)
     try:
-        values = _cache_tensor(normalized, site, site.v)
+        values = _cache_tensor(normalized, site, site.v, _arranger(site, value_axes))
     except Refused as refused:
         if refused.reason is Reason.NOT_CACHED:
             raise Refused(Reason.VALUES_NOT_CACHED, refused.detail) from None
         raise
-    _check_pair(site, keys, values)
-    return CachedAttention(site, keys, values)
+    queries = None if site.region is None else query_layout(site.region, _new_tokens(keys))
+    if site.region is not None and not usable_masks(site.region) and not keeps_order(site.region.axes):
+        raise Refused(Reason.UNKNOWN_LAYOUT, f"probabilities whose axes are moved at {where(site.node)}")
+    found = CachedAttention(site, keys, values, queries)
+    _check_pair(found)
+    return found
 
 
-def _check_pair(site: Attention, keys: CacheTensor, values: CacheTensor) -> None:
+def _keys(normalized: Normalized, site: Attention) -> CacheTensor:
+    """The key cache; behind it the keys may have been multiplied by one number."""
+    arrange = _arranger(site, key_axes)
+    try:
+        return _cache_tensor(normalized, site, site.k, arrange)
+    except Refused as refused:
+        if lay.scaled_input(lay.walk_back(site.k)[0]) is None:
+            raise
+        try:
+            return _cache_tensor(normalized, site, site.k, arrange, scaled=True)
+        except Refused:
+            raise refused from None
+
+
+def _arranger(site: Attention, arrange: Callable[[Region, lay.Axes], lay.Axes]) -> Callable[[lay.Axes], lay.Axes]:
+    """Brings an operand's axes into the order [B, H, S, D]."""
+    region = site.region
+    return (lambda axes: axes) if region is None else (lambda axes: arrange(region, axes))
+
+
+def _new_tokens(tensor: CacheTensor) -> Any:
+    """How many tokens a call brings."""
+    new = tensor.root if tensor.join.new is None else tensor.join.new
+    return new.meta["val"].shape[tensor.axes.index(2)]
+
+
+def _check_pair(site: CachedAttention) -> None:
+    keys, values = site.keys, site.values
     if not lay.same_size(keys.size(1), values.size(1)):
         raise Refused(Reason.HEADS_DIFFER, f"{keys.size(1)} and {values.size(1)}")
     if keys.join.fixed != values.join.fixed or (keys.join.past is None) != (values.join.past is None):
         raise Refused(Reason.VALUES_NOT_CACHED, "they are joined in another way than the keys")
     if keys.join.fixed and not same_positions(keys.join, values.join):
         raise Refused(Reason.VALUES_NOT_CACHED, "they are written at other positions than the keys")
-    n_query = site.q.meta["val"].shape[2]
     for tensor in (keys, values):
-        new = tensor.root if tensor.join.new is None else tensor.join.new
-        n_new = new.meta["val"].shape[tensor.axes.index(2)]
-        if not lay.equal_size(n_new, n_query):
-            raise Refused(Reason.CROSS_ATTENTION, f"{n_query} queries, {n_new} new keys")
+        if not lay.equal_size(_new_tokens(tensor), site.query_tokens):
+            raise Refused(Reason.CROSS_ATTENTION, f"{site.query_tokens} queries, {_new_tokens(tensor)} new keys")
 
 
 # --------------------------------------------------------------------------------------------- one cache tensor
 
 
-def _cache_tensor(normalized: Normalized, site: Attention, operand: Node) -> CacheTensor:
-    root, chain, prefix = _root_of(operand)
+def _cache_tensor(
+    normalized: Normalized,
+    site: Attention,
+    operand: Node,
+    arrange: Callable[[lay.Axes], lay.Axes],
+    *,
+    scaled: bool = False,
+) -> CacheTensor:
+    root, chain, prefix = _root_of(operand, scaled)
     if root.target not in JOINS:
         root, chain = _first_of_rank_4(root, chain)
-    axes, copies_first = _roles(lay.follow(chain, lay.source_axes(root.meta["val"].shape)), root)
+    moved = lay.follow(chain, lay.source_axes(root.meta["val"].shape))
+    axes, copies_first = _roles(arrange(moved), root)
     if copies_first and not lay.same_size(root.meta["val"].shape[axes.index(1)], 1):
         raise Refused(Reason.UNKNOWN_LAYOUT, "the heads are repeated in turn, not each beside its copies")
     outputs = _outputs_holding(normalized, root, axes)
@@ -164,15 +263,15 @@ def _cache_tensor(normalized: Normalized, site: Attention, operand: Node) -> Cac
     _check_readers(root, site)
     if join.past is not None:
         _check_past_readers(normalized.placeholders[join.past], root)
-    return CacheTensor(root, axes, join, outputs, _extent(root, axes, chain, prefix))
+    return CacheTensor(root, axes, join, outputs, _extent(root, axes, chain, prefix), tuple(chain))
 
 
-def _root_of(operand: Node) -> tuple[Node, list[Node], Node | None]:
+def _root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None]:
     """The joined tensor behind an operand, the layout operations between, and the slice that reads a prefix."""
-    root, chain = lay.walk_back(operand)
+    root, chain = lay.walk_back(operand, scaled=scaled)
     if root.target is not aten.slice.Tensor:
         return root, chain, None
-    behind, before = lay.walk_back(root.args[0])
+    behind, before = lay.walk_back(root.args[0], scaled=scaled)
     _, start, _, step = lay.slice_bounds(root)
     if lay.value_of(start) == 0 and step == 1 and behind.target in WRITES:
         return behind, [*before, root, *chain], root
@@ -238,7 +337,7 @@ def _readers(node: Node) -> Iterator[tuple[Node, Node]]:
     for user in node.users:
         if user.target in _LOOKS_AT_SHAPE:
             continue
-        if lay.layout_input(user) is node:
+        if lay.layout_input(user) is node or lay.scaled_input(user) is node:
             yield from _readers(user)
         else:
             yield user, node
@@ -248,11 +347,11 @@ def _check_readers(root: Node, site: Attention) -> None:
     for reader, read in _readers(root):
         if reader.op == "output":
             continue
-        if reader is site.node and read is not site.q and read is not site.mask:
+        if site.reads_keys(reader, read):
             continue
-        if reader.target is aten.slice.Tensor and all(r is site.node for r, _ in _readers(reader)):
+        if reader.target is aten.slice.Tensor and all(site.reads_keys(*r) for r in _readers(reader)):
             continue
-        if reader.target is site.node.target and read in reader.args[1:3]:
+        if reader.target is site.node.target and site.region is None and read in reader.args[1:3]:
             raise Refused(Reason.SHARED, where(reader))
         raise Refused(Reason.KEY_ESCAPES, where(reader))
 

@@ -45,6 +45,7 @@ MOVES = {
     aten.repeat_interleave.self_int,
     aten.slice.Tensor,
 }
+SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 LAYOUT_OPS = VIEWS | SAME | MOVES
 
 
@@ -92,13 +93,36 @@ def layout_input(node: Node) -> Node | None:
     return None
 
 
-def walk_back(node: Node, stop: Node | None = None) -> tuple[Node, list[Node]]:
+def scaled_input(node: Node) -> Node | None:
+    """The tensor that ``node`` multiplies or divides by one number (:func:`scale_of`), or None."""
+    if node.op != "call_function" or node.target not in SCALES:
+        return None
+    tensor, number = node.args[:2]
+    if node.target is aten.mul.Tensor and _is_number(tensor):
+        tensor, number = number, tensor
+    return tensor if isinstance(tensor, Node) and _is_number(number) and not _is_number(tensor) else None
+
+
+def scale_of(node: Node) -> Any:
+    """The number by which a scaling ``node`` multiplies or divides: a constant or a node."""
+    return node.args[0] if node.args[1] is scaled_input(node) else node.args[1]
+
+
+def _is_number(arg: Any) -> bool:
+    value = value_of(arg)
+    return value.dim() == 0 if isinstance(value, torch.Tensor) else isinstance(value, (int, float))
+
+
+def walk_back(node: Node, stop: Node | None = None, *, scaled: bool = False) -> tuple[Node, list[Node]]:
     """The first tensor behind ``node`` that no layout operation made, and those operations in running order.
 
-    Goes no further than ``stop``.
+    Goes no further than ``stop``; with ``scaled`` also through multiplications by one number.
     """
     chain: list[Node] = []
-    while node is not stop and (source := layout_input(node)) is not None:
+    while node is not stop:
+        source = layout_input(node) or (scaled_input(node) if scaled else None)
+        if source is None:
+            break
         chain.append(node)
         node = source
     return node, chain[::-1]
@@ -134,7 +158,7 @@ def _is_everything(end: Any) -> bool:
 def apply(node: Node, axes: Axes) -> Axes:
     """The axes after ``node``, a layout operation on a tensor with ``axes``."""
     target = node.target
-    if target in SAME or target is aten.slice_scatter.default:
+    if target in SAME or target in SCALES or target is aten.slice_scatter.default:
         return axes
     if target in VIEWS:
         return _regroup(axes, node.meta["val"].shape)

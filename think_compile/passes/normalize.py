@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext, tracing
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from think_compile.passes.observe import observed
+from think_compile.passes.refusal import Reason, Refused
 
 
 @dataclass
@@ -41,7 +43,29 @@ class Normalized:
 
 
 def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
-    """Export ``gm``, a graph that Dynamo hands to a backend, with plain tensors in place of tensor subclasses."""
+    """Export ``gm``, a graph that Dynamo hands to a backend, with plain tensors in place of tensor subclasses.
+
+    Raises:
+        Refused: torch cannot export it, because of a control-flow operation in it.
+    """
+    try:
+        return _normalize(gm, example_inputs)
+    except Exception as error:
+        names = sorted({name for node in gm.graph.nodes if (name := _transform(node.target))})
+        if names:
+            raise Refused(Reason.HIGHER_ORDER, f"{', '.join(names)}: {str(error).splitlines()[0]}") from error
+        raise
+
+
+def _transform(target: Any) -> str:
+    """The name of a control-flow operation or of a function transform (vmap and the like), else ""."""
+    if isinstance(target, HigherOrderOperator):
+        return target.name()
+    module = getattr(target, "__module__", None) or ""
+    return f"{target.__name__}" if "_functorch" in module else ""
+
+
+def _normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     placeholders = gm.graph.find_nodes(op="placeholder")
     sources = [_source(node) for node in placeholders]
     with observed("normalize", gm.graph) as count:

@@ -8,9 +8,10 @@ once with them dense.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,141 +20,31 @@ from torch.fx import Graph, GraphModule, Node
 from think_compile.config import ThinkConfig
 from think_compile.kernels import steps
 from think_compile.passes.kv_cache import CachedAttention, CacheTensor
-from think_compile.passes.layout import same_size, stride_order
+from think_compile.passes.layout import same_size, scale_of, stride_order
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
+from think_compile.passes.plan import (
+    Constant,
+    CopiedHandle,
+    FloorOf,
+    FromStore,
+    GrownKeys,
+    GrownValues,
+    Input,
+    NewKeys,
+    NewValues,
+    Output,
+    Passed,
+    PastLength,
+    Returned,
+    Rewritten,
+    SameHandle,
+)
+from think_compile.passes.region import Masking
+from think_compile.passes.roles import usable_masks
 
 aten = torch.ops.aten
-
-
-# ------------------------------------------------------------------------- where the new graph's inputs come from
-
-
-@dataclass(frozen=True)
-class Passed:
-    """Input ``index`` of the caller, as a plain tensor or number."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class FromStore:
-    """A tensor of the store behind the handle at input ``index``; ``varying``: axes whose size is dynamic."""
-
-    index: int
-    name: str
-    varying: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class PastLength:
-    """The token count of the handle at input ``index``."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class FloorOf:
-    """The lowest position with a whole key in the handles at these inputs."""
-
-    indices: tuple[int, ...]
-
-
-Input = Passed | FromStore | PastLength | FloorOf
-
-
-# ------------------------------------------------------------------------ how the caller's outputs are made
-
-
-@dataclass(frozen=True)
-class Returned:
-    """Output ``position`` of the new graph (or a constant)."""
-
-    position: int
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A value that is no tensor of the graph."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class NewKeys:
-    """Packed keys of ``length`` tokens from outputs ``position`` and on: (pruned, channels, recent[, progress])."""
-
-    position: int
-    length: Any
-    fixed: bool
-    layout: tuple[int, ...]
-    spec: steps.LayerSpec
-
-
-@dataclass(frozen=True)
-class NewValues:
-    """Values of ``length`` tokens from output ``position``."""
-
-    position: int
-    length: Any
-    fixed: bool
-    layout: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class GrownKeys:
-    """The handle at input ``index`` with the call's tokens behind it; its new ring is output ``position``."""
-
-    index: int
-    position: int
-    layout: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class GrownValues:
-    """The handle at input ``index`` with the call's tokens behind it."""
-
-    index: int
-    layout: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SameHandle:
-    """The handle at input ``index``, whose store the call has written."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class CopiedHandle:
-    """A new handle on the copy of input ``index``'s store that the call has written: the past itself stays."""
-
-    index: int
-
-
-Output = Returned | Constant | NewKeys | NewValues | GrownKeys | GrownValues | SameHandle | CopiedHandle
-
-
-@dataclass
-class Rewritten:
-    """A rewritten graph.
-
-    Attributes:
-        graph_module: the new graph.
-        inputs: one for each of its placeholders.
-        outputs: one for each of the caller's own outputs.
-        replaced: (input index, its new content): caches that were dense and are handles from now on.
-        appended: inputs whose growing handles take the call's new tokens, with (input index, axis) or the number
-            that tells how many those are.
-        copied: inputs whose fixed handles are written on a copy, since the model does not write to them.
-    """
-
-    graph_module: GraphModule
-    inputs: list[Input]
-    outputs: list[Output]
-    replaced: list[tuple[int, Output]]
-    appended: list[tuple[int, Any]]
-    copied: list[int]
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 
 def layer_spec(site: CachedAttention, config: ThinkConfig) -> steps.LayerSpec:
@@ -193,7 +84,7 @@ class _Rewriter:
         self.made: dict[int, Output] = {}  # output index of the normalized graph -> how it is made
         self.appended: list[tuple[int, Any]] = []
         self.copied: list[int] = []
-        self.floors: dict[Node, list[int]] = {}
+        self.spans: dict[int, tuple[Any, Any]] = {}
 
     def run(self, sites: Sequence[CachedAttention]) -> Rewritten:
         for site in sites:
@@ -236,23 +127,70 @@ class _Rewriter:
             return self.graph.call_function(steps.start_of, (start, join.consecutive))
         return start
 
+    @contextmanager
+    def _behind(self, node: Node) -> Iterator[None]:
+        """Nodes are made after ``node``, in the order in which they are asked for."""
+        with self.graph.inserting_after(node):
+            anchor = self.graph.call_function(operator.getitem, ((), 0))
+        with self.graph.inserting_before(anchor):
+            yield
+        self.graph.erase_node(anchor)
+
+    def _replace(self, node: Node, new: Node) -> None:
+        """``new`` in the place of the caller's ``node``; a later layer may read it as it stands, as its queries say."""
+        old = self._at(node)
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+        self.map[node] = new
+
+    def _queries(self, site: CachedAttention, k: Node) -> Node:
+        """The queries [B, Hq, N, D], multiplied by what the model multiplies its cached keys by."""
+        q = self._at(site.attention.q)
+        if site.queries is not None:
+            q = self.graph.call_function(steps.canonical_queries, (q, site.queries.queries, k))
+        for scale in site.keys.scales:
+            q = self.graph.call_function(scale.target, (q, self._at(scale_of(scale))))
+        return q
+
+    # ------------------------------------------------------------------------------------------------ masks
+
+    def _mask(self, site: CachedAttention, k: Node) -> Any:
+        """What hides positions, broadcast to [B, Hq, N, S]: of a written-out attention all of it, as one bool."""
+        region = site.attention.region
+        if region is None:
+            return self._at(site.attention.mask)
+        masks = [self._allowed(site, masking, k) for masking in usable_masks(region)]
+        if not masks:
+            attended = self.graph.call_function(steps.nonzero_pairs, (self._at(region.output.left),))
+            return self._pairs(site, attended, region.output.left, k)
+        return functools.reduce(lambda a, b: self.graph.call_function(aten.logical_and.default, (a, b)), masks)
+
+    def _allowed(self, site: CachedAttention, masking: Masking, k: Node) -> Node:
+        allowed = self.graph.call_function(steps.allowed_pairs, (self._at(masking.mask), masking.kind))
+        if site.is_canonical(masking.at.meta["val"].shape):
+            return allowed
+        return self._pairs(site, allowed, masking.at, k)
+
+    def _pairs(self, site: CachedAttention, allowed: Node, at: Node, k: Node) -> Node:
+        assert site.attention.region is not None and site.queries is not None
+        logits = self._at(site.attention.region.logits.node)
+        arguments = (allowed, self._at(at), logits, site.queries.logits, k)
+        return self.graph.call_function(steps.canonical_pairs, arguments)
+
     # ------------------------------------------------------------------------------------------- first calls
 
     def _first_call(self, site: CachedAttention) -> None:
         """Behind the untouched attention: score, prune and store the keys; copy the values into their buffer."""
         spec, attention = layer_spec(site, self.config), site.attention
-        with self.graph.inserting_after(self._at(attention.node)):
-            anchor = self.graph.call_function(operator.getitem, ((), 0))  # a place to insert before; erased below
-        with self.graph.inserting_before(anchor):
+        with self._behind(self._at(attention.node)):
             k = self._canonical(self._at(site.keys.root), site.keys)
             v = self._canonical(self._at(site.values.root), site.values)
-            arguments = [self._at(attention.q), k, v, self._at(attention.mask)]
+            arguments = [self._queries(site, k), k, v, self._mask(site, k)]
             if site.fixed:
                 arguments.append(self._start(site))
             step = steps.first_call_fixed if site.fixed else steps.first_call_growing
             stored = self.graph.call_function(step, (*arguments, spec))
             parts = [self.graph.call_function(operator.getitem, (stored, i)) for i in range(5 if site.fixed else 4)]
-        self.graph.erase_node(anchor)
         positions = [self._result(part) for part in parts]
         for index, layout in site.keys.outputs.items():
             self.made[index] = NewKeys(positions[0], site.keys.size(2), site.fixed, layout, spec)
@@ -262,28 +200,93 @@ class _Rewriter:
     # ------------------------------------------------------------------------------------------- later calls
 
     def _later_call(self, site: CachedAttention) -> None:
-        """In the attention's place: append the new rows and attend to the packed store."""
-        attention = site.attention
-        old = self._at(attention.node)
-        with self.graph.inserting_before(old):
-            k_new = self._canonical(self._at(site.keys.join.new), site.keys)
-            v_new = self._canonical(self._at(site.values.join.new), site.values)
-            step = self._attend_fixed if site.fixed else self._attend_growing
-            arguments = (self._at(attention.q), k_new, v_new, self._at(attention.mask))
-            out = step(site, arguments, (self._at(attention.scale), attention.is_causal))
-            value = attention.node.meta["val"]  # later views rely on how the stock attention's output lies in memory
-            out = self.graph.call_function(steps.laid_out, (out, stride_order(value)))
-        out.meta["val"] = value
-        old.replace_all_uses_with(out)
-        self.graph.erase_node(old)
-        self.map[attention.node] = out  # a later layer may read it as it stands, as its queries say
+        """Append the new rows and attend to the packed store."""
+        step = self._attend if site.attention.region is None else self._attend_written_out
+        ring = step(site)
+        if site.fixed:
+            self._leave_fixed(site)
+        else:
+            self._leave_growing(site, self._result(ring))
 
-    def _stored(self, site: CachedAttention, names: Sequence[str]) -> list[Node]:
-        """Inputs for the keys' tensors of these names, then the values."""
+    def _new_rows(self, tensor: CacheTensor) -> Node:
+        return self._canonical(self._at(tensor.join.new), tensor)
+
+    def _attend(self, site: CachedAttention) -> Any:
+        """In the place of the stock attention; the new ring of a growing cache."""
+        attention = site.attention
+        with self.graph.inserting_before(self._at(attention.node)):
+            k_new, v_new = self._new_rows(site.keys), self._new_rows(site.values)
+            arguments = [self._queries(site, k_new), k_new, v_new, self._at(attention.mask)]
+            arguments += [*self._stored_keys(site), self._stored_values(site), *self._span(site)]
+            arguments += [layer_spec(site, self.config)] if site.fixed else []
+            arguments += [self._at(attention.scale), attention.is_causal]
+            step = steps.later_call_fixed if site.fixed else steps.later_call_growing
+            out = self.graph.call_function(step, tuple(arguments))
+            ring = None if site.fixed else self.graph.call_function(operator.getitem, (out, 1))
+            out = out if site.fixed else self.graph.call_function(operator.getitem, (out, 0))
+            out = self._as(out, attention.node)
+        self._replace(attention.node, out)
+        return ring
+
+    def _as(self, out: Node, old: Node) -> Node:
+        """``out`` as ``old`` lies in memory, which later views rely on."""
+        value = old.meta["val"]
+        out = self.graph.call_function(steps.laid_out, (out, stride_order(value)))
+        out.meta["val"] = value
+        return out
+
+    def _attend_written_out(self, site: CachedAttention) -> Any:
+        """The product with the keys becomes one with the packed ones; the values' buffer takes the values' place."""
+        region = site.attention.region
+        assert region is not None
+        stored = self._stored_keys(site)
+        self._replace_values(site)
+        with self.graph.inserting_before(self._at(region.logits.node)):
+            k_new = self._new_rows(site.keys)
+            q = self._queries(site, k_new)
+            step = steps.logits_fixed if site.fixed else steps.logits_growing
+            logits = self.graph.call_function(step, (q, k_new, *stored, *self._span(site)))
+            logits = self._as_product(site, logits)
+        self._replace(region.logits.node, logits)
+        with self._behind(self._at(region.output.node)):
+            span = self._span(site)
+            if not site.fixed:
+                return self.graph.call_function(steps.append_keys_growing, (k_new, *stored, span[0]))
+            arguments = (q, k_new, self._mask(site, k_new), *stored, *span, layer_spec(site, self.config))
+            return self.graph.call_function(steps.append_keys_fixed, arguments)
+
+    def _as_product(self, site: CachedAttention, logits: Node) -> Node:
+        assert site.attention.region is not None and site.queries is not None
+        product, layout = site.attention.region.logits, site.queries
+        formula = (self._at(product.alpha), self._at(product.bias), self._at(product.beta))
+        arguments = (logits, self._at(product.left), layout.queries, layout.logits, *formula)
+        return self._as(self.graph.call_function(steps.as_product, arguments), product.node)
+
+    def _replace_values(self, site: CachedAttention) -> None:
+        """Where the model joins its values: append the new ones in place, and go on with the buffer."""
+        tensor = site.values
+        root = self._at(tensor.root)
+        for node in tensor.chain:
+            if node.target in _VIEWS:  # of a buffer with room to grow, a view may have to copy
+                self._at(node).target = aten.reshape.default
+        with self.graph.inserting_before(root):
+            arguments = (self._new_rows(tensor), self._stored_values(site), self._span(site)[0], not site.fixed)
+            values = self.graph.call_function(steps.append_values, arguments)
+            values = self.graph.call_function(aten.permute.default, (values, list(tensor.axes)))
+        values.meta["val"] = tensor.root.meta["val"]
+        self._replace(tensor.root, values)
+
+    def _stored_keys(self, site: CachedAttention) -> list[Node]:
+        """Inputs for the tensors of the keys' store."""
         assert site.past is not None
-        keys, values = site.past
-        nodes = [self._input(f"{name}_{keys}", FromStore(keys, name, self._varying(site, name))) for name in names]
-        return [*nodes, self._input(f"values_{values}", FromStore(values, "rows", self._varying(site, "rows")))]
+        names = ("rows", "channels", "recent", "progress") if site.fixed else ("rows", "channels", "recent")
+        index = site.past[0]
+        return [self._input(f"{name}_{index}", FromStore(index, name, self._varying(site, name))) for name in names]
+
+    def _stored_values(self, site: CachedAttention) -> Node:
+        assert site.past is not None
+        index = site.past[1]
+        return self._input(f"values_{index}", FromStore(index, "rows", self._varying(site, "rows")))
 
     def _varying(self, site: CachedAttention, name: str) -> tuple[int, ...]:
         """The axes of a store's tensor that vary: batch and heads as the caller's graph says, and what grows."""
@@ -294,36 +297,33 @@ class _Rewriter:
             axes.append(2)
         return () if name == "progress" else tuple(axes)
 
-    def _attend_growing(self, site: CachedAttention, arguments: tuple[Any, ...], tail: tuple[Any, ...]) -> Node:
+    def _span(self, site: CachedAttention) -> tuple[Any, Any]:
+        """(first new position, lowest position with a whole key); of a fixed cache (that, positions read)."""
         assert site.past is not None
-        stored = self._stored(site, ("rows", "channels", "recent"))
-        start = self._past_length(site)
-        floor = self._floor(start, site.past[0])
-        call = (*arguments, *stored, start, floor, *tail)
-        both = self.graph.call_function(steps.later_call_growing, call)
-        out = self.graph.call_function(operator.getitem, (both, 0))
-        recent = self._result(self.graph.call_function(operator.getitem, (both, 1)))
-        n_new = site.attention.q.meta["val"].shape[2]
-        self.appended += [(index, n_new) for index in site.past]
+        if site.fixed:
+            return self._start(site), self._size(site.keys.extent)
+        index = site.past[0]
+        if index not in self.spans:
+            start = self._past_length(site)
+            self.spans[index] = start, self._floor(start, index)
+        return self.spans[index]
+
+    def _leave_growing(self, site: CachedAttention, ring: int) -> None:
+        assert site.past is not None
+        self.appended += [(index, site.query_tokens) for index in site.past]
         for index, layout in site.keys.outputs.items():
-            self.made[index] = GrownKeys(site.past[0], recent, layout)
+            self.made[index] = GrownKeys(site.past[0], ring, layout)
         for index, layout in site.values.outputs.items():
             self.made[index] = GrownValues(site.past[1], layout)
-        return out
 
-    def _attend_fixed(self, site: CachedAttention, arguments: tuple[Any, ...], tail: tuple[Any, ...]) -> Node:
+    def _leave_fixed(self, site: CachedAttention) -> None:
         assert site.past is not None
-        stored = self._stored(site, ("rows", "channels", "recent", "progress"))
-        spec = layer_spec(site, self.config)
-        extent = self._size(site.keys.extent)
-        call = (*arguments, *stored, self._start(site), extent, spec, *tail)
         for tensor, index in zip((site.keys, site.values), site.past, strict=True):
             in_place = index in self.normalized.written
             if not in_place:
                 self.copied.append(index)
             for output in tensor.outputs:
                 self.made[output] = SameHandle(index) if in_place else CopiedHandle(index)
-        return self.graph.call_function(steps.later_call_fixed, call)
 
     def _size(self, size: Any) -> Any:
         """A size as an argument: a number, a node of the graph, or the input that carries the symbol."""

@@ -1,0 +1,187 @@
+"""One architecture through plain and compiled generation: what was rewritten, and how far every logit is off.
+
+The compiled model runs first. Which channels it kept is read off its caches and given to the plain model, whose dense
+keys are then zero-filled by the rules after each call: what is left to differ is rounding. (That the channels are the
+right ones is tested against an oracle of its own, on the models for which one can be written: `oracle.py`.)
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from oracle import worst
+from torch import Tensor, nn
+from transformers import LogitsProcessor
+
+from think_compile import Report, report, think_compile
+from think_compile.handle import Handle
+from think_compile.store import FixedKeys, GrowingKeys
+
+BATCH, PROMPT, NEW = 2, 24, 8
+RULES = {"recent": 4, "observe": 8, "channel_multiple": 1}
+
+
+@dataclass
+class Run:
+    """A generation with forced tokens."""
+
+    logits: Tensor  # [steps, B, V]
+    cache: object
+
+
+@dataclass
+class Outcome:
+    """What came of one architecture.
+
+    Attributes:
+        expected: layers that keep all keys of the whole text, in the plain model's cache.
+        packed: layers whose keys were stored packed.
+        found: the report.
+        error: largest difference of a logit to the zero-filled plain model (to the plain model at ratio 0).
+        natural: the same between the plain model in its precision and in float64 (nan: it has no float64).
+        scale: largest logit.
+    """
+
+    expected: int
+    packed: int
+    found: Report
+    error: float
+    natural: float
+    scale: float
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def right(self) -> bool:
+        """Whether the logits differ by no more than rounding."""
+        budget = 64 * torch.finfo(torch.float32).eps * max(1.0, self.scale)
+        natural = self.natural if self.natural == self.natural else 16 * budget
+        return self.error <= 4 * natural + budget
+
+
+class Forced(LogitsProcessor):
+    """The next token is the given one, whatever the logits say."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids, self.step = ids, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, float("-inf")).scatter_(1, self.ids[:, self.step, None], 0.0)
+        self.step += 1
+        return forced
+
+
+def prompt(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, mask, the tokens forced behind them); the second sequence is padded on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 120, (BATCH, PROMPT + NEW), generator=generator)
+    mask = torch.ones(BATCH, PROMPT, dtype=torch.long)
+    mask[1, :5] = 0
+    return ids[:, :PROMPT], mask, ids[:, PROMPT:]
+
+
+def generate(model: nn.Module, static: bool = False) -> Run:
+    """Generation of NEW tokens from a padded batch."""
+    ids, mask, forced = prompt()
+    model_inputs = {"input_ids": ids, "attention_mask": mask}
+    if getattr(model.config, "is_encoder_decoder", False):
+        model_inputs["decoder_input_ids"] = ids[:, :6].flip(1)
+    out = model.generate(
+        **model_inputs,
+        do_sample=False,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        use_cache=True,
+        pad_token_id=0,
+        logits_processor=[Forced(forced)],
+        output_logits=True,
+        return_dict_in_generate=True,
+        **({"cache_implementation": "static"} if static else {}),
+    )
+    return Run(torch.stack(out.logits), getattr(out, "past_key_values", None))
+
+
+def cache_layers(cache: object) -> list[object]:
+    """The layers of a transformers cache (of an encoder-decoder's: those of its self-attention)."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    return list(getattr(cache, "layers", ()))
+
+
+def full_layers(cache: object) -> list[int]:
+    """The layers that keep a key for every token of the text."""
+    found = []
+    for i, layer in enumerate(cache_layers(cache)):
+        keys = getattr(layer, "keys", None)
+        bounded = getattr(layer, "is_sliding", False)
+        if isinstance(keys, Tensor) and keys.dim() == 4 and not bounded and keys.shape[2] > 1:
+            found.append(i)
+    return found
+
+
+def kept_channels(cache: object) -> dict[int, Tensor]:
+    """Layer -> [B, H, D] bool, of the layers whose keys are packed."""
+    kept = {}
+    for i, layer in enumerate(cache_layers(cache)):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Handle) and isinstance(keys.store, (GrowingKeys, FixedKeys)):
+            store = keys.store
+            mask = torch.zeros(*store.channels.shape[:2], store.width, dtype=torch.bool)
+            kept[i] = mask.scatter_(-1, store.channels, True)
+    return kept
+
+
+@contextmanager
+def zero_filled(model: nn.Module, kept: dict[int, Tensor]) -> Iterator[None]:
+    """The plain model, whose cached keys lose the dropped channels once they leave the window."""
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        layers = cache_layers(getattr(out, "past_key_values", None))
+        for i, mask in kept.items():
+            old = max(0, int(layers[i].get_seq_length()) - RULES["recent"])
+            layers[i].keys[:, :, :old].masked_fill_(~mask[:, :, None], 0)
+        return out
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+@torch.no_grad()
+def try_out(model: nn.Module, ratio: float, *, static: bool = False) -> Outcome:
+    """Generation with the model compiled and plain."""
+    ours = think_compile(copy.deepcopy(model), ratio, lowering="eager", **RULES)
+    got = generate(ours, static)
+    kept = kept_channels(got.cache)
+    with zero_filled(model, kept):
+        same = generate(model, static)
+    natural = _natural(model, kept, same, static)
+    return Outcome(
+        len(full_layers(same.cache)),
+        len(kept),
+        report(ours),
+        worst(got.logits, same.logits),
+        natural,
+        same.logits.abs().max().item(),
+        kept,
+    )
+
+
+def _natural(model: nn.Module, kept: dict[int, Tensor], same: Run, static: bool) -> float:
+    try:
+        wide = copy.deepcopy(model).double()
+        if hasattr(wide, "set_experts_implementation"):
+            wide.set_experts_implementation("batched_mm")  # the default has no float64
+        with zero_filled(wide, kept):
+            exact = generate(wide, static)
+    except Exception:
+        return float("nan")
+    return worst(same.logits, exact.logits)
