@@ -294,7 +294,7 @@ OWN: dict[str, tuple[type[Decoder], type[nn.Module], Callable]] = {
 def own(name: str, seed: int = 0, rows: int = 3) -> Decoder:
     """One of our decoders; module buffers hold `rows` sequences."""
     decoder, attention, _ = OWN[name]
-    if decoder is BufferDecoder:
+    if issubclass(decoder, BufferDecoder):
         attention = functools.partial(attention, rows)
     return randomize(decoder(attention), seed)
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -120,7 +122,8 @@ def buffer_slots(sequence_dim: int) -> Callable:
         count = start if output is None else start + length
         owners = [m for m in model.modules() if hasattr(m, "cache_k")]
         rows = arguments["ids"].shape[0]
-        return [Slot(m, m.cache_k[:rows].movedim(sequence_dim, 2), count) for m in owners]
+        held = [m.cache_k[:rows] if sequence_dim else m.cache_k for m in owners]
+        return [Slot(m, keys.movedim(sequence_dim, 2), count) for m, keys in zip(owners, held, strict=True)]
 
     return slots
 
@@ -249,14 +252,27 @@ def _state_of(slot: Slot) -> State | None:
     return getattr(slot.holder, "oracle_state", None) if slot.count else None
 
 
-def _watch_attention(seen: list[Seen]):
+def tell(q: Tensor, k: Tensor, mask: Tensor | None) -> None:
+    """For attention that is written out in the tests: tells an oracle, if one watches, what it attends with.
+
+    q [B, Hq, N, D], k [B, H, S, D], mask true where attended.
+    """
+
+
+@contextmanager
+def _watch_attention(seen: list[Seen]) -> Iterator[None]:
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def watch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
         seen.append(Seen(query.clone(), key.clone(), attn_mask, is_causal))
         return attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
 
-    return mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", watch)
+    def told(q, k, mask):
+        seen.append(Seen(q.clone(), k.clone(), mask, False))
+
+    ours = mock.patch.object(sys.modules[__name__], "tell", told)
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", watch), ours:
+        yield
 
 
 # ------------------------------------------------------------------ comparing

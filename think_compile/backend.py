@@ -11,13 +11,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from think_compile.config import ThinkConfig
 from think_compile.handle import Handle, LostWrite
 from think_compile.lower import CompilationFailed
 from think_compile.passes.attention import Attention, find_attention
 from think_compile.passes.kv_cache import CachedAttention, Findings, find_caches
+from think_compile.passes.naming import with_full_path
 from think_compile.passes.normalize import Normalized, normalize
 from think_compile.passes.refusal import Reason, Refused
 from think_compile.passes.rewrite import rewrite
@@ -85,7 +86,8 @@ class Backend:
         except Refused as refused:
             self._refuse_graph(refused)
             return self._plain(gm, example_inputs)
-        sites = find_attention(normalized.graph_module)
+        names = self._parameter_names(normalized, example_inputs)
+        sites = [with_full_path(site, names) for site in find_attention(normalized.graph_module)]
         if not sites:
             return self._plain(gm, example_inputs)
         findings = find_caches(normalized, sites)
@@ -95,6 +97,13 @@ class Backend:
         if self.dry or not findings.cached:
             return self._plain(gm, example_inputs)
         return CompiledGraph(self, gm, normalized, findings.cached)
+
+    def _parameter_names(self, normalized: Normalized, example_inputs: Sequence[Any]) -> dict[Node, str]:
+        """The names, in the model, of the graph's inputs that are its parameters."""
+        model = self.model()
+        names = {} if model is None else {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        inputs = zip(normalized.placeholders, example_inputs, strict=True)
+        return {node: names[id(value)] for node, value in inputs if id(value) in names}
 
     def _warn_of_dense_reads(self, normalized: Normalized, findings: Findings, example_inputs: Sequence[Any]) -> None:
         """A cache that an earlier graph packed, and that this one cannot read packed."""

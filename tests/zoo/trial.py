@@ -11,7 +11,7 @@ import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from oracle import worst
@@ -23,6 +23,7 @@ from think_compile.handle import Handle
 from think_compile.store import FixedKeys, GrowingKeys
 
 BATCH, PROMPT, NEW = 2, 24, 8
+Kept = dict[int, Tensor]  # layer -> [B, H, D] bool, of the layers whose keys are packed
 RULES = {"recent": 4, "observe": 8, "channel_multiple": 1}
 
 
@@ -53,7 +54,6 @@ class Outcome:
     error: float
     natural: float
     scale: float
-    kept: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def right(self) -> bool:
@@ -122,8 +122,8 @@ def full_layers(cache: object) -> list[int]:
     return found
 
 
-def kept_channels(cache: object) -> dict[int, Tensor]:
-    """Layer -> [B, H, D] bool, of the layers whose keys are packed."""
+def kept_channels(cache: object) -> Kept:
+    """The channels kept in each packed layer of a cache."""
     kept = {}
     for i, layer in enumerate(cache_layers(cache)):
         keys = getattr(layer, "keys", None)
@@ -135,47 +135,63 @@ def kept_channels(cache: object) -> dict[int, Tensor]:
 
 
 @contextmanager
-def zero_filled(model: nn.Module, kept: dict[int, Tensor]) -> Iterator[None]:
-    """The plain model, whose cached keys lose the dropped channels once they leave the window."""
-    plain = model.forward
+def watched(model: nn.Module) -> Iterator[list[Kept]]:
+    """What is packed before each call of a generation."""
+    seen: list[Kept] = []
+    plain = model.prepare_inputs_for_generation
 
     @functools.wraps(plain)
-    def forward(*args, **kwargs):
-        out = plain(*args, **kwargs)
-        layers = cache_layers(getattr(out, "past_key_values", None))
-        for i, mask in kept.items():
+    def prepare(*args, **kwargs):
+        seen.append(kept_channels(kwargs.get("past_key_values")))
+        return plain(*args, **kwargs)
+
+    model.prepare_inputs_for_generation = prepare
+    try:
+        yield seen
+    finally:
+        del model.prepare_inputs_for_generation
+
+
+@contextmanager
+def zero_filled(model: nn.Module, kept_before: list[Kept]) -> Iterator[None]:
+    """The plain model; before each call, keys that have left the window lose the channels dropped by then."""
+    plain, calls = model.prepare_inputs_for_generation, iter(kept_before)
+
+    @functools.wraps(plain)
+    def prepare(*args, **kwargs):
+        layers = cache_layers(kwargs.get("past_key_values"))
+        for i, mask in next(calls).items():
             old = max(0, int(layers[i].get_seq_length()) - RULES["recent"])
             layers[i].keys[:, :, :old].masked_fill_(~mask[:, :, None], 0)
-        return out
+        return plain(*args, **kwargs)
 
-    model.forward = forward
+    model.prepare_inputs_for_generation = prepare
     try:
         yield
     finally:
-        del model.forward
+        del model.prepare_inputs_for_generation
 
 
 @torch.no_grad()
 def try_out(model: nn.Module, ratio: float, *, static: bool = False) -> Outcome:
     """Generation with the model compiled and plain."""
     ours = think_compile(copy.deepcopy(model), ratio, lowering="eager", **RULES)
-    got = generate(ours, static)
-    kept = kept_channels(got.cache)
+    with watched(ours) as kept:
+        got = generate(ours, static)
     with zero_filled(model, kept):
         same = generate(model, static)
     natural = _natural(model, kept, same, static)
     return Outcome(
         len(full_layers(same.cache)),
-        len(kept),
+        len(kept_channels(got.cache)),
         report(ours),
         worst(got.logits, same.logits),
         natural,
         same.logits.abs().max().item(),
-        kept,
     )
 
 
-def _natural(model: nn.Module, kept: dict[int, Tensor], same: Run, static: bool) -> float:
+def _natural(model: nn.Module, kept: list[Kept], same: Run, static: bool) -> float:
     try:
         wide = copy.deepcopy(model).double()
         if hasattr(wide, "set_experts_implementation"):

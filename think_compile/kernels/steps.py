@@ -213,9 +213,14 @@ def allowed_pairs(mask: Tensor, kind: str) -> Tensor:
     return mask if kind == "allow" else ~mask
 
 
-def canonical_pairs(allowed: Tensor, at: Tensor, logits: Tensor, order: tuple[int, ...], k: Tensor) -> Tensor:
-    """[B, Hq, N, S]: ``allowed`` broadcast to ``at``, which is ``logits`` up to views; ``order`` permutes those."""
-    pairs = allowed.expand(at.shape).reshape(logits.shape).permute(order)
+def canonical_pairs(
+    allowed: Tensor, at: Tensor, back: tuple[int, ...], logits: Tensor, order: tuple[int, ...], k: Tensor
+) -> Tensor:
+    """[B, Hq, N, S]: ``allowed`` broadcast to ``at``, which permuted by ``back`` is ``logits`` up to views.
+
+    ``order`` permutes those to batch and head axes, N, S; ``k`` [B, H, S, D].
+    """
+    pairs = allowed.expand(at.shape).permute(back).reshape(logits.shape).permute(order)
     return pairs.reshape(k.shape[0], -1, *pairs.shape[-2:])
 
 

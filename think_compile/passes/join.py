@@ -41,8 +41,10 @@ class Join:
     consecutive: bool = True
 
 
-def join_of(normalized: Normalized, root: Node, token_axis: int) -> Join:
+def join_of(normalized: Normalized, root: Node, token_axis: int, channel_axis: int) -> Join:
     """How ``root`` was joined along its axis ``token_axis``; raises :class:`Refused` where that is not understood."""
+    if root.target in WRITES and (write := WRITES[root.target](root)) and write.dim % 4 == channel_axis:
+        raise Refused(Reason.CHANNEL_MIXING, where(root))  # keys put together of parts, as latent attention does
     if root.target is aten.cat.default:
         return _join_of_cat(normalized, root, token_axis)
     if root.target in WRITES:

@@ -21,8 +21,8 @@ from think_compile.passes.join import JOINS, WRITES, Join, join_of, same_positio
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
 from think_compile.passes.refusal import Reason, Refused, where
-from think_compile.passes.region import Region
-from think_compile.passes.roles import QueryLayout, keeps_order, key_axes, query_layout, usable_masks, value_axes
+from think_compile.passes.region import Order, Region
+from think_compile.passes.roles import QueryLayout, key_axes, query_layout, to_product_order, usable_masks, value_axes
 
 aten = torch.ops.aten
 CANONICAL_NAMES = "BHSD"
@@ -97,10 +97,11 @@ class CachedAttention:
         """Query heads, Hq."""
         return int(self._query_shape()[1])
 
-    def is_canonical(self, shape: Sequence[Any]) -> bool:
+    def is_canonical(self, shape: Sequence[Any], axes: Order) -> bool:
         """Whether logits of this shape, the product's own up to views, are [B, Hq, N, *] as they stand."""
         assert self.queries is not None
         in_order = self.queries.logits == tuple(range(len(self.queries.logits)))
+        in_order = in_order and to_product_order(axes) == tuple(range(len(axes)))
         ours = self._query_shape()[:3]
         return in_order and len(shape) == 4 and all(map(lay.same_size, shape[:3], ours))
 
@@ -192,7 +193,7 @@ def _prove(normalized: Normalized, site: Attention) -> CachedAttention:
             raise Refused(Reason.VALUES_NOT_CACHED, refused.detail) from None
         raise
     queries = None if site.region is None else query_layout(site.region, _new_tokens(keys))
-    if site.region is not None and not usable_masks(site.region) and not keeps_order(site.region.axes):
+    if site.region is not None and not usable_masks(site.region) and to_product_order(site.region.axes) is None:
         raise Refused(Reason.UNKNOWN_LAYOUT, f"probabilities whose axes are moved at {where(site.node)}")
     found = CachedAttention(site, keys, values, queries)
     _check_pair(found)
@@ -257,7 +258,7 @@ def _cache_tensor(
     if copies_first and not lay.same_size(root.meta["val"].shape[axes.index(1)], 1):
         raise Refused(Reason.UNKNOWN_LAYOUT, "the heads are repeated in turn, not each beside its copies")
     outputs = _outputs_holding(normalized, root, axes)
-    join = join_of(normalized, root, axes.index(2))
+    join = join_of(normalized, root, axes.index(2), axes.index(3))
     if not outputs:
         raise Refused(Reason.NOT_CACHED, where(root))
     _check_readers(root, site)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_export_module
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -48,13 +49,20 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     Raises:
         Refused: torch cannot export it, because of a control-flow operation in it.
     """
+    depth = _transform_depth()
     try:
         return _normalize(gm, example_inputs)
     except Exception as error:
+        while _transform_depth() > depth:  # a vmap that the failure left open
+            torch._C._functorch.pop_dynamic_layer_stack()
         names = sorted({name for node in gm.graph.nodes if (name := _transform(node.target))})
         if names:
             raise Refused(Reason.HIGHER_ORDER, f"{', '.join(names)}: {str(error).splitlines()[0]}") from error
         raise
+
+
+def _transform_depth() -> int:
+    return len(retrieve_all_functorch_interpreters())
 
 
 def _transform(target: Any) -> str:

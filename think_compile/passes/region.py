@@ -17,6 +17,7 @@ from think_compile.passes import layout as lay
 from think_compile.passes.product import Product, product_of
 
 aten = torch.ops.aten
+Order = tuple[tuple[tuple[int, int], ...], ...]  # of each axis the (axis, part) that it is made of, outermost first
 MASKED_BELOW = -1e3  # a fill of at most this hides a position
 
 
@@ -28,13 +29,13 @@ class Masking:
         mask: the tensor; broadcast to the shape of ``at``.
         kind: "add" (float, added), "allow" or "block" (bool).
         at: the masked logits.
-        axes: which axes of the product the axes of ``at`` are.
+        axes: which axes of the product, or parts of them, the axes of ``at`` are.
     """
 
     mask: Node
     kind: str
     at: Node
-    axes: tuple[tuple[int, ...], ...]
+    axes: Order
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Region:
         token_axis: the axis of the logits along which the softmax runs: the keys' tokens.
         output: the product of probabilities (left) and values (right).
         masks: what hides positions, in order.
-        axes: which axes of ``logits`` the axes of the probabilities are, as they enter ``output``.
+        axes: which axes of ``logits``, or parts of them, the axes of the probabilities are, as they enter ``output``.
         dropout: probability.
     """
 
@@ -56,7 +57,7 @@ class Region:
     token_axis: int
     output: Product
     masks: tuple[Masking, ...]
-    axes: tuple[tuple[int, ...], ...]
+    axes: Order
     dropout: float
 
 
@@ -77,8 +78,8 @@ class _Step:
         return atoms[0].axis if len(atoms) == 1 and not atoms[0].part else None
 
     @property
-    def order(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(a.axis for a in atoms if a.axis is not None) for atoms in self.axes)
+    def order(self) -> Order:
+        return tuple(tuple((a.axis, a.part) for a in atoms if a.axis is not None) for atoms in self.axes)
 
 
 def find_regions(graph: Graph) -> list[Region]:
@@ -136,6 +137,8 @@ def _after(user: Node, step: _Step) -> _Step | None:
         return _after_softmax(user, step, user.args[1])
     if user.target is aten.div.Tensor and user.args[0] is step.node and _is_sum_of(user.args[1], step.node):
         return _after_softmax(user, step, _dims(user.args[1])[0])
+    if user.target is aten.exp.default and (dim := _less_its_logsumexp(step.node)) is not None:
+        return _after_softmax(user, step, dim)
     if lay.layout_input(user) is step.node:
         return _moved(user, step)
     if user.target in (aten.cat.default, aten.slice.Tensor):
@@ -171,6 +174,16 @@ def _is_sum_of(node: Any, summed: Node) -> bool:
     return source is exponential and exponential.target is aten.exp.default
 
 
+def _less_its_logsumexp(node: Node) -> int | None:
+    """The axis of the logsumexp that ``node`` is less by, if it is: the softmax written out in another way."""
+    if node.target is not aten.sub.Tensor or not isinstance(node.args[1], Node):
+        return None
+    total, _ = lay.walk_back(node.args[1])
+    if total.target is not aten.logsumexp.default or len(_dims(total)) != 1:
+        return None
+    return _dims(total)[0] if lay.walk_back(total.args[0])[0] is lay.walk_back(node.args[0])[0] else None
+
+
 def _moved(user: Node, step: _Step) -> _Step | None:
     try:
         axes = lay.apply(user, step.axes)
@@ -198,7 +211,7 @@ def _cat_dim(node: Node) -> int:
 def _pointwise(user: Node, step: _Step) -> _Step | None:
     """An operation number by number, possibly with other tensors that are broadcast."""
     is_dropout = user.target in _DROPOUTS
-    if not (is_dropout or torch.Tag.pointwise in getattr(user.target, "tags", ())):
+    if not (is_dropout or _name(user) in _CHOICES or torch.Tag.pointwise in getattr(user.target, "tags", ())):
         return None
     rank, own = user.meta["val"].dim(), len(step.axes)
     axes: lay.Axes = [[lay.Atom(1, None)] for _ in range(rank - own)] + step.axes
@@ -208,19 +221,26 @@ def _pointwise(user: Node, step: _Step) -> _Step | None:
     return replace(after, masks=(*step.masks, *_maskings(user, step.node, after.order)))
 
 
+_CHOICES = ("aten::where", "aten::masked_fill")  # not tagged as pointwise in all their forms
+
+
+def _name(node: Node) -> str:
+    return node.target.name().split(".")[0] if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
 def _probability(node: Node) -> float:
     p, train = node.args[1:3]
     return float(p) if train else 0.0
 
 
-def _maskings(user: Node, logits: Node, axes: tuple[tuple[int, ...], ...]) -> Iterator[Masking]:
+def _maskings(user: Node, logits: Node, axes: Order) -> Iterator[Masking]:
     if user.target is aten.add.Tensor:
         for other in user.args:
             if isinstance(other, Node) and other is not logits and _is_floating(other):
                 yield Masking(other, "add", user, axes)
-    if user.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and _hides(user.args[2]):
+    if _name(user) == "aten::masked_fill" and _hides(user.args[2]):
         yield Masking(user.args[1], "block", user, axes)
-    if str(user.target).startswith("aten.where."):
+    if _name(user) == "aten::where" and len(user.args) == 3:
         condition, chosen, other = user.args
         if chosen is logits and _hides(other):
             yield Masking(condition, "allow", user, axes)

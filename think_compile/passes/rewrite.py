@@ -40,8 +40,8 @@ from think_compile.passes.plan import (
     Rewritten,
     SameHandle,
 )
-from think_compile.passes.region import Masking
-from think_compile.passes.roles import usable_masks
+from think_compile.passes.region import Masking, Order
+from think_compile.passes.roles import to_product_order, usable_masks
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
@@ -162,19 +162,19 @@ class _Rewriter:
         masks = [self._allowed(site, masking, k) for masking in usable_masks(region)]
         if not masks:
             attended = self.graph.call_function(steps.nonzero_pairs, (self._at(region.output.left),))
-            return self._pairs(site, attended, region.output.left, k)
+            return self._pairs(site, attended, region.output.left, region.axes, k)
         return functools.reduce(lambda a, b: self.graph.call_function(aten.logical_and.default, (a, b)), masks)
 
     def _allowed(self, site: CachedAttention, masking: Masking, k: Node) -> Node:
         allowed = self.graph.call_function(steps.allowed_pairs, (self._at(masking.mask), masking.kind))
-        if site.is_canonical(masking.at.meta["val"].shape):
+        if site.is_canonical(masking.at.meta["val"].shape, masking.axes):
             return allowed
-        return self._pairs(site, allowed, masking.at, k)
+        return self._pairs(site, allowed, masking.at, masking.axes, k)
 
-    def _pairs(self, site: CachedAttention, allowed: Node, at: Node, k: Node) -> Node:
+    def _pairs(self, site: CachedAttention, allowed: Node, at: Node, axes: Order, k: Node) -> Node:
         assert site.attention.region is not None and site.queries is not None
         logits = self._at(site.attention.region.logits.node)
-        arguments = (allowed, self._at(at), logits, site.queries.logits, k)
+        arguments = (allowed, self._at(at), to_product_order(axes), logits, site.queries.logits, k)
         return self.graph.call_function(steps.canonical_pairs, arguments)
 
     # ------------------------------------------------------------------------------------------- first calls
@@ -400,6 +400,6 @@ class _Rewriter:
 
 
 def _must_stay(node: Node) -> bool:
-    if node.op in ("placeholder", "output"):
+    if node.op in ("placeholder", "output") or node.target is steps.append_keys_fixed:  # it writes in place
         return True
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

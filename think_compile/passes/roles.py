@@ -13,7 +13,7 @@ from typing import Any
 from think_compile.passes import layout as lay
 from think_compile.passes.product import Product
 from think_compile.passes.refusal import Reason, Refused, where
-from think_compile.passes.region import Masking, Region
+from think_compile.passes.region import Masking, Order, Region
 
 
 @dataclass(frozen=True)
@@ -93,19 +93,22 @@ def _heads_lead(product: Product, others: Sequence[int]) -> bool:
     return alone == sorted(alone)
 
 
-def keeps_order(axes: Sequence[tuple[int, ...]]) -> bool:
-    """Whether axes that views have split or merged are still in the product's order."""
-    flat = [axis for group in axes for axis in group]
-    return flat == sorted(flat)
+def to_product_order(axes: Order) -> tuple[int, ...] | None:
+    """The permutation that brings axes which were moved, split or merged back into the product's order, if one can."""
+    if any(part > 2 for atoms in axes for _, part in atoms):
+        return None  # split again and again
+    order = sorted(range(len(axes)), key=lambda i: axes[i][:1] or ((-1, 0),))
+    flat = [atom for i in order for atom in axes[i]]
+    return tuple(order) if flat == sorted(flat) else None
 
 
 def usable_masks(region: Region) -> list[Masking]:
     """The maskings that can be read in the product's own axes."""
     logits, token = region.logits.node.meta["val"], region.token_axis
-    return [m for m in region.masks if keeps_order(m.axes) and _as_many(m, logits.shape[token], token)]
+    return [m for m in region.masks if to_product_order(m.axes) is not None and _as_many(m, logits.shape[token], token)]
 
 
 def _as_many(masking: Masking, size: Any, token: int) -> bool:
     """Whether the masked logits have as many columns as the product: no sink is among them yet."""
-    dims = [dim for dim, axes in enumerate(masking.axes) if token in axes]
+    dims = [dim for dim, axes in enumerate(masking.axes) if (token, 0) in axes]
     return len(dims) == 1 and lay.same_size(masking.at.meta["val"].shape[dims[0]], size)

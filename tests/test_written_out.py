@@ -1,0 +1,64 @@
+"""Attention without the stock operation, in many styles, against the oracle."""
+
+import pytest
+import torch
+from compare import Rules, Trio, padding, tokens
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from written_out import CACHES, EXTRAS, LAYOUTS, MASKS, PRODUCTS, SOFTMAXES, Style, every_choice, register
+
+from think_compile import report
+
+STYLES = st.builds(
+    Style,
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    product=st.sampled_from(PRODUCTS),
+    mask=st.sampled_from(MASKS),
+    softmax=st.sampled_from(SOFTMAXES),
+    extra=st.sampled_from(EXTRAS),
+    cache=st.sampled_from(CACHES),
+)
+
+
+RULES = Rules()
+
+
+def follow(style: Style, *, lowering: str = "eager", padded: str = "left", rules: Rules = RULES) -> None:
+    """A conversation of several calls, with every cache compared; the layer must have been rewritten."""
+    trio = Trio(register(style), rules, rows=3, lowering=lowering)
+    real = padding("none" if style.mask == "none" else padded, 3, 20)
+    trio.run(tokens(3, 30), [20, 1, 1, 5, 1, 1, 1], real)
+    assert len(report(trio.model).rewritten) == 1, str(report(trio.model))
+    trio.check_handles(1)
+
+
+@pytest.mark.parametrize("style", every_choice(), ids=str)
+@torch.no_grad()
+def test_each_choice(style):
+    follow(style)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(style=STYLES, side=st.sampled_from(["none", "left", "right"]))
+@torch.no_grad()
+def test_choices_together(style, side):
+    torch._dynamo.reset()
+    follow(style, padded=side, rules=Rules(0.75, recent=3, observe=5))
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(style=STYLES, side=st.sampled_from(["none", "left", "right"]), ratio=st.sampled_from([0.0, 0.3, 0.75]))
+@torch.no_grad()
+def test_more_choices_together(style, side, ratio):
+    torch._dynamo.reset()
+    follow(style, padded=side, rules=Rules(ratio, recent=3, observe=5))
+
+
+INDUCTOR = [Style(product="bmm", mask="masked_fill"), Style(layout="bshd", extra="sink", cache="fixed")]
+
+
+@pytest.mark.parametrize("style", INDUCTOR, ids=str)
+@torch.no_grad()
+def test_inductor(style):
+    follow(style, lowering="inductor")

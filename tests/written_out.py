@@ -1,0 +1,198 @@
+"""Decoders whose attention is written out in products and a softmax, in every style that the tests draw.
+
+Each style is a model of its own in `models`: `register(style)` gives the name under which a `Trio` takes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import models
+import oracle
+import torch
+from models import CAPACITY, BufferDecoder, BufferSession, PastDecoder, PastSession, Projections, dense
+from oracle import buffer_slots, tuple_slots
+from torch import Tensor
+
+LAYOUTS = {"bhsd": (0, 2, 1, 3), "bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3)}  # of the cache, from [B, S, H, D]
+PRODUCTS = ("matmul", "flipped", "bmm", "baddbmm", "einsum", "grouped matmul", "grouped einsum")
+MASKS = ("add", "masked_fill", "where", "none")
+SOFTMAXES = ("softmax", "less its maximum", "of fp32", "written out", "by logsumexp")
+EXTRAS = ("plain", "queries scaled", "keys scaled", "keys of fp32", "softcap", "sink", "bias", "dropout of zero")
+CACHES = ("growing", "fixed")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an attention is written."""
+
+    layout: str = "bhsd"
+    product: str = "matmul"
+    mask: str = "add"
+    softmax: str = "softmax"
+    extra: str = "plain"
+    cache: str = "growing"
+
+    def __str__(self) -> str:
+        return "-".join(vars(self).values()).replace(" ", "_")
+
+
+def logits_of(style: Style, q: Tensor, k: Tensor) -> Tensor:
+    """[B, Hq, N, S] from q [B, Hq, N, D] and k [B, H, S, D]."""
+    batch, heads, new, dim = q.shape
+    group = heads // k.shape[1]
+    if style.product == "grouped matmul":
+        grouped = q.unflatten(1, (-1, group)) @ k[:, :, None].transpose(-1, -2)
+        return grouped.flatten(1, 2)
+    if style.product == "grouped einsum":
+        return torch.einsum("bhgnd,bhsd->bhgns", q.unflatten(1, (-1, group)), k).flatten(1, 2)
+    k = k.repeat_interleave(group, 1)
+    if style.product == "einsum":
+        return torch.einsum("bhnd,bhsd->bhns", q, k)
+    if style.product == "flipped":
+        return (k @ q.transpose(-1, -2)).transpose(-1, -2)
+    if style.product == "matmul":
+        return q @ k.transpose(-1, -2)
+    q, k = q.reshape(batch * heads, new, dim), k.reshape(batch * heads, -1, dim).transpose(1, 2)
+    if style.product == "bmm":
+        return torch.bmm(q, k).view(batch, heads, new, -1)
+    nothing = q.new_zeros(1, 1, 1).expand(batch * heads, new, k.shape[2])
+    return torch.baddbmm(nothing, q, k, beta=0.5, alpha=2.0).view(batch, heads, new, -1) / 2
+
+
+def masked(style: Style, logits: Tensor, mask: Tensor) -> Tensor:
+    """`mask` is true where attended."""
+    lowest = torch.finfo(logits.dtype).min
+    if style.mask == "add":
+        return logits + torch.zeros_like(mask, dtype=logits.dtype).masked_fill(~mask, lowest)
+    if style.mask == "masked_fill":
+        return logits.masked_fill(~mask, -1e9)
+    return torch.where(mask, logits, lowest) if style.mask == "where" else logits
+
+
+def probabilities_of(style: Style, logits: Tensor) -> Tensor:
+    if style.softmax == "softmax":
+        return logits.softmax(-1)
+    if style.softmax == "of fp32":
+        return torch.nn.functional.softmax(logits, dim=-1, dtype=torch.promote_types(torch.float32, logits.dtype))
+    if style.softmax == "by logsumexp":
+        return (logits - logits.logsumexp(-1, keepdim=True)).exp()
+    logits = logits - logits.max(-1, keepdim=True).values
+    if style.softmax == "less its maximum":
+        return logits.softmax(-1)
+    exponential = logits.exp()
+    return exponential / exponential.sum(-1, keepdim=True)
+
+
+class WrittenOut(Projections):
+    """Attention written out in one style."""
+
+    def __init__(self, style: Style, rows: int = 0) -> None:
+        super().__init__()
+        self.style = style
+        if style.cache == "fixed":
+            shape = (rows, CAPACITY, self.kv_heads, self.dim)
+            for name in ("cache_k", "cache_v"):
+                self.register_buffer(name, self.laid(torch.zeros(shape)).contiguous(), persistent=False)
+
+    def laid(self, x: Tensor) -> Tensor:
+        """[B, S, H, D] in the cache's layout."""
+        return x.permute(LAYOUTS[self.style.layout])
+
+    def heads_first(self, x: Tensor) -> Tensor:
+        """A cache tensor as [B, H, S, D]."""
+        back = [LAYOUTS[self.style.layout].index(axis) for axis in range(4)]
+        return x.permute(back).transpose(1, 2)
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Q [B, S, H, D]; keys and values as cached; mask true where attended."""
+        style, scale = self.style, 1 / math.sqrt(self.dim)
+        q, k, v = q.transpose(1, 2), self.heads_first(keys), self.heads_first(values)
+        oracle.tell(q, k, None if style.mask == "none" else mask)
+        logits = self.scaled_logits(q, k, scale)
+        if style.extra == "softcap":
+            logits = 30.0 * torch.tanh(logits / 30.0)
+        if style.extra == "bias":
+            logits = logits - 0.01 * torch.arange(k.shape[2], device=q.device).flip(0)
+        logits = masked(style, logits, mask)
+        if style.extra == "sink":
+            logits = torch.cat([logits, logits.new_ones(*logits.shape[:-1], 1)], dim=-1)
+        probabilities = probabilities_of(style, logits).to(v.dtype)
+        if style.extra == "sink":
+            probabilities = probabilities[..., :-1]
+        if style.extra == "dropout of zero":
+            probabilities = torch.nn.functional.dropout(probabilities, 0.0, training=True)
+        group = q.shape[1] // v.shape[1]
+        return self.merge(probabilities @ v.repeat_interleave(group, 1))
+
+    def scaled_logits(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        extra = self.style.extra
+        if extra == "queries scaled":
+            return logits_of(self.style, q * scale, k)
+        if extra == "keys scaled":
+            return logits_of(self.style, q, k * scale)
+        if extra == "keys of fp32":
+            wide = torch.promote_types(torch.float32, k.dtype)
+            return logits_of(self.style, q.to(wide), k.to(wide)) * scale
+        return logits_of(self.style, q, k) * scale
+
+    def forward(self, x: Tensor, pos: Tensor, *rest: Tensor):
+        q, k, v = self.project(x, pos)
+        k, v = self.laid(k), self.laid(v)
+        axis = LAYOUTS[self.style.layout].index(1)
+        if self.style.cache == "fixed":
+            keys, values = self.cache_k.index_copy_(axis, pos, k), self.cache_v.index_copy_(axis, pos, v)
+            return self.attend(q, keys, values, *rest)
+        past, mask = rest
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=axis), torch.cat([past[1], v], dim=axis)
+        return self.attend(q, k, v, mask), (k, v)
+
+
+class FixedDecoder(BufferDecoder):
+    """One layer of these on a fixed cache."""
+
+    def __init__(self, attention) -> None:
+        super().__init__(attention, layers=1)
+
+
+class GrowingDecoder(PastDecoder):
+    """One layer of these on a growing cache."""
+
+    def __init__(self, attention) -> None:
+        super().__init__(attention, layers=1)
+
+    @property
+    def sequence_dim(self) -> dict:
+        style = self.layers[0].attention.style
+        return {WrittenOut: LAYOUTS[style.layout].index(1)}
+
+
+class WholeBatch:
+    """A session whose cache tensors hold the conversation's rows and no more."""
+
+    def stored(self) -> list[Tensor]:
+        return [self.written(dense(keys)) for keys in self.raw()]
+
+
+def register(style: Style) -> str:
+    """The name of the style's model."""
+    name = str(style)
+    axis = LAYOUTS[style.layout].index(1)
+    fixed = style.cache == "fixed"
+    base = BufferSession if fixed else PastSession
+    slots = buffer_slots(axis) if fixed else tuple_slots(axis)
+    models.OWN[name] = (FixedDecoder if fixed else GrowingDecoder, functools.partial(WrittenOut, style), slots)
+    models.SESSIONS[name] = type("WrittenOutSession", (WholeBatch, base), {"sequence_dim": axis})
+    return name
+
+
+def every_choice() -> list[Style]:
+    """Each choice once beside the defaults; where rows are written at positions, what that meets."""
+    growing = {"layout": LAYOUTS, "product": PRODUCTS, "mask": MASKS, "softmax": SOFTMAXES, "extra": EXTRAS}
+    fixed = {"layout": LAYOUTS, "product": ["bmm", "grouped einsum"], "mask": MASKS}
+    styles = [Style(**{field: choice}) for field, options in growing.items() for choice in options]
+    styles += [Style(**{field: choice}, cache="fixed") for field, options in fixed.items() for choice in options]
+    return list(dict.fromkeys(styles))
