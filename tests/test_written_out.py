@@ -23,11 +23,13 @@ STYLES = st.builds(
 RULES = Rules()
 
 
-def follow(style: Style, *, lowering: str = "eager", padded: str = "left", rules: Rules = RULES) -> None:
+def follow(
+    style: Style, *, lowering: str = "eager", padded: str = "left", rules: Rules = RULES, batch: int = 3
+) -> None:
     """A conversation of several calls, with every cache compared; the layer must have been rewritten."""
-    trio = Trio(register(style), rules, rows=3, lowering=lowering)
-    real = padding("none" if style.mask == "none" else padded, 3, 20)
-    trio.run(tokens(3, 30), [20, 1, 1, 5, 1, 1, 1], real)
+    trio = Trio(register(style), rules, rows=batch, lowering=lowering)
+    real = padding("none" if style.mask == "none" else padded, batch, 20)
+    trio.run(tokens(batch, 30), [20, 1, 1, 5, 1, 1, 1], real)
     assert len(report(trio.model).rewritten) == 1, str(report(trio.model))
     trio.check_handles(1)
 
@@ -36,6 +38,19 @@ def follow(style: Style, *, lowering: str = "eager", padded: str = "left", rules
 @torch.no_grad()
 def test_each_choice(style):
     follow(style)
+
+
+@pytest.mark.parametrize("product", ["bmm", "grouped einsum", "grouped matmul"])
+@torch.no_grad()
+def test_one_sequence(product):
+    """An axis of size one can be lost in views."""
+    follow(Style(product=product), batch=1)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@torch.no_grad()
+def test_generated_tokens_left_whole(cache):
+    follow(Style(product="bmm", cache=cache), rules=Rules(prune_generated=False))
 
 
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -47,7 +62,7 @@ def test_choices_together(style, side):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(style=STYLES, side=st.sampled_from(["none", "left", "right"]), ratio=st.sampled_from([0.0, 0.3, 0.75]))
 @torch.no_grad()
 def test_more_choices_together(style, side, ratio):

@@ -60,17 +60,20 @@ def seq2seq_names() -> list[str]:
 def build(name: str, *, seq2seq: bool = False, seed: int = 0) -> nn.Module:
     """A tiny model of the architecture; it never stops early and leaves compiling to us."""
     known = {} if seq2seq else _known().get(name, {})
-    config = _config(name, known)
     listed = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if seq2seq else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    model_class = getattr(transformers, known.get("class", listed[name]))
     torch.manual_seed(seed)
-    model = randomize(getattr(transformers, known.get("class", listed[name]))(config), seed)
+    try:
+        model = model_class(_config(CONFIG_MAPPING[name], known))
+    except (AttributeError, TypeError, ValueError):  # a part of a larger model has a configuration of its own
+        model = model_class(_config(model_class.config_class, known))
+    model = randomize(model, seed)
     model.generation_config.eos_token_id = None
     model.generation_config.disable_compile = True
     return model
 
 
-def _config(name: str, known: dict) -> transformers.PretrainedConfig:
-    config_class = CONFIG_MAPPING[name]
+def _config(config_class: type, known: dict) -> transformers.PretrainedConfig:
     if known:
         config = config_class(**known["config"])
     else:

@@ -261,6 +261,7 @@ def as_product(
     alpha: float,
     bias: Tensor | None,
     beta: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Logits [B, Hq, N, S] as the model's own product has them: axes, dtype, ``alpha * logits + beta * bias``.
 
@@ -272,7 +273,7 @@ def as_product(
     out = logits.reshape(*sizes, logits.shape[-1]).permute(back)
     out = out if isinstance(alpha, int) and alpha == 1 else out * alpha
     out = out if bias is None else out + bias * beta
-    return out.to(q.dtype)
+    return out.to(dtype)
 
 
 def append_values(v_new: Tensor, values: Tensor, start: Tensor | int, growing: bool) -> Tensor:

@@ -105,8 +105,13 @@ def _regions_from(product: Product) -> Iterator[Region]:
 def _region(product: Product, step: _Step, output: Product) -> Iterator[Region]:
     assert step.softmax is not None and step.token_axis is not None
     oriented = _oriented(product, step.token_axis)
-    if oriented is not None:
+    if oriented is not None and _is_batched(oriented):
         yield Region(step.softmax, oriented, step.token_axis, output, step.masks, step.order, step.dropout)
+
+
+def _is_batched(product: Product) -> bool:
+    """Whether the operands share an axis, as queries and keys share batch and heads; a router and its input do not."""
+    return any(left is not None and right is not None for left, right in product.out)
 
 
 def _oriented(product: Product, token_axis: int) -> Product | None:
@@ -199,7 +204,7 @@ def _lengthened(user: Node, step: _Step) -> _Step | None:
         return None  # the columns would no longer be the tokens' own
     if lay.value_of(lay.slice_bounds(user)[1]) != 0 and user.target is aten.slice.Tensor:
         return None
-    if step.axis_of(dim) is None:
+    if dim % len(step.axes) != len(step.axes) - 1 or step.axis_of(dim) is None:
         return None
     return replace(step, node=user)
 

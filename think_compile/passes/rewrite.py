@@ -259,7 +259,8 @@ class _Rewriter:
         assert site.attention.region is not None and site.queries is not None
         product, layout = site.attention.region.logits, site.queries
         formula = (self._at(product.alpha), self._at(product.bias), self._at(product.beta))
-        arguments = (logits, self._at(product.left), layout.queries, layout.logits, *formula)
+        dtype = product.node.meta["val"].dtype
+        arguments = (logits, self._at(product.left), layout.queries, layout.logits, *formula, dtype)
         return self._as(self.graph.call_function(steps.as_product, arguments), product.node)
 
     def _replace_values(self, site: CachedAttention) -> None:
