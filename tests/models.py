@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 import transformers
-from oracle import buffer_slots, hf_slots, tuple_slots
+from oracle import CACHE, buffer_slots, hf_slots, tuple_slots
 from torch import Tensor, nn
 
 VOCAB = 96
@@ -348,8 +348,8 @@ class HuggingFaceSession(Session):
         self.cache = cache
 
     def call(self, ids: Tensor) -> Tensor:
-        output = self.model(ids, past_key_values=self.cache, attention_mask=self.real, use_cache=True)
-        self.cache = output.past_key_values
+        output = self.model(ids, **{CACHE: self.cache}, attention_mask=self.real, use_cache=True)
+        self.cache = output[CACHE]
         return output.logits
 
     def raw(self) -> list[Tensor]:

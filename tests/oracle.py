@@ -19,7 +19,11 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
+import transformers
 from torch import Tensor, nn
+
+# What transformers calls a cache, in arguments and outputs: it was renamed in 5.24.
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
 
 # ---------------------------------------------------------------- the rules, each a function of plain tensors
 
@@ -89,7 +93,7 @@ class Slot:
 
 def hf_slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
     """Transformers caches, dynamic or static."""
-    cache = arguments.get("past_key_values") if output is None else output.past_key_values
+    cache = arguments.get(CACHE) if output is None else output[CACHE]
     return [_hf_slot(layer) for layer in cache.layers] if cache is not None else []
 
 

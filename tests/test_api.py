@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from compare import tokens
 from models import BufferDecoder, Decoder, PastDecoder, TuplePast, build, own, randomize, session
+from oracle import CACHE
 from torch import nn
 
 import think_compile as tc
@@ -301,7 +302,7 @@ def test_explain_leaves_the_model_unwrapped():
     assert model.generation_config.to_dict() == settings
     with pytest.raises(ValueError, match="not wrapped"):
         report(model)
-    assert not any(isinstance(layer.keys, Handle) for layer in model(tokens(1, 6)).past_key_values.layers)
+    assert not any(isinstance(layer.keys, Handle) for layer in model(tokens(1, 6))[CACHE].layers)
 
 
 def test_explain_of_a_buffer_model_leaves_its_buffers():

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from oracle import CACHE
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from think_compile import report, think_compile
@@ -51,7 +52,7 @@ def generated_code(call) -> str:
 def test_scoring_and_packing_are_fused_triton_kernels(kind):
     model = think_compile(llama(1), 0.5)
     ids = torch.randint(0, 1024, (1, 256), device="cuda")
-    code = generated_code(lambda: model(ids, past_key_values=cache_of(kind, model.config)))
+    code = generated_code(lambda: model(ids, **{CACHE: cache_of(kind, model.config)}))
     kernels = [line for line in code.splitlines() if line.startswith("triton_") and "async_compile" in line]
     names = " ".join(kernel.split(" =")[0] for kernel in kernels)
     assert "pow" in names or "mean" in names or "sum" in names, names  # energies of queries and keys
@@ -65,8 +66,8 @@ def test_the_allocator_confirms_the_stored_bytes(kind):
     model = think_compile(llama(4), 0.5)
     ids = torch.randint(0, 1024, (BATCH, PROMPT), device="cuda")
     warm = cache_of(kind, model.config)
-    model(ids, past_key_values=warm)  # compiles; workspaces are allocated
-    model(ids[:, :1], past_key_values=warm)
+    model(ids, **{CACHE: warm})  # compiles; workspaces are allocated
+    model(ids[:, :1], **{CACHE: warm})
     del warm
     assert_stored_bytes_are_allocated(model, ids, cache_of(kind, model.config))
 
@@ -74,9 +75,9 @@ def test_the_allocator_confirms_the_stored_bytes(kind):
 def assert_stored_bytes_are_allocated(model, ids, cache):
     gc.collect()
     before = torch.cuda.memory_allocated()
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, **{CACHE: cache}, logits_to_keep=1)
     for _ in range(3):
-        model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :1], **{CACHE: cache}, logits_to_keep=1)
     gc.collect()
     allocated = torch.cuda.memory_allocated() - before
     stored = report(model).stored_bytes

@@ -8,7 +8,7 @@ import pytest
 import torch
 from compare import HEAD_DIM, Rules, Trio, padding, tokens
 from models import CAPACITY, VOCAB, hugging_face
-from oracle import Oracle
+from oracle import CACHE, Oracle
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast, StaticCache, pipeline
 
@@ -162,10 +162,10 @@ def test_second_turn(rules, options):
     ids, more = tokens(2, 20), tokens(2, 7)
     turns = []
     for m in (compiled(model, rules), reference(model, rules)):
-        made = {} if not options else {"past_key_values": StaticCache(config=m.config, max_cache_len=CAPACITY)}
+        made = {} if not options else {CACHE: StaticCache(config=m.config, max_cache_len=CAPACITY)}
         first = generate(m, ids, return_dict_in_generate=True, **made)
         prompt = torch.cat([first.sequences, more], dim=1)
-        turns.append((first.sequences, generate(m, prompt, past_key_values=first.past_key_values)))
+        turns.append((first.sequences, generate(m, prompt, **{CACHE: first[CACHE]})))
     assert torch.equal(turns[0][0], turns[1][0])
     assert torch.equal(turns[0][1], turns[1][1])
 
@@ -328,7 +328,7 @@ def test_a_dense_past_is_taken_over():
     ids = tokens(2, 20)
     for talk in trio.sessions:
         model = trio.plain.double() if talk is trio.exact else trio.plain.float()
-        talk.cache = model(ids, use_cache=True).past_key_values
+        talk.cache = model(ids, use_cache=True)[CACHE]
         talk.length = talk.rows = 0
         talk.length, talk.rows = ids.shape[1], ids.shape[0]
     trio.run(tokens(2, 10), [3, 1, 1, 5])
@@ -410,8 +410,8 @@ def test_bad_activations_pass_through(rules, value):
     ids = tokens(2, 26).clamp(min=6)
     ids[0, 8] = 5
     for part in ids.split([20, *[1] * 6], dim=1):
-        outs = [m(part, past_key_values=c) for m, c in zip((ours, expected), caches, strict=True)]
-        caches = [out.past_key_values for out in outs]
+        outs = [m(part, **{CACHE: c}) for m, c in zip((ours, expected), caches, strict=True)]
+        caches = [out[CACHE] for out in outs]
         torch.testing.assert_close(outs[0].logits, outs[1].logits, equal_nan=True, rtol=1e-3, atol=1e-3)
         assert outs[0].logits[1].isfinite().all()
 
@@ -457,7 +457,7 @@ def test_pruning_resumes_after_training():
         ours(tokens(2, 16))
     ours.eval()
     with torch.no_grad():
-        cache = ours(tokens(2, 16), use_cache=True).past_key_values
+        cache = ours(tokens(2, 16), use_cache=True)[CACHE]
     assert all(isinstance(layer.keys, Handle) for layer in cache.layers)
 
 
@@ -508,7 +508,7 @@ def test_two_graphs_for_a_whole_generation(options, side):
 def test_bytes_are_those_of_the_living_caches():
     ours = compiled(hugging_face("llama"), Rules(0.5, recent=4))
     assert report(ours).stored_key_bytes == 0
-    cache = ours(tokens(2, 1024), use_cache=True).past_key_values
+    cache = ours(tokens(2, 1024), use_cache=True)[CACHE]
     found = report(ours)
     dense = 2 * (2 * 2 * 1024 * HEAD_DIM) * 4  # layers, batch x heads x tokens x channels, fp32
     assert found.dense_key_bytes == dense
@@ -536,7 +536,7 @@ def test_restore_gives_the_plain_model_back():
     restore(ours)
     out = generate(ours, ids, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected)
-    assert not any(isinstance(layer.keys, Handle) for layer in out.past_key_values.layers)
+    assert not any(isinstance(layer.keys, Handle) for layer in out[CACHE].layers)
     think_compile(ours, lowering="eager")  # and may be compiled again
 
 

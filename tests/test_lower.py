@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import build
+from oracle import CACHE
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache, StaticCache
 
@@ -32,7 +33,7 @@ def test_steps_growth_and_batches_share_compilations(kind):
         ids = torch.randint(3, 96, (batch, 10 + batch + steps))
         caches = [cache_for(kind, model) for model in (ours, plain)]
         for part in ids.split([10 + batch] + [1] * steps, dim=1):
-            got, want = (m(part, past_key_values=c).logits for m, c in zip((ours, plain), caches, strict=True))
+            got, want = (m(part, **{CACHE: c}).logits for m, c in zip((ours, plain), caches, strict=True))
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert report(ours).graphs <= 4  # a first and a later call, at batch 2 and at any other
     assert all(len(lowered.variants) == 1 for lowered in inductors(ours))

@@ -20,7 +20,7 @@ class Generation:
     tokens: list[int]  # the new ones
     text: str
     seconds: float
-    cache: Any
+    output: Any  # of ``generate``; holds the cache
 
 
 class ConsoleStreamer(TextStreamer):
@@ -50,7 +50,7 @@ def stream_generation(
     tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
     seconds = time.perf_counter() - started
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return Generation(tokens, text, seconds, out.past_key_values)
+    return Generation(tokens, text, seconds, out)
 
 
 def encode(tokenizer: Any, prompt: str, *, chat: bool, device: torch.device) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from oracle import worst
+from oracle import CACHE, worst
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
@@ -102,7 +102,7 @@ def generate(model: nn.Module, static: bool = False) -> Run:
         return_dict_in_generate=True,
         **({"cache_implementation": "static"} if static else {}),
     )
-    return Run(torch.stack(out.logits), getattr(out, "past_key_values", None))
+    return Run(torch.stack(out.logits), getattr(out, CACHE, None))
 
 
 def cache_layers(cache: object) -> list[object]:
@@ -142,7 +142,7 @@ def watched(model: nn.Module) -> Iterator[list[Kept]]:
 
     @functools.wraps(plain)
     def prepare(*args, **kwargs):
-        seen.append(kept_channels(kwargs.get("past_key_values")))
+        seen.append(kept_channels(kwargs.get(CACHE)))
         return plain(*args, **kwargs)
 
     model.prepare_inputs_for_generation = prepare
@@ -159,7 +159,7 @@ def zero_filled(model: nn.Module, kept_before: list[Kept]) -> Iterator[None]:
 
     @functools.wraps(plain)
     def prepare(*args, **kwargs):
-        layers = cache_layers(kwargs.get("past_key_values"))
+        layers = cache_layers(kwargs.get(CACHE))
         for i, mask in next(calls).items():
             old = max(0, int(layers[i].get_seq_length()) - RULES["recent"])
             layers[i].keys[:, :, :old].masked_fill_(~mask[:, :, None], 0)
