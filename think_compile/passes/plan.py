@@ -11,6 +11,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from think_compile.kernels import steps
+from think_compile.kernels.canonical import Layout
 
 # ------------------------------------------------------------------------- where the new graph's inputs come from
 
@@ -72,7 +73,7 @@ class NewKeys:
     position: int
     length: Any
     fixed: bool
-    layout: tuple[int, ...]
+    layout: Layout
     spec: steps.LayerSpec
 
 
@@ -83,7 +84,7 @@ class NewValues:
     position: int
     length: Any
     fixed: bool
-    layout: tuple[int, ...]
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class GrownKeys:
 
     index: int
     position: int
-    layout: tuple[int, ...]
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class GrownValues:
     """The handle at input ``index`` with the call's tokens behind it."""
 
     index: int
-    layout: tuple[int, ...]
+    layout: Layout
 
 
 @dataclass(frozen=True)
