@@ -604,15 +604,6 @@ def test_dropout():
     assert refused(f, *qkv(), *past()) == [Reason.DROPOUT]
 
 
-def test_packed_queries_of_three_axes():
-    def f(q, k, v, pk, pv):
-        k, v = torch.cat([pk, k], 1), torch.cat([pv, v], 1)
-        return F.scaled_dot_product_attention(q, k, v), k, v
-
-    inputs = [torch.randn(B, n, D) for n in (N, N, N, P, P)]
-    assert refused(f, *inputs) == [Reason.UNKNOWN_LAYOUT]
-
-
 # ------------------------------------------------------------------ traps: may be refused, never be wrong
 
 

@@ -62,9 +62,8 @@ def _select_scatter(graph_module: GraphModule, node: Node) -> Node | None:
     if index < 0 and not isinstance(size, int):
         return None
     index = index + size if index < 0 else index
-    if row.target is aten.copy.default and _same_shape(row.args[1], row):  # the row as it is written
-        cast = row.args[1].meta["val"].dtype == row.meta["val"].dtype
-        row = row.args[1] if cast else row
+    if row.target is aten.copy.default:  # the row as it is written
+        row = lay.layout_input(row) or row
     rows = _call(graph_module, node, aten.unsqueeze.default, row, dim)
     return _call(graph_module, node, aten.slice_scatter.default, base, rows, dim, index, index + 1)
 

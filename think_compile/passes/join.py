@@ -123,19 +123,13 @@ def _index_put(node: Node) -> _Write | None:
 def _slice_scatter(node: Node) -> _Write | None:
     base, new = node.args[:2]
     dim, start, _, step = lay.slice_bounds(node, first=2)
-    if new.target is aten.copy.default:  # the rows as they are written: cast and broadcast over what stood there
-        new = new.args[1] if _same_kind(new.args[1], new) else new
+    if new.target is aten.copy.default:  # the rows as they are written
+        new = lay.layout_input(new) or new
     if step != 1 or new.meta["val"].dim() != base.meta["val"].dim():
         return None
     if isinstance(start, int) and start < 0:
         start = base.meta["val"].shape[dim] + start
     return _Write(base, new, dim, start, True)
-
-
-def _same_kind(a: Node, b: Node) -> bool:
-    x, y = a.meta["val"], b.meta["val"]
-    sizes = zip(x.shape, y.shape, strict=False)
-    return x.dtype == y.dtype and x.dim() == y.dim() and all(lay.same_size(m, n) for m, n in sizes)
 
 
 WRITES = {

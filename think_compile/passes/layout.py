@@ -95,11 +95,19 @@ def layout_input(node: Node) -> Node | None:
         return None
     if node.target is aten.slice_scatter.default:  # written over wholly: the result is the written tensor
         return node.args[1] if slice_keeps_all(node, first=2) else None
+    if node.target is aten.copy.default:  # what stood there is gone
+        return node.args[1] if _same_kind(node.args[1], node) else None
     if node.target is aten.slice.Tensor and not slice_keeps_all(node):
         return None
     if node.target in LAYOUT_OPS:
         return node.args[0]
     return None
+
+
+def _same_kind(a: Node, b: Node) -> bool:
+    """Whether two tensors are known to have one shape and one dtype."""
+    x, y = a.meta["val"], b.meta["val"]
+    return x.dtype == y.dtype and x.dim() == y.dim() and all(map(same_size, x.shape, y.shape))
 
 
 def scaled_input(node: Node) -> Node | None:
@@ -167,7 +175,7 @@ def _is_everything(end: Any) -> bool:
 def apply(node: Node, axes: Axes) -> Axes:
     """The axes after ``node``, a layout operation on a tensor with ``axes``."""
     target = node.target
-    if target in SAME or target in SCALES or target is aten.slice_scatter.default:
+    if target in SAME or target in SCALES or target in (aten.slice_scatter.default, aten.copy.default):
         return axes
     if target in VIEWS:
         return _regroup(axes, node.meta["val"].shape)

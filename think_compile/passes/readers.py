@@ -71,7 +71,8 @@ def made_of_cache(normalized: Normalized, node: Node) -> bool:
 
     Tensors of fewer than three axes (positions, masks) are no caches, and what a projection makes is new.
     """
-    outputs = {output for output in normalized.outputs if isinstance(output, Node)}
+    kept = [lay.walk_back(output) for output in normalized.outputs if isinstance(output, Node)]
+    outputs = {node for source, chain in kept for node in (source, *chain)}
     todo, seen = [node], {node}
     while todo:
         node = todo.pop()

@@ -192,6 +192,8 @@ class _Rewriter(Draft):
         for node in {node for reader in readers for node in reader.values.chain}:
             if node.target in _VIEWS:  # of a buffer with room to grow, a view may have to copy
                 self.at(node).target = aten.reshape.default
+            if node.target is aten.copy.default:  # would bring back the tensor that is written over
+                self.at(node).replace_all_uses_with(self.at(node).args[1])
         with self.graph.inserting_before(root):
             arguments = (self._new_rows(tensor), self.stored_values(site), self.span(site)[0], not site.fixed)
             values = self.graph.call_function(steps.append_values, arguments)
