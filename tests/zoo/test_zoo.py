@@ -19,7 +19,8 @@ ALL = [*architectures.causal(), *architectures.seq2seq()]
 
 
 def cases() -> list:
-    return [pytest.param(a, id=str(a), marks=[] if str(a) in FEW else pytest.mark.zoo) for a in ALL]
+    few, others = pytest.mark.oldest, pytest.mark.zoo
+    return [pytest.param(a, id=str(a), marks=few if str(a) in FEW else others) for a in ALL]
 
 
 @pytest.fixture(scope="module")
