@@ -53,7 +53,7 @@ def _projection(name: str, noise: Tensor, generator: torch.Generator) -> Tensor:
         .exp()
         .to(noise.device)
     )
-    return 1.6 * noise * (uneven if transposed else uneven[:, None])
+    return 1.6 * noise * (uneven if transposed else uneven.view(-1, *[1] * (noise.dim() - 1)))
 
 
 # ------------------------------------------------------------------ transformers architectures

@@ -1,13 +1,14 @@
 """The command line on a tiny saved model: what it prints, and one sentence for each kind of bad input."""
 
 import importlib.util
+import re
 import shutil
 import sys
 
 import pytest
 import torch
 from tiny import save_tiny_model
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import Gemma2Config, MistralConfig, MistralForCausalLM, T5Config
 from typer.testing import CliRunner
 
 from think_compile import cli, hf
@@ -43,6 +44,7 @@ def plain_text(folder, prompt, new_tokens):
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
 
 
+@pytest.mark.oldest
 def test_generate_at_ratio_zero_streams_the_plain_text(tiny):
     result = run("generate", tiny, "--prompt", PROMPT, "--ratio", 0, "--max-new-tokens", 40, "--lowering", "eager")
     assert result.exit_code == 0, result.output
@@ -67,6 +69,69 @@ def test_explain_names_each_layer_and_reads_no_weights(tiny, tmp_path):
     assert result.exit_code == 0, result.output
     assert "layers.0" in result.stdout and "layers.1" in result.stdout
     assert "16 of 32" in result.stdout
+
+
+def write_config(folder, config):
+    config.save_pretrained(folder)
+    return folder / "config.json"
+
+
+@pytest.mark.oldest
+def test_explain_of_a_configuration_tells_where_each_cache_lives(tmp_path):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    config = Gemma2Config(
+        **heads, hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=64, sliding_window=16
+    )
+    result = run("explain", "--config", write_config(tmp_path, config), "--lowering", "eager")
+    assert result.exit_code == 0, result.output
+    left, rewritten = (next(li for li in result.stdout.splitlines() if f"layers.{i}." in li) for i in (0, 1))
+    assert re.search(r"growing cache BHSD in \w+\.layers\[1\]\.keys", rewritten)
+    assert "left as it was" in left and "bounded window" in left
+    assert "[aten.slice.Tensor (self.keys = full_key_states" in left  # the line of the model that stopped it
+
+
+def test_explain_of_a_large_configuration_needs_no_room_for_weights(tmp_path):
+    """Its one layer has 34 billion weights."""
+    config = MistralConfig(
+        hidden_size=65536, intermediate_size=65536, num_hidden_layers=1, num_attention_heads=512, vocab_size=64
+    )
+    config.num_key_value_heads, config.head_dim, config.sliding_window = 8, 128, None
+    result = run("explain", "--config", write_config(tmp_path, config), "--lowering", "eager", "--prompt-tokens", 40)
+    assert result.exit_code == 0, result.output
+    assert "512 query and 8 key heads, 64 of 128 channels kept" in result.stdout
+
+
+@pytest.mark.oldest
+def test_explain_of_an_encoder_and_decoder(tmp_path):
+    config = T5Config(d_model=32, d_kv=32, d_ff=32, num_layers=1, num_heads=2, vocab_size=64, decoder_start_token_id=0)
+    result = run("explain", "--config", write_config(tmp_path, config), "--lowering", "eager", "--prompt-tokens", 24)
+    assert result.exit_code == 0, result.output
+    assert "1 layers rewritten, 2 left as they were" in result.stdout
+    assert any("SelfAttention: growing cache" in line for line in result.stdout.splitlines())
+    assert any("left as it was: decoder.block.0.layer.1.EncDecAttention" in li for li in result.stdout.splitlines())
+
+
+def test_explain_of_a_model_whose_code_reads_values(tiny, monkeypatch):
+    """Fake tensors have none: it is explained with random weights."""
+    plain, values = hf._next_token, []
+
+    def next_token(output):
+        values.append(output.logits.sum().item())
+        return plain(output)
+
+    monkeypatch.setattr(hf, "_next_token", next_token)
+    result = run("explain", "--config", f"{tiny}/config.json", "--lowering", "eager", "--prompt-tokens", 8)
+    assert result.exit_code == 0, result.output
+    assert len(values) == 1
+    assert "2 layers rewritten" in result.stdout
+
+
+def test_explain_needs_exactly_one_model(tiny, tmp_path):
+    assert_one_sentence(run("explain"), "exactly one of MODEL and --config")
+    assert_one_sentence(run("explain", tiny, "--config", f"{tiny}/config.json"), "exactly one of MODEL and --config")
+    assert_one_sentence(run("explain", "--config", tmp_path / "none.json"), "none.json")
+    (tmp_path / "config.json").write_text("{}")
+    assert_one_sentence(run("explain", "--config", tmp_path / "config.json"), "cannot load", "config.json")
 
 
 def test_strict_fails_where_a_layer_stays_dense(tmp_path):

@@ -136,20 +136,35 @@ def restore(model: M) -> M:
     return model
 
 
-def explain(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], **options: Any) -> Report:
+Inputs = Mapping[str, Any] | tuple[Any, ...]
+
+
+def explain(
+    model: nn.Module, example_inputs: Inputs, next_inputs: Callable[[Any], Inputs | None] | None = None, **options: Any
+) -> Report:
     """What :func:`think_compile` would do to ``model``, seen from one call with ``example_inputs``.
 
     The call is traced and run once as the model wrote it; nothing is generated, and the model is left unwrapped.
+    A cache that grows has no past in its first call: where it lives, and what a later call does to it, shows in a
+    second one.
 
     Args:
         model: an ``nn.Module``, wrapped or not.
         example_inputs: keyword arguments (a mapping) or positional ones (a tuple) of one call that fills a cache.
+        next_inputs: from what that call returned, the arguments of a second one, or None: no second call.
         **options: as for :func:`think_compile`.
     """
     wrapped = _backends.get(model)
     config = ThinkConfig(**options) if options or wrapped is None else wrapped.config
     backend = Backend(model, dataclasses.replace(config, strict=False), dry=True)  # it tells, and does not raise
-    args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+    call = _compiled(model, backend)
     with torch.no_grad():
-        _compiled(model, backend)(model, args, kwargs)
+        output = call(model, *_arguments(example_inputs))
+        following = None if next_inputs is None else next_inputs(output)
+        if following is not None:
+            call(model, *_arguments(following))
     return backend.report()
+
+
+def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})

@@ -111,7 +111,11 @@ def generate(
 
 @app.command()
 def explain(
-    model: Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A folder, a .gguf file or a hub id.", metavar="MODEL", show_default=False),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A config.json, in place of a model.", show_default=False)] = None,
     ratio: Ratio = DEFAULTS.ratio,
     recent: Recent = DEFAULTS.recent,
     observe: Observe = DEFAULTS.observe,
@@ -125,6 +129,7 @@ def explain(
 ) -> None:
     """Says, layer by layer, what would be rewritten and what not, and why. Reads no weights."""
     with one_line_errors() as console:
+        source = _model_or_config(model, config)
         options = _think_options(
             console,
             lowering,
@@ -135,10 +140,7 @@ def explain(
             strict=strict,
         )
         where = _load_options(device, dtype, trust_remote_code)
-        network = hf.load_config_model(model, **where)
-        vocabulary = network.get_input_embeddings().num_embeddings
-        ids = torch.arange(prompt_tokens, device=where["device"]).remainder(vocabulary)[None]  # [1, S]
-        report = tc.explain(network, {"input_ids": ids, "use_cache": True}, **options)
+        report = hf.explain(source, prompt_tokens, **where, **options)
         console.print(str(report), markup=False, highlight=False, soft_wrap=True)
         if strict and report.problems:
             raise tc.NothingRewritten(f"--strict, and left as it was: {report.problems[0].sentence}")
@@ -197,6 +199,14 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def _model_or_config(model: str | None, config: Path | None) -> str | Path:
+    if (model is None) == (config is None):
+        raise ValueError("give exactly one of MODEL and --config")
+    if config is not None and not config.is_file():
+        raise FileNotFoundError(f"no such file: {config}")
+    return model if model is not None else config  # type: ignore[return-value]
 
 
 def _prompt(text: str | None, file: Path | None) -> str:

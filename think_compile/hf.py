@@ -1,4 +1,4 @@
-"""Loading Hugging Face causal language models from a folder, a GGUF file or a hub id.
+"""Loading and explaining Hugging Face language models: from a folder, a GGUF file, a hub id or a configuration.
 
 A convenience for the command line; nothing in the compiler imports this file.
 """
@@ -6,14 +6,24 @@ A convenience for the command line; nothing in the compiler imports this file.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutput
+
+import think_compile
+from think_compile.report import Report
+
+log = logging.getLogger(__name__)
 
 Source = str | os.PathLike[str]
+CACHE_NAMES = ("cache", "past_key_values")  # of an output's cache: since transformers 5.24, and before
 
 
 def load_model(
@@ -40,28 +50,74 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-def load_config_model(
+def explain(
     source: Source,
+    prompt_tokens: int,
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
-) -> Any:
-    """The model at ``source`` with random weights: reads (or downloads) its configuration and nothing else.
+    **options: Any,
+) -> Report:
+    """What :func:`think_compile.explain` says of ``source``, a model or a ``config.json``: a prompt and one token more.
 
-    Enough for :func:`think_compile.explain`: what can be rewritten does not depend on the weights.
+    Reads (or downloads) the configuration and nothing else. The model's tensors are fake: they have a shape and no
+    memory. Only where its code looks at values in the middle of a call it is built again with random weights.
 
     Raises:
-        OSError, ImportError: as :func:`load_model`.
+        OSError, ImportError: as :func:`load_model`, and if the model does not run on tokens alone.
     """
-    where, options = _locate(source, trust_remote_code)
-    config = _load(source, AutoConfig, where, **options)
+    where, loading = _locate(source, trust_remote_code)
+    config = _load(source, AutoConfig, where, **loading)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the same layers, with plain weights
+
+    def told() -> Report:
+        with torch.device(device):
+            model = _random_model(source, config, dtype, trust_remote_code)
+        return think_compile.explain(model, _prompt_of(model, prompt_tokens), _next_token, **options)
+
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+            return told()
+    except RuntimeError as error:  # of many kinds, as the value may be asked for while tracing, compiling or running
+        log.info("%s cannot run on fake tensors (%s): it gets random weights", type(config).__name__, error)
+    torch._dynamo.reset()  # what it gave up on with fake tensors is compiled again
+    try:
+        return told()
+    except RuntimeError as error:
+        raise OSError(f"cannot run {str(source)!r} from a prompt alone: {_first_line(error)}") from error
+
+
+def _random_model(source: Source, config: Any, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    return model.eval()
+    is_decoder = type(config) in AutoModelForCausalLM._model_mapping or not config.is_encoder_decoder
+    auto_class = AutoModelForCausalLM if is_decoder else AutoModelForSeq2SeqLM
+    try:
+        return auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    except ValueError as error:
+        raise OSError(f"cannot build {str(source)!r}: {_first_line(error)}") from error
+
+
+def _prompt_of(model: Any, tokens: int) -> dict[str, Any]:
+    """Arguments of a call that reads a prompt."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(tokens, device=model.device).remainder(vocabulary)[None]  # [1, S]
+    prompt = {"input_ids": ids, "use_cache": True}
+    # not as long as the encoder's input: the two kinds of attention could not be told apart by their shapes
+    return prompt | {"decoder_input_ids": ids.repeat(1, 2)} if model.config.is_encoder_decoder else prompt
+
+
+def _next_token(output: Any) -> dict[str, Any] | None:
+    """Arguments of the call after one that returned ``output``; None: it returned no cache of keys and values."""
+    name = next((name for name in CACHE_NAMES if output.get(name) is not None), None)
+    if name is None:
+        return None
+    ids = torch.zeros(1, 1, dtype=torch.long, device=output.logits.device)
+    following = {name: output[name], "use_cache": True}
+    if (encoded := output.get("encoder_last_hidden_state")) is not None:
+        return following | {"decoder_input_ids": ids, "encoder_outputs": BaseModelOutput(encoded)}
+    return following | {"input_ids": ids}
 
 
 def _locate(source: Source, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
@@ -94,8 +150,11 @@ def _load(source: Source, auto_class: Any, where: str, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError) as error:
-        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise OSError(f"cannot load {str(source)!r}: {first_line}") from error
+        raise OSError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _forget_quantization(model: Any) -> None:

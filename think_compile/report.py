@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from think_compile.config import ThinkConfig
 from think_compile.kernels.canonical import HEAD, describe
@@ -11,6 +12,13 @@ from think_compile.passes.attention import Attention
 from think_compile.passes.kv_cache import CachedAttention
 from think_compile.passes.refusal import Reason, Refused
 from think_compile.store import FixedKeys, GrowingKeys, Store
+
+# The arguments of the compiled call, and a module's own dictionaries, in the names that a trace gives to its inputs.
+_SPELLINGS = (
+    (r"^L\['kwargs'\]\['(\w+)'\]", r"\1"),
+    (r"^L\['(\w+)'\]", r"\1"),
+    (r"\._(?:modules|buffers)\['(\w+)'\]", r".\1"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,21 @@ class LayerRecord:
     @property
     def sentence(self) -> str:
         """The layer and the reason why it was left alone."""
+        return f"{self.layer or '(attention)'}: {self.why}"
+
+    @property
+    def why(self) -> str:
+        """Why it was left alone, and what in the graph stopped it."""
         assert self.reason is not None
-        detail = f" [{self.detail}]" if self.detail else ""
-        return f"{self.layer or '(attention)'}: {self.reason.value}{detail}"
+        return self.reason.value + (f" [{self.detail}]" if self.detail else "")
+
+    @property
+    def place(self) -> str:
+        """Where the cache lives, as one would write it: ``cache.layers[0].keys``; "" while that is not known."""
+        place = self.source
+        for pattern, written in _SPELLINGS:
+            place = re.sub(pattern, written, place)
+        return place
 
 
 def rewritten_record(site: CachedAttention, sources: list[str], config: ThinkConfig) -> LayerRecord:
@@ -114,10 +134,18 @@ class Ledger:
         for record in records:
             nth = seen[record.layer] = seen.get(record.layer, 0) + 1
             key = record.layer if nth == 1 else f"{record.layer}#{nth}"
-            known = self.layers.get(key)
-            if known is None or _weight(record) >= _weight(known):
-                source = record.source or (known.source if known else "")
-                self.layers[key] = LayerRecord(**{**record.__dict__, "source": source})
+            self.layers[key] = _merged(self.layers.get(key), record)
+
+
+def _merged(known: LayerRecord | None, record: LayerRecord) -> LayerRecord:
+    """What is known of a layer after one more graph."""
+    if known is None:
+        return record
+    if _weight(record) >= _weight(known):
+        return replace(record, source=record.source or known.source)
+    if _weight(known) == 2 and _weight(record) == 1:
+        return replace(known, detail=f"a later call reads it densely: {record.why}")
+    return known
 
 
 def _is_keys(store: Store) -> bool:
@@ -199,6 +227,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"think_compile: {len(self.rewritten)} layers rewritten, {len(self.refused)} left as they were"]
         lines += [_line(record) for record in (*self.rewritten, *self.refused)]
+        if len(lines) == 1 and self.graphs:
+            lines.append("  no attention was found in the model's graphs")
         if self.dense_bytes:
             lines.append(_bytes_line("keys", self.stored_key_bytes, self.dense_key_bytes))
             lines.append(_bytes_line("values", self.stored_value_bytes, self.dense_value_bytes))
@@ -211,8 +241,9 @@ def _line(record: LayerRecord) -> str:
     name = record.layer or "(attention)"
     assert record.kept is not None and record.head_dim is not None
     dropped = 1 - record.kept / record.head_dim
+    place = f" in {record.place}" if record.place else ""
     return (
-        f"  {name}: {record.cache} cache {record.axes}, {record.q_heads} query and {record.kv_heads} key heads, "
+        f"  {name}: {record.cache} cache {record.axes}{place}, {record.q_heads} query and {record.kv_heads} key heads, "
         f"{record.kept} of {record.head_dim} channels kept (effective ratio {dropped:.3g})"
         + (f"; {record.detail}" if record.detail else "")
     )

@@ -1,21 +1,26 @@
-"""Every causal language model of the installed transformers: rewritten or refused by name, and none wrong."""
+"""Every language model of the installed transformers: rewritten or refused by name, and none wrong."""
 
+import os
+import time
 import warnings
 
 import architectures
 import coverage
 import pytest
 import transformers
-from trial import try_out
+from trial import try_all
+from workers import Died, Worker
 
 from think_compile import ThinkWarning
 
 # A few in every run, one for each way of attending and caching that the others vary.
-FEW = ["bloom", "ctrl", "deepseek_v3", "falcon_mamba", "gemma2", "gpt_oss"]
+FEW = ["bloom", "ctrl", "deepseek_v3", "falcon_mamba", "gemma2", "gpt_oss", "seq2seq/t5"]
+ALL = [*architectures.causal(), *architectures.seq2seq()]
 
 
 def cases() -> list:
-    return [name if name in FEW else pytest.param(name, marks=pytest.mark.zoo) for name in architectures.causal_names()]
+    few, others = pytest.mark.oldest, pytest.mark.zoo
+    return [pytest.param(a, id=str(a), marks=few if str(a) in FEW else others) for a in ALL]
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +32,36 @@ def written_with(document: str) -> bool:
     return f"transformers {transformers.__version__} " in document
 
 
-@pytest.mark.parametrize("ratio", [0.5, pytest.param(0.0, marks=pytest.mark.zoo)])
-@pytest.mark.parametrize("name", cases())
-def test_architecture(name, ratio, document):
-    if f"| {name} |  | 0 | not tried" in document:
-        pytest.skip("docs/coverage.md says why it was not tried")
+@pytest.mark.parametrize("what", cases())
+def test_architecture(what, document):
+    if reason := coverage.cannot_run(what):
+        pytest.skip(reason)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ThinkWarning)
-        outcome = try_out(architectures.build(name), ratio)
-    assert outcome.right, f"logits off by {outcome.error:.2e}, {outcome.natural:.2e} is natural"
-    if outcome.packed < outcome.expected:
-        assert outcome.found.refused, "a layer with a key cache is neither rewritten nor refused"
-    if written_with(document) and ratio:
-        assert str(coverage.row_of_outcome(name, outcome)) in document, "stale: python tests/zoo/coverage.py"
+        trial = try_all(what.build(), exact=str(what) not in FEW)
+    assert not trial.fault
+    if written_with(document):
+        assert str(coverage.row_of_trial(what.name, trial)) in document, "stale: python tests/zoo/coverage.py"
 
 
 def test_every_architecture_is_in_the_document(document):
     if written_with(document):
-        assert all(f"\n| {name} |" in document for name in architectures.causal_names())
-    assert coverage.WRONG not in document.partition("| architecture |")[2]
+        causal, _, seq2seq = document.partition("## Encoder-decoder")
+        assert all(f"\n| {a.name} |" in (seq2seq if a.seq2seq else causal) for a in ALL)
+    assert coverage.WRONG not in document
+
+
+def test_every_representative_is_listed():
+    assert set(FEW) <= {str(a) for a in ALL}
+
+
+@pytest.mark.parametrize(("task", "argument"), [(time.sleep, 60), (os._exit, 3)], ids=["hangs", "dies"])
+def test_a_process_that_hangs_or_dies_is_replaced(task, argument):
+    worker = Worker(limit_s=5)
+    try:
+        with pytest.raises(Died, match="no result after 5 s" if task is time.sleep else "status 3"):
+            worker.do(task, argument)
+        worker.limit_s = 60
+        assert worker.do(abs, -2) == 2
+    finally:
+        worker.stop()

@@ -37,10 +37,11 @@ class Run:
 
 @dataclass
 class Outcome:
-    """What came of one architecture.
+    """What came of one architecture with one kind of cache.
 
     Attributes:
-        expected: layers that keep all keys of the whole text, in the plain model's cache.
+        expected: layers that keep a key for every token of the text, in the plain model's cache.
+        latent: layers that keep something for every token that is no key yet (multi-head latent attention).
         packed: layers whose keys were stored packed.
         found: the report.
         error: largest difference of a logit to the zero-filled plain model (to the plain model at ratio 0).
@@ -49,6 +50,7 @@ class Outcome:
     """
 
     expected: int
+    latent: int
     packed: int
     found: Report
     error: float
@@ -61,6 +63,18 @@ class Outcome:
         budget = 64 * torch.finfo(torch.float32).eps * max(1.0, self.scale)
         natural = self.natural if self.natural == self.natural else 16 * budget
         return self.error <= 4 * natural + budget
+
+    @property
+    def unexplained(self) -> int:
+        """Layers that keep something for every token and are neither rewritten nor refused by name."""
+        return max(0, self.expected + self.latent - self.packed - len(self.found.refused))
+
+    @property
+    def fault(self) -> str:
+        """What is wrong, or ""."""
+        if not self.right:
+            return f"logits off by {self.error:.1e}, {self.natural:.1e} is natural"
+        return f"{self.unexplained} layers are neither rewritten nor refused" if self.unexplained else ""
 
 
 class Forced(LogitsProcessor):
@@ -111,15 +125,23 @@ def cache_layers(cache: object) -> list[object]:
     return list(getattr(cache, "layers", ()))
 
 
-def full_layers(cache: object) -> list[int]:
-    """The layers that keep a key for every token of the text."""
+def full_layers(cache: object) -> list[Tensor]:
+    """What the layers keep that have an entry for every token of the text: [B, H, S, D]."""
     found = []
-    for i, layer in enumerate(cache_layers(cache)):
+    for layer in cache_layers(cache):
         keys = getattr(layer, "keys", None)
-        bounded = getattr(layer, "is_sliding", False)
-        if isinstance(keys, Tensor) and keys.dim() == 4 and not bounded and keys.shape[2] > 1:
-            found.append(i)
-    return found
+        if isinstance(keys, Tensor) and keys.dim() == 4 and not getattr(layer, "is_sliding", False):
+            found.append(keys)
+    longest = max((keys.shape[2] for keys in found), default=0)
+    return [keys for keys in found if keys.shape[2] == longest]  # a compressed memory is shorter
+
+
+def latent_widths(config: object) -> set[int]:
+    """Widths of the latents that the model caches in place of keys, as its configuration says."""
+    if not isinstance(config, dict):
+        return set()
+    below = [latent_widths(part) for part in config.values()]
+    return {config.get("kv_lora_rank") or 0}.union(*below) - {0}
 
 
 def kept_channels(cache: object) -> Kept:
@@ -175,20 +197,60 @@ def zero_filled(model: nn.Module, kept_before: list[Kept]) -> Iterator[None]:
 @torch.no_grad()
 def try_out(model: nn.Module, ratio: float, *, static: bool = False) -> Outcome:
     """Generation with the model compiled and plain."""
+    torch._dynamo.reset()
     ours = think_compile(copy.deepcopy(model), ratio, lowering="eager", **RULES)
     with watched(ours) as kept:
         got = generate(ours, static)
     with zero_filled(model, kept):
         same = generate(model, static)
     natural = _natural(model, kept, same, static)
+    whole = full_layers(same.cache)
+    widths = latent_widths(model.config.to_dict())
+    latent = sum(keys.shape[-1] in widths for keys in whole)
     return Outcome(
-        len(full_layers(same.cache)),
+        len(whole) - latent,
+        latent,
         len(kept_channels(got.cache)),
         report(ours),
         worst(got.logits, same.logits),
         natural,
         same.logits.abs().max().item(),
     )
+
+
+@torch.no_grad()
+def runs(model: nn.Module, static: bool) -> bool:
+    """Whether the plain model generates with a cache of this kind."""
+    try:
+        generate(copy.deepcopy(model), static)
+    except Exception:
+        return False
+    return True
+
+
+@dataclass
+class Trial:
+    """One architecture at ratio 0.5 with both kinds of cache (``static`` None: the plain model cannot use one).
+
+    ``exact`` is the outcome at ratio 0, None if it was not asked for or nothing was rewritten.
+    """
+
+    dynamic: Outcome
+    static: Outcome | None
+    exact: Outcome | None
+
+    @property
+    def fault(self) -> str:
+        """What is wrong, or ""."""
+        parts = {"": self.dynamic, "static: ": self.static, "ratio 0: ": self.exact}
+        return "; ".join(name + part.fault for name, part in parts.items() if part is not None and part.fault)
+
+
+def try_all(model: nn.Module, *, exact: bool) -> Trial:
+    """The architecture with both kinds of cache, and at ratio 0 if ``exact``."""
+    dynamic = try_out(copy.deepcopy(model), 0.5)
+    static = try_out(copy.deepcopy(model), 0.5, static=True) if runs(model, True) else None
+    return Trial(dynamic, static, try_out(model, 0.0) if exact and dynamic.packed else None)
 
 
 def _natural(model: nn.Module, kept: list[Kept], same: Run, static: bool) -> float:
