@@ -5,6 +5,7 @@ Part of pass 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.fx import Node
 from think_compile.passes import layout as lay
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.refusal import Reason, Refused, where
+from think_compile.passes.window import Suffix, is_suffix, suffix_along
 
 aten = torch.ops.aten
 
@@ -30,6 +32,7 @@ class Join:
         fixed: whether the rows were written into a tensor of fixed size.
         start: fixed: first position written, an int or int node, or the node of all positions [N].
         consecutive: fixed: the positions are known to be start, start + 1, ...
+        past_suffix: what of the past is joined; None: all of it, whatever its length.
     """
 
     past: int | None = None
@@ -39,6 +42,7 @@ class Join:
     fixed: bool = False
     start: Any = None
     consecutive: bool = True
+    past_suffix: Suffix | None = None
 
 
 def join_of(normalized: Normalized, root: Node, token_axis: int, channel_axis: int) -> Join:
@@ -61,15 +65,34 @@ def _join_of_cat(normalized: Normalized, root: Node, token_axis: int) -> Join:
     parts = [part for part in root.args[0] if not lay.same_size(part.meta["val"].numel(), 0)]
     if len(parts) == 1:
         return Join()
-    past = _past_input(normalized, parts[0])
+    behind, suffix = _behind_suffix(parts[0], token_axis)
+    past = _past_input(normalized, parts[0], behind)
     if len(parts) != 2 or past is None:
         raise Refused(Reason.UNKNOWN_ROOT, where(root))
-    return Join(past[0], past[1], parts[1], token_axis)
+    return Join(past[0], past[1], parts[1], token_axis, past_suffix=suffix)
 
 
-def _past_input(normalized: Normalized, node: Node) -> tuple[int, tuple[int, ...]] | None:
-    """The graph input behind a join's past, and its axis for each axis of the join."""
+def _behind_suffix(node: Node, token_axis: int) -> tuple[list[Node], Suffix | None]:
+    """The slice that takes a past's last tokens to be joined and what comes before it, in running order, if one does.
+
+    ``token_axis`` is that of ``node``.
+    """
+    cut, after = lay.walk_back(node)
+    if not is_suffix(cut):
+        return [], None
+    source, before = lay.walk_back(cut.args[0])
+    axes = lay.follow([*before, cut, *after], lay.source_axes(source.meta["val"].shape))
+    suffix = suffix_along(cut, before, source, source_axis(axes[token_axis], ""))
+    return ([], None) if suffix is None else ([*before, cut], suffix)
+
+
+def _past_input(
+    normalized: Normalized, node: Node, cut: Sequence[Node] = ()
+) -> tuple[int, tuple[int, ...]] | None:
+    """The graph input behind a join's past (and behind ``cut``, a slice of it), and its axis for each of the join."""
     source, chain = lay.walk_back(node)
+    if cut:
+        source, chain = lay.walk_back(cut[0].args[0])[0], [*cut, *chain]
     if source.op != "placeholder" or source.meta["val"].dim() != 4:
         return None
     if source.meta["val"].dtype != node.meta["val"].dtype:

@@ -23,6 +23,7 @@ from think_compile.passes.observe import observed
 from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.region import Order, Region
 from think_compile.passes.roles import QueryLayout, key_axes, query_layout, to_product_order, usable_masks, value_axes
+from think_compile.passes.window import Suffix, Window, check_window, is_suffix, suffix_along, window_of
 
 aten = torch.ops.aten
 CANONICAL_NAMES = "BHSD"
@@ -40,6 +41,7 @@ class CacheTensor:
         outputs: indices of the graph outputs that hold it, with the layout of each.
         extent: how many positions the attention reads.
         chain: the operations between ``root`` and the attention, in running order.
+        window: of a cache that is not joined, read or kept as a whole, what is.
     """
 
     root: Node
@@ -48,6 +50,7 @@ class CacheTensor:
     outputs: dict[int, tuple[int, ...]]
     extent: Any
     chain: tuple[Node, ...]
+    window: Window | None = None
 
     @property
     def scales(self) -> list[Node]:
@@ -86,6 +89,10 @@ class CachedAttention:
     @property
     def fixed(self) -> bool:
         return self.keys.join.fixed
+
+    @property
+    def window(self) -> Window | None:
+        return self.keys.window
 
     @property
     def query_tokens(self) -> Any:
@@ -129,13 +136,18 @@ class Findings:
     refused: list[tuple[Attention, Refused]] = field(default_factory=list)
 
 
-def find_caches(normalized: Normalized, sites: Sequence[Attention]) -> Findings:
-    """Sort the attention sites into those with a proven cache and those to be left alone."""
+def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than: int | None = None) -> Findings:
+    """Sort the attention sites into those with a proven cache and those to be left alone.
+
+    Bounded caches count if their window is larger than ``larger_than`` tokens (None: not at all).
+    """
     findings = Findings()
     with observed("kv_cache", normalized.graph_module.graph) as count:
         for site in sites:
             try:
-                findings.cached.append(_prove(normalized, site))
+                found = _prove(normalized, site)
+                check_window(found.window, larger_than)
+                findings.cached.append(found)
             except Refused as refused:
                 findings.refused.append((site, refused))
             except lay.NotLayout as why:
@@ -234,6 +246,8 @@ def _check_pair(site: CachedAttention) -> None:
         raise Refused(Reason.VALUES_NOT_CACHED, "they are joined in another way than the keys")
     if keys.join.fixed and not same_positions(keys.join, values.join):
         raise Refused(Reason.VALUES_NOT_CACHED, "they are written at other positions than the keys")
+    if keys.window != values.window:
+        raise Refused(Reason.VALUES_NOT_CACHED, "they are bounded in another way than the keys")
     for tensor in (keys, values):
         if not lay.equal_size(_new_tokens(tensor), site.query_tokens):
             raise Refused(Reason.CROSS_ATTENTION, f"{site.query_tokens} queries, {_new_tokens(tensor)} new keys")
@@ -251,20 +265,24 @@ def _cache_tensor(
     scaled: bool = False,
 ) -> CacheTensor:
     root, chain, prefix = _root_of(operand, scaled)
+    root, chain, read = _behind_suffix(root, chain, arrange, scaled)
     if root.target not in JOINS:
         root, chain = _first_of_rank_4(root, chain)
     moved = lay.follow(chain, lay.source_axes(root.meta["val"].shape))
     axes, copies_first = _roles(arrange(moved), root)
     if copies_first and not lay.same_size(root.meta["val"].shape[axes.index(1)], 1):
         raise Refused(Reason.UNKNOWN_LAYOUT, "the heads are repeated in turn, not each beside its copies")
-    outputs = _outputs_holding(normalized, root, axes)
+    outputs, kept = _outputs_holding(normalized, root, axes)
     join = join_of(normalized, root, axes.index(2), axes.index(3))
     if not outputs:
         raise Refused(Reason.NOT_CACHED, where(root))
     _check_readers(root, site)
     if join.past is not None:
         _check_past_readers(normalized.placeholders[join.past], root)
-    return CacheTensor(root, axes, join, outputs, _extent(root, axes, chain, prefix), tuple(chain))
+    window = window_of(join.past_suffix, read, kept)
+    if window is not None and (join.fixed or min(outputs) < len(normalized.written)):
+        raise Refused(Reason.UNKNOWN_WINDOW, "it is written in place")
+    return CacheTensor(root, axes, join, outputs, _extent(root, axes, chain, prefix), tuple(chain), window)
 
 
 def _root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None]:
@@ -277,6 +295,23 @@ def _root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None
     if lay.value_of(start) == 0 and step == 1 and behind.target in WRITES:
         return behind, [*before, root, *chain], root
     return root, chain, None
+
+
+def _behind_suffix(
+    root: Node, chain: list[Node], arrange: Callable[[lay.Axes], lay.Axes], scaled: bool
+) -> tuple[Node, list[Node], Suffix | None]:
+    """The same behind a slice that leaves an attention the last tokens only, and what that leaves."""
+    if not is_suffix(root):
+        return root, chain, None
+    try:
+        axes, _ = _roles(arrange(lay.follow(chain, lay.source_axes(root.meta["val"].shape))), root)
+    except (Refused, lay.NotLayout):
+        return root, chain, None
+    suffix = suffix_along(root, (), root.args[0], axes.index(2))
+    if suffix is None:
+        return root, chain, None
+    behind, before = lay.walk_back(root.args[0], scaled=scaled)
+    return behind, [*before, root, *chain], suffix
 
 
 def _first_of_rank_4(root: Node, chain: list[Node]) -> tuple[Node, list[Node]]:
@@ -310,21 +345,36 @@ def _roles(axes: lay.Axes, root: Node) -> tuple[tuple[int, ...], bool]:
     return tuple(found.index(axis) for axis in range(4)), head[0].axis is None
 
 
-def _outputs_holding(normalized: Normalized, root: Node, axes: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
-    """The graph outputs that are ``root``, with their layouts."""
-    held = {}
+def _outputs_holding(
+    normalized: Normalized, root: Node, axes: tuple[int, ...]
+) -> tuple[dict[int, tuple[int, ...]], Suffix | None]:
+    """The graph outputs that are ``root``, or its last tokens, with their layouts; and those tokens."""
+    held, kept = {}, []
     for index, output in enumerate(normalized.outputs):
         if not isinstance(output, Node):
             continue
         source, chain = lay.walk_back(output, stop=root)
-        if source.target is aten.slice.Tensor and lay.walk_back(source.args[0])[0] is root:
-            raise Refused(Reason.SLIDING, where(source))
-        if source is root and output.meta["val"].dtype != root.meta["val"].dtype:
+        if source.target is aten.slice.Tensor and lay.walk_back(source.args[0], stop=root)[0] is root:
+            chain = [*lay.walk_back(source.args[0], stop=root)[1], source, *chain]
+            kept.append(_kept(root, chain, source, axes.index(2)))
+        elif source is root:
+            kept.append(None)
+        else:
+            continue
+        if output.meta["val"].dtype != root.meta["val"].dtype:
             raise Refused(Reason.UNKNOWN_ROOT, f"it is kept as {output.meta['val'].dtype}, and read otherwise")
-        if source is root:
-            moved = lay.follow(chain, lay.source_axes(root.meta["val"].shape))
-            held[index] = tuple(axes[source_axis(atoms, "")] for atoms in moved)
-    return held
+        moved = lay.follow(chain, lay.source_axes(root.meta["val"].shape))
+        held[index] = tuple(axes[source_axis(atoms, "")] for atoms in moved)
+    if any(other != kept[0] for other in kept):
+        raise Refused(Reason.UNKNOWN_WINDOW, f"it leaves in several lengths: {where(root)}")
+    return held, kept[0] if kept else None
+
+
+def _kept(root: Node, chain: list[Node], cut: Node, token_axis: int) -> Suffix:
+    suffix = suffix_along(cut, chain[: chain.index(cut)], root, token_axis)
+    if suffix is None:
+        raise Refused(Reason.UNKNOWN_WINDOW, where(cut))
+    return suffix
 
 
 # -------------------------------------------------------------------------------------------------- the readers
@@ -350,7 +400,7 @@ def _check_readers(root: Node, site: Attention) -> None:
             continue
         if site.reads_keys(reader, read):
             continue
-        if reader.target is aten.slice.Tensor and all(site.reads_keys(*r) for r in _readers(reader)):
+        if reader.target is aten.slice.Tensor and all(r.op == "output" or site.reads_keys(r, n) for r, n in _readers(reader)):
             continue
         if reader.target is site.node.target and site.region is None and read in reader.args[1:3]:
             raise Refused(Reason.SHARED, where(reader))

@@ -26,6 +26,7 @@ from think_compile.passes.observe import observed
 from think_compile.passes.plan import (
     Constant,
     CopiedHandle,
+    FirstOf,
     FloorOf,
     FromStore,
     GrownKeys,
@@ -85,6 +86,7 @@ class _Rewriter:
         self.appended: list[tuple[int, Any]] = []
         self.copied: list[int] = []
         self.spans: dict[int, tuple[Any, Any]] = {}
+        self.firsts: dict[Any, tuple[Node, Node]] = {}  # length of bounded pasts -> (their first row, the next free one)
 
     def run(self, sites: Sequence[CachedAttention]) -> Rewritten:
         for site in sites:
@@ -189,13 +191,17 @@ class _Rewriter:
             if site.fixed:
                 arguments.append(self._start(site))
             step = steps.first_call_fixed if site.fixed else steps.first_call_growing
-            stored = self.graph.call_function(step, (*arguments, spec))
+            arguments.append(spec)
+            if site.window is not None:
+                step = steps.first_call_bounded
+                arguments += [site.window.read, site.window.kept]
+            stored = self.graph.call_function(step, tuple(arguments))
             parts = [self.graph.call_function(operator.getitem, (stored, i)) for i in range(5 if site.fixed else 4)]
         positions = [self._result(part) for part in parts]
         for index, layout in site.keys.outputs.items():
-            self.made[index] = NewKeys(positions[0], site.keys.size(2), site.fixed, layout, spec)
+            self.made[index] = NewKeys(positions[0], _length_kept(site.keys), site.fixed, layout, spec)
         for index, layout in site.values.outputs.items():
-            self.made[index] = NewValues(positions[-1], site.values.size(2), site.fixed, layout)
+            self.made[index] = NewValues(positions[-1], _length_kept(site.values), site.fixed, layout)
 
     # ------------------------------------------------------------------------------------------- later calls
 
@@ -220,6 +226,7 @@ class _Rewriter:
             arguments += [*self._stored_keys(site), self._stored_values(site), *self._span(site)]
             arguments += [layer_spec(site, self.config)] if site.fixed else []
             arguments += [self._at(attention.scale), attention.is_causal]
+            arguments += [] if site.window is None else [self._first(site), site.window.read]
             step = steps.later_call_fixed if site.fixed else steps.later_call_growing
             out = self.graph.call_function(step, tuple(arguments))
             ring = None if site.fixed else self.graph.call_function(operator.getitem, (out, 1))
@@ -245,7 +252,8 @@ class _Rewriter:
             k_new = self._new_rows(site.keys)
             q = self._queries(site, k_new)
             step = steps.logits_fixed if site.fixed else steps.logits_growing
-            logits = self.graph.call_function(step, (q, k_new, *stored, *self._span(site)))
+            part = () if site.window is None else (self._first(site), site.window.read)
+            logits = self.graph.call_function(step, (q, k_new, *stored, *self._span(site), *part))
             logits = self._as_product(site, logits)
         self._replace(region.logits.node, logits)
         with self._behind(self._at(region.output.node)):
@@ -271,8 +279,9 @@ class _Rewriter:
             if node.target in _VIEWS:  # of a buffer with room to grow, a view may have to copy
                 self._at(node).target = aten.reshape.default
         with self.graph.inserting_before(root):
-            arguments = (self._new_rows(tensor), self._stored_values(site), self._span(site)[0], not site.fixed)
-            values = self.graph.call_function(steps.append_values, arguments)
+            arguments = [self._new_rows(tensor), self._stored_values(site), self._span(site)[0], not site.fixed]
+            arguments += [] if site.window is None else [self._first(site)]
+            values = self.graph.call_function(steps.append_values, tuple(arguments))
             values = self.graph.call_function(aten.permute.default, (values, list(tensor.axes)))
         values.meta["val"] = tensor.root.meta["val"]
         self._replace(tensor.root, values)
@@ -305,17 +314,40 @@ class _Rewriter:
             return self._start(site), self._size(site.keys.extent)
         index = site.past[0]
         if index not in self.spans:
-            start = self._past_length(site)
+            length = self._past_length(site)
+            start = length if site.window is None else self._bounded(length, site.past)[1]
             self.spans[index] = start, self._floor(start, index)
         return self.spans[index]
+
+    def _bounded(self, length: Any, past: tuple[int, int]) -> tuple[Node, Node]:
+        """(first row, next free row) of bounded caches, whose past holds ``length`` tokens."""
+        if length not in self.firsts:
+            first = self._input(f"first_{past[0]}", FirstOf(()))
+            with self.graph.inserting_after(self.graph.find_nodes(op="placeholder")[-1]):
+                self.firsts[length] = first, self.graph.call_function(operator.add, (first, length))
+        first, start = self.firsts[length]
+        before = self.inputs[first]
+        assert isinstance(before, FirstOf)
+        self.inputs[first] = FirstOf((*before.indices, *past))
+        return first, start
+
+    def _first(self, site: CachedAttention) -> Node:
+        """The row of the first token that a bounded cache joins with the call's."""
+        assert site.window is not None
+        start, _ = self._span(site)
+        if site.window.joined is not None:
+            return self.graph.call_function(operator.sub, (start, site.window.joined))
+        return next(first for first, end in self.firsts.values() if end is start)
 
     def _leave_growing(self, site: CachedAttention, ring: int) -> None:
         assert site.past is not None
         self.appended += [(index, site.query_tokens) for index in site.past]
         for index, layout in site.keys.outputs.items():
-            self.made[index] = GrownKeys(site.past[0], ring, layout)
+            length = None if site.window is None else _length_kept(site.keys)
+            self.made[index] = GrownKeys(site.past[0], ring, layout, length)
         for index, layout in site.values.outputs.items():
-            self.made[index] = GrownValues(site.past[1], layout)
+            length = None if site.window is None else _length_kept(site.values)
+            self.made[index] = GrownValues(site.past[1], layout, length)
 
     def _leave_fixed(self, site: CachedAttention) -> None:
         assert site.past is not None
@@ -398,6 +430,12 @@ class _Rewriter:
             if user.target is aten.sym_size.int:
                 user.replace_all_uses_with(self._size(user.meta["val"]))
                 self.graph.erase_node(user)
+
+
+def _length_kept(tensor: CacheTensor) -> Any:
+    """How many tokens a call leaves in a growing cache."""
+    kept = None if tensor.window is None else tensor.window.kept
+    return tensor.size(2) if kept is None else kept
 
 
 def _must_stay(node: Node) -> bool:
