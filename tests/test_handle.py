@@ -108,7 +108,7 @@ def pair(kind="keys", layout=BHSD, batch=2, length=7, recent=RECENT) -> tuple[Ha
     twin = Twin(dense.clone(), kept, floor, recent, layout)._prune()
     if kind.startswith("fixed"):
         twin.recent = 10**6  # joins and crops of a fixed cache are plain tensors
-    return handle_for(store, layout), twin
+    return handle_for(store, tuple((axis,) for axis in layout)), twin
 
 
 def same(got: Tensor, expected: Tensor) -> None:

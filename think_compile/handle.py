@@ -17,6 +17,16 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from think_compile.kernels.canonical import (
+    BATCH,
+    CANONICAL,
+    TOKEN,
+    Layout,
+    from_canonical,
+    shape_of,
+    to_canonical,
+    token_axis,
+)
 from think_compile.store import (
     Dense,
     FixedKeys,
@@ -30,10 +40,6 @@ from think_compile.store import (
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
-
-BATCH, TOKEN = 0, 2
-CANONICAL = (0, 1, 2, 3)
-Layout = tuple[int, int, int, int]
 
 
 class LostWrite(RuntimeError):
@@ -49,9 +55,8 @@ class Cell:
 
 
 class Handle(torch.Tensor):
-    """A key or value cache tensor  backed by a packed :class:`~think_compile.store.Store`.
+    """A key or value cache tensor backed by a packed :class:`~think_compile.store.Store`, in any layout.
 
-    ``axes[i]`` is the canonical axis (batch 0, head 1, token 2, channel 3) that stands at axis i of the tensor.
     Dynamo sees an opaque subclass with one inner tensor, the anchor, so that nothing of the store is guarded.
     """
 
@@ -64,7 +69,7 @@ class Handle(torch.Tensor):
 
     @staticmethod
     def __new__(cls, store: Store, layout: Layout = CANONICAL, anchor: Tensor | None = None) -> Handle:
-        shape = tuple(store.logical_shape[axis] for axis in layout)
+        shape = shape_of(store.logical_shape, layout)
         return Handle._wrap(shape, Cell(store), layout, store.rows.tensor.new_empty(1) if anchor is None else anchor)
 
     @staticmethod
@@ -107,7 +112,7 @@ class Handle(torch.Tensor):
         if self.cell is None:
             return self._traced_dense()
         self.check_unwritten()
-        return self.cell.store.dense().permute(self.axes).contiguous()
+        return from_canonical(self.cell.store.dense(), self.axes).contiguous()
 
     def check_unwritten(self) -> None:
         """Raise if somebody wrote to a view of this packed tensor: such a view is a copy, the numbers are lost."""
@@ -135,8 +140,8 @@ class Handle(torch.Tensor):
         if not self.is_dense:
             dense = self.dense()
             log.info("a packed cache %s becomes dense", tuple(self.shape))
-            self.cell.store = Dense(Rows(dense.permute(sorted(range(4), key=self.axes.__getitem__))))
-        return self.cell.store.dense().permute(self.axes)
+            self.cell.store = Dense(Rows(_canonical(dense, self)))
+        return from_canonical(self.cell.store.dense(), self.axes)
 
     def with_store(self, store: Store) -> Handle:
         """A handle in the same layout on another store."""
@@ -161,7 +166,7 @@ class Handle(torch.Tensor):
     def __getitem__(self, index: Any) -> Tensor:
         """As torch's; a crop of the tokens comes back packed, and not as a view that autograd tracks."""
         tokens = _token_range(self, index)
-        cropped = None if tokens is None or self.store is None else _slice(self, self.axes.index(TOKEN), *tokens)
+        cropped = None if tokens is None or self.store is None else _slice(self, token_axis(self.axes), *tokens)
         return super().__getitem__(index) if cropped is None else cropped
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -174,15 +179,15 @@ class Handle(torch.Tensor):
     def narrow(self, dim: int, start: int | Tensor, length: int) -> Tensor:  # type: ignore[override]
         """As torch's; a crop of the tokens comes back packed."""
         inside = isinstance(start, int) and 0 <= start <= start + length <= self.shape[dim]
-        if inside and self.axes[dim] == TOKEN:
-            return self[(slice(None),) * (dim % 4) + (slice(start, start + length),)]
+        if inside and self.axes[dim] == (TOKEN,):
+            return self[(slice(None),) * (dim % self.dim()) + (slice(start, start + length),)]
         return super().narrow(dim, start, length)
 
     def repeat_interleave(  # type: ignore[override]
         self, repeats: int | Tensor, dim: int | None = None, *, output_size: int | None = None
     ) -> Tensor:
         """As torch's; along the batch it stays packed."""
-        if dim is not None and self.axes[dim] == BATCH and self.store is not None:
+        if dim is not None and self.axes[dim] == (BATCH,) and self.store is not None:
             with allocating():
                 return self.with_store(self.store.map_batch(lambda t: t.repeat_interleave(repeats, 0)))
         return self.dense().repeat_interleave(repeats, dim, output_size=output_size)
@@ -262,7 +267,7 @@ def _to_copy(handle: Handle, **kwargs: Any) -> Handle | None:
 
 
 def _index_select(handle: Handle, dim: int, index: Tensor) -> Handle | None:
-    if handle.axes[dim] != BATCH:
+    if handle.axes[dim] != (BATCH,):
         return None
     assert handle.store is not None
     index = index.to(handle.device)
@@ -291,13 +296,13 @@ def _slice(
     start, end, step = slice(start, end, step).indices(size)
     if step == 1 and (start, end) == (0, size):
         return _alias(handle)
-    store, axis = handle.store, handle.axes[dim]
-    if axis == BATCH and step > 0 and start < end and not isinstance(store, Dense):
+    store, axes = handle.store, handle.axes[dim]
+    if axes == (BATCH,) and step > 0 and start < end and not isinstance(store, Dense):
         assert store is not None
         return _marked_slice(handle.with_store(store.map_batch(lambda t: t[start:end:step].clone())))
-    if axis == TOKEN and step == 1 and 0 == start < end and isinstance(store, (GrowingKeys, GrowingValues)):
+    if axes == (TOKEN,) and step == 1 and 0 == start < end and isinstance(store, (GrowingKeys, GrowingValues)):
         return _marked_slice(handle.with_store(store.crop(end)))
-    if axis == TOKEN and step == 1 and start < end == size and isinstance(store, (GrowingKeys, GrowingValues)):
+    if axes == (TOKEN,) and step == 1 and start < end == size and isinstance(store, (GrowingKeys, GrowingValues)):
         return _marked_slice(handle.with_store(store.tail(end - start)))
     return None
 
@@ -313,7 +318,7 @@ def _token_range(handle: Handle, index: Any) -> tuple[int | None, int | None] | 
     at = dots[0] if dots else len(items)
     missing = handle.dim() - len(items) + len(dots)
     full = [*items[:at], *[slice(None)] * missing, *items[at + 1 :]]
-    token = full.pop(handle.axes.index(TOKEN)) if len(full) == 4 else None
+    token = full.pop(token_axis(handle.axes)) if len(full) == handle.dim() else None
     if token is None or token.step not in (None, 1) or any(i != slice(None) for i in full):
         return None
     return token.start, token.stop
@@ -337,12 +342,12 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor | None:
     """Joins: new tokens behind a growing cache, or batches of growing caches of one history."""
     tensors = [t for t in tensors if t.dim() != 1 or t.numel()]  # torch joins such empty tensors to anything
     first = tensors[0]
-    if not isinstance(first, Handle) or first.store is None or first.dim() != 4:
+    if not isinstance(first, Handle) or first.store is None:
         return None
-    axis = first.axes[dim]
-    if axis == TOKEN and not any(isinstance(t, Handle) for t in tensors[1:]):
+    axes = first.axes[dim]
+    if axes == (TOKEN,) and not any(isinstance(t, Handle) for t in tensors[1:]):
         return _cat_tokens(first, tensors[1:])
-    if axis == BATCH and all(isinstance(t, Handle) for t in tensors):
+    if axes == (BATCH,) and all(isinstance(t, Handle) for t in tensors):
         return _cat_batches(first, tensors)  # type: ignore[arg-type]
     return None
 
@@ -352,17 +357,23 @@ def _cat_tokens(handle: Handle, new: list[Tensor]) -> Handle | None:
     store = handle.store
     if not isinstance(store, (GrowingKeys, GrowingValues)):
         return None
-    back = sorted(range(4), key=handle.axes.__getitem__)
     for rows in new:
         expected = [
-            size if axis != TOKEN else rows.shape[i]
-            for i, (axis, size) in enumerate(zip(handle.axes, handle.shape, strict=True))
+            size if axes != (TOKEN,) else rows.shape[i]
+            for i, (axes, size) in enumerate(zip(handle.axes, handle.shape, strict=True))
             if i < rows.dim()
         ]
         if rows.dtype != store.dtype or rows.device != store.device or list(rows.shape) != expected:
             return None
-        store = store.append(rows.permute(back))
+        store = store.append(_canonical(rows, handle))
     return handle.with_store(store)
+
+
+def _canonical(x: Tensor, handle: Handle) -> Tensor:
+    """``x``, in the handle's layout, as [B, H, S, D]."""
+    assert handle.store is not None
+    _, heads, _, width = handle.store.logical_shape
+    return to_canonical(x, handle.axes, heads, width)
 
 
 def _cat_batches(first: Handle, handles: list[Handle]) -> Handle | None:
@@ -407,5 +418,5 @@ _PACKED: dict[Any, Callable[..., Handle | None]] = {
 def handle_for(store: Store, layout: Layout) -> Handle:
     """A handle as a compiled call returns it: its token axis is marked dynamic, so that steps do not recompile."""
     handle = Handle(store, layout)
-    torch._dynamo.maybe_mark_dynamic(handle, layout.index(TOKEN))
+    torch._dynamo.maybe_mark_dynamic(handle, token_axis(layout))
     return handle

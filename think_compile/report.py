@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from think_compile.config import ThinkConfig
+from think_compile.kernels.canonical import describe
 from think_compile.passes.attention import Attention
-from think_compile.passes.kv_cache import CANONICAL_NAMES, CachedAttention
+from think_compile.passes.kv_cache import CachedAttention
 from think_compile.passes.refusal import Reason, Refused
 from think_compile.store import FixedKeys, GrowingKeys, Store
 
@@ -20,7 +21,7 @@ class LayerRecord:
         layer: module path, as far as the trace tells.
         cache: "growing", "sliding" (bounded), "fixed" or "none".
         source: where the trace found the past keys, or "" while there are none.
-        axes: order of the cache's axes, of B(atch) H(ead) S(equence) D(channel).
+        axes: the cache's axes, of B(atch) H(ead) S(equence) D(channel); merged ones in brackets.
         q_heads, kv_heads, head_dim: sizes.
         kept: key channels stored for tokens out of the window, T.
         reason: why it was left alone; None: rewritten.
@@ -55,7 +56,7 @@ def rewritten_record(site: CachedAttention, sources: list[str], config: ThinkCon
         layer=site.attention.path,
         cache="fixed" if site.fixed else "growing" if site.window is None else "sliding",
         source="" if site.past is None else sources[site.past[0]],
-        axes="".join(CANONICAL_NAMES[axis] for axis in layout),
+        axes=describe(layout),
         q_heads=site.query_heads,
         kv_heads=int(site.keys.size(1)),
         head_dim=head_dim,

@@ -10,10 +10,11 @@ from torch import SymInt, Tensor
 
 from think_compile.config import ThinkConfig
 from think_compile.handle import Handle, handle_for
-from think_compile.lower import Dims, Eager, Inductor
 from think_compile.kernels.steps import capacity_for
+from think_compile.lower import Dims, Eager, Inductor
 from think_compile.passes import plan
-from think_compile.passes.kv_cache import CachedAttention
+from think_compile.passes.cache_layout import same_layout
+from think_compile.passes.kv_cache import CachedAttention, CacheTensor
 from think_compile.passes.layout import value_of
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.rewrite import layer_spec
@@ -151,7 +152,7 @@ class _Made:
         key = (type(what), what.index if isinstance(what, (plan.GrownKeys, plan.GrownValues)) else what.position)
         if key not in self.made:
             self.made[key] = self._store(what)
-        return handle_for(self.made[key], what.layout)  # type: ignore[arg-type]
+        return handle_for(self.made[key], what.layout)
 
     def _store(self, what: Any) -> Store:
         if isinstance(what, plan.GrownKeys):
@@ -193,10 +194,16 @@ def _usable(site: CachedAttention, args: Sequence[Any], config: ThinkConfig) -> 
         return False
     keys.check_unwritten()
     values.check_unwritten()
-    if (keys.axes, values.axes) != (site.keys.past_layout, site.values.past_layout):
+    if not (_lies_as(keys, site.keys) and _lies_as(values, site.values)):
         return False
     kinds = (FixedKeys, FixedValues) if site.fixed else (GrowingKeys, GrowingValues)
     k, v = keys.store, values.store
     if not (isinstance(k, kinds[0]) and isinstance(v, kinds[1])):
         return False
     return k.length == v.length and k.spec == layer_spec(site, config)
+
+
+def _lies_as(handle: Handle, tensor: CacheTensor) -> bool:
+    """Whether a handle's axes are what the graph takes them for."""
+    assert handle.store is not None
+    return same_layout(handle.axes, tensor.join.past_layout, handle.store.logical_shape)

@@ -47,6 +47,11 @@ def refused(f, *inputs) -> list[Reason]:
     return [why.reason for _, why in findings.refused]
 
 
+def groups(order):
+    """A permutation of the canonical axes as a layout."""
+    return tuple((axis,) for axis in order)
+
+
 def qkv(layout=BHSD, heads=HQ, n=N):
     shapes = [(B, heads, n, D), (B, H, n, D), (B, H, n, D)]
     return [torch.randn([s[i] for i in layout]) for s in shapes]
@@ -77,13 +82,13 @@ def growing(q, k, v, pk, pv):
 def check(site, past_inputs, fixed, keys_layout=BHSD, start=None):
     assert site.fixed is fixed
     assert site.past == past_inputs
-    assert site.keys.axes == site.values.axes == keys_layout
+    assert site.keys.layout == site.values.layout == groups(keys_layout)
     assert site.keys.size(1) == H
     assert site.keys.size(3) == D
     assert site.keys.outputs
-    assert all(layout == keys_layout for layout in site.keys.outputs.values())
+    assert all(layout == groups(keys_layout) for layout in site.keys.outputs.values())
     if past_inputs is not None:
-        assert site.keys.past_layout == keys_layout
+        assert site.keys.join.past_layout == groups(keys_layout)
         assert site.keys.join.new.meta["val"].shape[keys_layout.index(2)] == N
 
 
@@ -225,7 +230,7 @@ def test_sequence_major():
     site = cached(sequence_major, *qkv(BSHD), *past(P, BSHD))
     check(site, (3, 4), fixed=False, keys_layout=BSHD)
     assert site.keys.join.axis == 1
-    assert site.keys.to_canonical == [0, 2, 1, 3]
+    assert site.keys.layout == groups(BSHD)
 
 
 def test_sequence_first():
@@ -244,9 +249,9 @@ def test_returned_in_another_layout_than_it_came():
         return attend(q, k, v), k.transpose(1, 2), v.transpose(1, 2)
 
     site = cached(f, *qkv(), *past(P, BSHD))
-    assert site.keys.axes == BHSD
-    assert site.keys.past_layout == BSHD
-    assert set(site.keys.outputs.values()) == {BSHD}
+    assert site.keys.layout == groups(BHSD)
+    assert site.keys.join.past_layout == groups(BSHD)
+    assert set(site.keys.outputs.values()) == {groups(BSHD)}
 
 
 REPEATS = {
@@ -294,7 +299,7 @@ def test_one_token_and_one_sequence_and_one_head():
         return F.scaled_dot_product_attention(q, k, v), k, v
 
     site = cached(f, q, k, v, torch.randn(1, 1, P, D), torch.randn(1, 1, P, D))
-    assert site.keys.axes == BHSD
+    assert site.keys.layout == groups(BHSD)
     assert site.past == (3, 4)
 
 

@@ -5,14 +5,15 @@ Part of pass 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from think_compile.kernels.canonical import CHANNEL, Layout, token_axis
 from think_compile.passes import layout as lay
+from think_compile.passes.cache_layout import source_layout
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.window import Suffix, is_suffix, suffix_along
@@ -26,7 +27,7 @@ class Join:
 
     Attributes:
         past: index of the graph input that holds the past; None: there is none yet.
-        past_axes: for each axis of the joined tensor, the axis of the past input.
+        past_layout: the layout of the past input.
         new: the call's own rows, axes as the joined tensor's; None: the joined tensor is all new.
         axis: token axis of the joined tensor along which it was joined.
         fixed: whether the rows were written into a tensor of fixed size.
@@ -36,7 +37,7 @@ class Join:
     """
 
     past: int | None = None
-    past_axes: tuple[int, ...] | None = None
+    past_layout: Layout | None = None
     new: Node | None = None
     axis: int | None = None
     fixed: bool = False
@@ -45,60 +46,49 @@ class Join:
     past_suffix: Suffix | None = None
 
 
-def join_of(normalized: Normalized, root: Node, token_axis: int, channel_axis: int) -> Join:
-    """How ``root`` was joined along its axis ``token_axis``; raises :class:`Refused` where that is not understood."""
-    if root.target in WRITES and (write := WRITES[root.target](root)) and write.dim % 4 == channel_axis:
+def join_of(normalized: Normalized, root: Node, layout: Layout) -> Join:
+    """How ``root``, in ``layout``, was joined along its tokens; raises :class:`Refused` if that is not understood."""
+    if root.target in WRITES and (write := WRITES[root.target](root)) and CHANNEL in layout[write.dim % len(layout)]:
         raise Refused(Reason.CHANNEL_MIXING, where(root))  # keys put together of parts, as latent attention does
     if root.target is aten.cat.default:
-        return _join_of_cat(normalized, root, token_axis)
+        return _join_of_cat(normalized, root, layout)
     if root.target in WRITES:
-        return _join_of_write(normalized, root, token_axis)
+        return _join_of_write(normalized, root, layout)
     if root.op == "placeholder":
         raise Refused(Reason.NO_JOIN_SEEN, f"graph input {root.name}")
     return Join()
 
 
-def _join_of_cat(normalized: Normalized, root: Node, token_axis: int) -> Join:
+def _join_of_cat(normalized: Normalized, root: Node, layout: Layout) -> Join:
     dim = root.args[1] if len(root.args) > 1 else root.kwargs.get("dim", 0)
-    if dim % 4 != token_axis:
+    if dim % len(layout) != token_axis(layout):
         return Join()  # it makes the keys (as rotary embeddings do), it does not join them to a past
     parts = [part for part in root.args[0] if not lay.same_size(part.meta["val"].numel(), 0)]
     if len(parts) == 1:
         return Join()
-    behind, suffix = _behind_suffix(parts[0], token_axis)
-    past = _past_input(normalized, parts[0], behind)
+    past = _past_input(normalized, parts[0], layout)
     if len(parts) != 2 or past is None:
         raise Refused(Reason.UNKNOWN_ROOT, where(root))
-    return Join(past[0], past[1], parts[1], token_axis, past_suffix=suffix)
+    index, past_layout, suffix = past
+    return Join(index, past_layout, parts[1], token_axis(layout), past_suffix=suffix)
 
 
-def _behind_suffix(node: Node, token_axis: int) -> tuple[list[Node], Suffix | None]:
-    """The slice that takes a past's last tokens to be joined and what comes before it, in running order, if one does.
-
-    ``token_axis`` is that of ``node``.
-    """
-    cut, after = lay.walk_back(node)
-    if not is_suffix(cut):
-        return [], None
-    source, before = lay.walk_back(cut.args[0])
-    axes = lay.follow([*before, cut, *after], lay.source_axes(source.meta["val"].shape))
-    suffix = suffix_along(cut, before, source, source_axis(axes[token_axis], ""))
-    return ([], None) if suffix is None else ([*before, cut], suffix)
-
-
-def _past_input(
-    normalized: Normalized, node: Node, cut: Sequence[Node] = ()
-) -> tuple[int, tuple[int, ...]] | None:
-    """The graph input behind a join's past (and behind ``cut``, a slice of it), and its axis for each of the join."""
+def _past_input(normalized: Normalized, node: Node, layout: Layout) -> tuple[int, Layout, Suffix | None] | None:
+    """The graph input behind a join's past, its layout, and which tokens of it are joined; ``layout`` is the join's."""
     source, chain = lay.walk_back(node)
-    if cut:
-        source, chain = lay.walk_back(cut[0].args[0])[0], [*cut, *chain]
-    if source.op != "placeholder" or source.meta["val"].dim() != 4:
+    before: list[Node] = []
+    cut = source if is_suffix(source) else None
+    if cut is not None:
+        source, before = lay.walk_back(cut.args[0])
+        chain = [*before, cut, *chain]
+    if source.op != "placeholder" or source.meta["val"].dtype != node.meta["val"].dtype:
         return None
-    if source.meta["val"].dtype != node.meta["val"].dtype:
+    shape = source.meta["val"].shape
+    past_layout = source_layout(lay.follow(chain, lay.source_axes(shape)), layout, shape)
+    suffix = None if cut is None else suffix_along(cut, before, source, token_axis(past_layout))
+    if cut is not None and suffix is None:
         return None
-    axes = lay.follow(chain, lay.source_axes(source.meta["val"].shape))
-    return normalized.placeholders.index(source), tuple(source_axis(atoms, "") for atoms in axes)
+    return normalized.placeholders.index(source), past_layout, suffix
 
 
 @dataclass(frozen=True)
@@ -110,15 +100,18 @@ class _Write:
     consecutive: bool
 
 
-def _join_of_write(normalized: Normalized, root: Node, token_axis: int) -> Join:
+def _join_of_write(normalized: Normalized, root: Node, layout: Layout) -> Join:
     write = WRITES[root.target](root)
-    if write is None or write.dim % 4 != token_axis:
+    if write is None or write.dim % len(layout) != token_axis(layout):
         raise Refused(Reason.UNKNOWN_ROOT, where(root))
-    joined = {"new": write.new, "axis": token_axis, "fixed": True}
+    joined = {"new": write.new, "axis": token_axis(layout), "fixed": True}
     joined |= {"start": write.start, "consecutive": write.consecutive}
-    past = _past_input(normalized, write.base)
+    past = _past_input(normalized, write.base, layout)
     if past is not None:
-        return Join(*past, **joined)
+        index, past_layout, suffix = past
+        if suffix is not None:
+            raise Refused(Reason.UNKNOWN_WINDOW, where(root))
+        return Join(index, past_layout, **joined)
     source, _ = lay.walk_back(write.base)
     if source.target not in _FRESH:
         raise Refused(Reason.UNKNOWN_ROOT, where(source))
@@ -197,17 +190,6 @@ def _is_consecutive(index: Node) -> bool:
 def _is_many(node: Node) -> bool:
     value = node.meta["val"]
     return isinstance(value, torch.Tensor) and not lay.same_size(value.numel(), 1)
-
-
-def source_axis(atoms: list[lay.Atom], name: str) -> int:
-    """The one whole source axis that an axis consists of; only heads may be repeated."""
-    own = [atom for atom in atoms if atom.axis is not None]
-    copies = [atom for atom in atoms if atom.axis is None and not lay.same_size(atom.size, 1)]
-    if len(own) != 1 or own[0].part or (copies and name != "H"):
-        reason = Reason.CHANNEL_MIXING if name == "D" else Reason.UNKNOWN_LAYOUT
-        raise Refused(reason, f"axis {name} is not one axis of the cache")
-    assert own[0].axis is not None
-    return own[0].axis
 
 
 def same_positions(a: Join, b: Join) -> bool:

@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import Node
 
+from think_compile.kernels.canonical import CANONICAL, HEAD, TOKEN, Layout, token_axis
 from think_compile.passes import layout as lay
 from think_compile.passes.attention import Attention
-from think_compile.passes.join import JOINS, WRITES, Join, join_of, same_positions, source_axis
+from think_compile.passes.cache_layout import derived_layout, source_layout
+from think_compile.passes.join import JOINS, WRITES, Join, join_of, same_positions
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
 from think_compile.passes.refusal import Reason, Refused, where
@@ -26,7 +28,6 @@ from think_compile.passes.roles import QueryLayout, key_axes, query_layout, to_p
 from think_compile.passes.window import Suffix, Window, check_window, is_suffix, suffix_along, window_of
 
 aten = torch.ops.aten
-CANONICAL_NAMES = "BHSD"
 T = TypeVar("T")
 
 
@@ -36,7 +37,8 @@ class CacheTensor:
 
     Attributes:
         root: the joined tensor.
-        axes: canonical axis (batch 0, head 1, token 2, channel 3) of each axis of ``root``.
+        layout: how its axes stand to the canonical ones.
+        shape: its canonical shape [B, H, S, D].
         join: how it was joined.
         outputs: indices of the graph outputs that hold it, with the layout of each.
         extent: how many positions the attention reads.
@@ -45,9 +47,10 @@ class CacheTensor:
     """
 
     root: Node
-    axes: tuple[int, ...]
+    layout: Layout
+    shape: tuple[Any, ...]
     join: Join
-    outputs: dict[int, tuple[int, ...]]
+    outputs: dict[int, Layout]
     extent: Any
     chain: tuple[Node, ...]
     window: Window | None = None
@@ -57,21 +60,9 @@ class CacheTensor:
         """The operations behind the cache that multiply it by one number."""
         return [node for node in self.chain if lay.layout_input(node) is None and lay.scaled_input(node) is not None]
 
-    @property
-    def to_canonical(self) -> list[int]:
-        """The permutation that brings ``root`` into [B, H, S, D]."""
-        return [self.axes.index(axis) for axis in range(4)]
-
-    @property
-    def past_layout(self) -> tuple[int, ...] | None:
-        """Canonical axis of each axis of the past input."""
-        if self.join.past_axes is None:
-            return None
-        return tuple(self.axes[self.join.past_axes.index(i)] for i in range(4))
-
     def size(self, axis: int) -> Any:
         """Size of a canonical axis."""
-        return self.root.meta["val"].shape[self.axes.index(axis)]
+        return self.shape[axis]
 
 
 @dataclass(frozen=True)
@@ -235,7 +226,7 @@ def _arranger(site: Attention, arrange: Callable[[Region, lay.Axes], lay.Axes]) 
 def _new_tokens(tensor: CacheTensor) -> Any:
     """How many tokens a call brings."""
     new = tensor.root if tensor.join.new is None else tensor.join.new
-    return new.meta["val"].shape[tensor.axes.index(2)]
+    return new.meta["val"].shape[token_axis(tensor.layout)]
 
 
 def _check_pair(site: CachedAttention) -> None:
@@ -266,14 +257,12 @@ def _cache_tensor(
 ) -> CacheTensor:
     root, chain, prefix = _root_of(operand, scaled)
     root, chain, read = _behind_suffix(root, chain, arrange, scaled)
-    if root.target not in JOINS:
-        root, chain = _first_of_rank_4(root, chain)
-    moved = lay.follow(chain, lay.source_axes(root.meta["val"].shape))
-    axes, copies_first = _roles(arrange(moved), root)
-    if copies_first and not lay.same_size(root.meta["val"].shape[axes.index(1)], 1):
+    root, chain, axes, layout = _laid_out(root, chain, arrange)
+    shape = _canonical_shape(axes, root.meta["val"].shape[token_axis(layout)])
+    if _copies_first(axes[HEAD]) and not lay.same_size(shape[HEAD], 1):
         raise Refused(Reason.UNKNOWN_LAYOUT, "the heads are repeated in turn, not each beside its copies")
-    outputs, kept = _outputs_holding(normalized, root, axes)
-    join = join_of(normalized, root, axes.index(2), axes.index(3))
+    outputs, kept = _outputs_holding(normalized, root, layout, shape)
+    join = join_of(normalized, root, layout)
     if not outputs:
         raise Refused(Reason.NOT_CACHED, where(root))
     _check_readers(root, site)
@@ -282,7 +271,8 @@ def _cache_tensor(
     window = window_of(join.past_suffix, read, kept)
     if window is not None and (join.fixed or min(outputs) < len(normalized.written)):
         raise Refused(Reason.UNKNOWN_WINDOW, "it is written in place")
-    return CacheTensor(root, axes, join, outputs, _extent(root, axes, chain, prefix), tuple(chain), window)
+    extent = _extent(root, token_axis(layout), chain, prefix)
+    return CacheTensor(root, layout, shape, join, outputs, extent, tuple(chain), window)
 
 
 def _root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None]:
@@ -303,75 +293,90 @@ def _behind_suffix(
     """The same behind a slice that leaves an attention the last tokens only, and what that leaves."""
     if not is_suffix(root):
         return root, chain, None
+    shape = root.meta["val"].shape
     try:
-        axes, _ = _roles(arrange(lay.follow(chain, lay.source_axes(root.meta["val"].shape))), root)
+        layout = source_layout(arrange(lay.follow(chain, lay.source_axes(shape))), CANONICAL, shape)
     except (Refused, lay.NotLayout):
         return root, chain, None
-    suffix = suffix_along(root, (), root.args[0], axes.index(2))
+    suffix = suffix_along(root, (), root.args[0], token_axis(layout))
     if suffix is None:
         return root, chain, None
     behind, before = lay.walk_back(root.args[0], scaled=scaled)
     return behind, [*before, root, *chain], suffix
 
 
-def _first_of_rank_4(root: Node, chain: list[Node]) -> tuple[Node, list[Node]]:
-    """Keys fresh from a projection [B, S, H*D] have the cache's axes only behind the view that splits them."""
-    while root.meta["val"].dim() != 4 and chain:
-        root, chain = chain[0], chain[1:]
-    return root, chain
+def _laid_out(
+    root: Node, chain: list[Node], arrange: Callable[[lay.Axes], lay.Axes]
+) -> tuple[Node, list[Node], lay.Axes, Layout]:
+    """The first tensor from the root on whose axes can be told apart, what follows, its axes as [B, H, S, D], layout.
+
+    Keys fresh from a projection of all tokens at once [B*S, H*D] have a token axis only behind a view that splits it.
+    """
+    shape = root.meta["val"].shape
+    try:
+        axes = arrange(lay.follow(chain, lay.source_axes(shape)))
+        return root, chain, axes, source_layout(axes, CANONICAL, shape)
+    except (Refused, lay.NotLayout):
+        if root.target in JOINS or not chain:
+            raise
+    return _laid_out(chain[0], chain[1:], arrange)
 
 
-def _extent(root: Node, axes: tuple[int, ...], chain: list[Node], prefix: Node | None) -> Any:
+def _canonical_shape(axes: lay.Axes, tokens: Any) -> tuple[Any, ...]:
+    own = [[atom.size for atom in atoms if atom.axis is not None] for atoms in axes]
+    return tuple(tokens if axis == TOKEN else math.prod(sizes) for axis, sizes in enumerate(own))
+
+
+def _copies_first(head: list[lay.Atom]) -> bool:
+    """Whether all heads are repeated as a whole, so that a head does not stand beside its copies."""
+    real = [atom for atom in head if atom.axis is not None or not lay.same_size(atom.size, 1)]
+    return bool(real) and real[0].axis is None
+
+
+def _extent(root: Node, axis: int, chain: list[Node], prefix: Node | None) -> Any:
     """How many positions are read: all of the joined tensor's, or up to the end of a slice along the tokens."""
     shape = root.meta["val"].shape
     if prefix is None:
-        return shape[axes.index(2)]
+        return shape[axis]
     dim, _, end, _ = lay.slice_bounds(prefix)
     sliced = lay.follow(chain[: chain.index(prefix)], lay.source_axes(shape))[dim]
-    if source_axis(sliced, "") != axes.index(2):
+    if [atom.axis for atom in sliced] != [axis]:
         raise Refused(Reason.UNKNOWN_LAYOUT, where(prefix))
     return end if isinstance(end, Node) else prefix.meta["val"].shape[dim]
 
 
-def _roles(axes: lay.Axes, root: Node) -> tuple[tuple[int, ...], bool]:
-    """The canonical axis of each axis of the source, given the axes [B, H, S, D] that the attention sees."""
-    rank = root.meta["val"].dim()
-    if len(axes) != 4 or rank != 4:
-        raise Refused(Reason.UNKNOWN_LAYOUT, f"{len(axes)} axes at the attention, {rank} at {where(root)}")
-    found = [source_axis(atoms, CANONICAL_NAMES[i]) for i, atoms in enumerate(axes)]
-    if sorted(found) != list(range(4)):
-        raise Refused(Reason.UNKNOWN_LAYOUT, f"axes {found} at {where(root)}")
-    head = [atom for atom in axes[1] if atom.axis is not None or not lay.same_size(atom.size, 1)]
-    return tuple(found.index(axis) for axis in range(4)), head[0].axis is None
-
-
 def _outputs_holding(
-    normalized: Normalized, root: Node, axes: tuple[int, ...]
-) -> tuple[dict[int, tuple[int, ...]], Suffix | None]:
+    normalized: Normalized, root: Node, layout: Layout, shape: tuple[Any, ...]
+) -> tuple[dict[int, Layout], Suffix | None]:
     """The graph outputs that are ``root``, or its last tokens, with their layouts; and those tokens."""
     held, kept = {}, []
     for index, output in enumerate(normalized.outputs):
-        if not isinstance(output, Node):
-            continue
-        source, chain = lay.walk_back(output, stop=root)
-        if source.target is aten.slice.Tensor and lay.walk_back(source.args[0], stop=root)[0] is root:
-            chain = [*lay.walk_back(source.args[0], stop=root)[1], source, *chain]
-            kept.append(_kept(root, chain, source, axes.index(2)))
-        elif source is root:
-            kept.append(None)
-        else:
+        chain, cut = _way_to(root, output) if isinstance(output, Node) else (None, None)
+        if chain is None:
             continue
         if output.meta["val"].dtype != root.meta["val"].dtype:
             raise Refused(Reason.UNKNOWN_ROOT, f"it is kept as {output.meta['val'].dtype}, and read otherwise")
         moved = lay.follow(chain, lay.source_axes(root.meta["val"].shape))
-        held[index] = tuple(axes[source_axis(atoms, "")] for atoms in moved)
+        held[index] = derived_layout(moved, layout, shape)
+        kept.append(None if cut is None else _kept(root, chain, cut, token_axis(layout)))
     if any(other != kept[0] for other in kept):
         raise Refused(Reason.UNKNOWN_WINDOW, f"it leaves in several lengths: {where(root)}")
     return held, kept[0] if kept else None
 
 
-def _kept(root: Node, chain: list[Node], cut: Node, token_axis: int) -> Suffix:
-    suffix = suffix_along(cut, chain[: chain.index(cut)], root, token_axis)
+def _way_to(root: Node, output: Node) -> tuple[list[Node] | None, Node | None]:
+    """The layout operations from ``root`` to ``output``, if it is made of that, and the slice among them."""
+    source, chain = lay.walk_back(output, stop=root)
+    if source is root:
+        return chain, None
+    if source.target is not aten.slice.Tensor:
+        return None, None
+    behind, before = lay.walk_back(source.args[0], stop=root)
+    return ([*before, source, *chain], source) if behind is root else (None, None)
+
+
+def _kept(root: Node, chain: list[Node], cut: Node, axis: int) -> Suffix:
+    suffix = suffix_along(cut, chain[: chain.index(cut)], root, axis)
     if suffix is None:
         raise Refused(Reason.UNKNOWN_WINDOW, where(cut))
     return suffix
@@ -400,11 +405,16 @@ def _check_readers(root: Node, site: Attention) -> None:
             continue
         if site.reads_keys(reader, read):
             continue
-        if reader.target is aten.slice.Tensor and all(r.op == "output" or site.reads_keys(r, n) for r, n in _readers(reader)):
+        if reader.target is aten.slice.Tensor and all(_ends(site, *r) for r in _readers(reader)):
             continue
         if reader.target is site.node.target and site.region is None and read in reader.args[1:3]:
             raise Refused(Reason.SHARED, where(reader))
         raise Refused(Reason.KEY_ESCAPES, where(reader))
+
+
+def _ends(site: Attention, reader: Node, read: Node) -> bool:
+    """Whether the cache may end in ``reader``: what leaves the graph has been looked at."""
+    return reader.op == "output" or site.reads_keys(reader, read)
 
 
 def _check_past_readers(past: Node, root: Node) -> None:

@@ -61,6 +61,15 @@ class Atom:
 Axes = list[list[Atom]]
 
 
+def place(part: int) -> tuple[int, ...]:
+    """Where a part of an axis lies: at each split, outer (0) or inner (1). The parts of an axis sort by it."""
+    way: list[int] = []
+    while part:
+        way.append((part - 1) % 2)
+        part = (part - 1) // 2
+    return tuple(reversed(way))
+
+
 class NotLayout(Exception):
     """The operation does more than move axes; the text says what."""
 
@@ -269,7 +278,11 @@ def _take(flat: list[Atom], size: Size) -> tuple[list[Atom], list[Atom]]:
 
 def _must_split(atom: Atom, done: Size, size: Size) -> bool:
     """Whether an atom reaches beyond an axis of ``size`` of which ``done`` is filled; raises if it does not factor."""
-    if not all(isinstance(n, int) for n in (atom.size, done, size)) or done * atom.size <= size:
+    if not all(isinstance(n, int) for n in (atom.size, done, size)):
+        outer = size // done
+        is_whole = same_size(atom.size, outer)
+        return not is_whole and same_size(outer * (atom.size // outer), atom.size) and same_size(done * outer, size)
+    if done * atom.size <= size:
         return False
     if size % done or atom.size % (size // done):
         raise NotLayout("a view that cuts across axes")

@@ -11,6 +11,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from think_compile.kernels import steps
+from think_compile.kernels.canonical import Layout
 
 # ------------------------------------------------------------------------- where the new graph's inputs come from
 
@@ -79,7 +80,7 @@ class NewKeys:
     position: int
     length: Any
     fixed: bool
-    layout: tuple[int, ...]
+    layout: Layout
     spec: steps.LayerSpec
 
 
@@ -90,7 +91,7 @@ class NewValues:
     position: int
     length: Any
     fixed: bool
-    layout: tuple[int, ...]
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class GrownKeys:
 
     index: int
     position: int
-    layout: tuple[int, ...]
+    layout: Layout
     length: Any = None
 
 
@@ -111,7 +112,7 @@ class GrownValues:
     """The handle at input ``index`` with the call's tokens behind it; of a bounded cache the last ``length``."""
 
     index: int
-    layout: tuple[int, ...]
+    layout: Layout
     length: Any = None
 
 

@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from think_compile.config import ThinkConfig
 from think_compile.kernels import steps
+from think_compile.kernels.canonical import CANONICAL, from_canonical, to_canonical, token_axis
 from think_compile.passes.kv_cache import CachedAttention, CacheTensor
 from think_compile.passes.layout import same_size, scale_of, stride_order
 from think_compile.passes.normalize import Normalized
@@ -86,7 +87,9 @@ class _Rewriter:
         self.appended: list[tuple[int, Any]] = []
         self.copied: list[int] = []
         self.spans: dict[int, tuple[Any, Any]] = {}
-        self.firsts: dict[Any, tuple[Node, Node]] = {}  # length of bounded pasts -> (their first row, the next free one)
+        self.firsts: dict[
+            Any, tuple[Node, Node]
+        ] = {}  # length of bounded pasts -> (first row, next free row)
 
     def run(self, sites: Sequence[CachedAttention]) -> Rewritten:
         for site in sites:
@@ -114,8 +117,10 @@ class _Rewriter:
         return node
 
     def _canonical(self, node: Node, tensor: CacheTensor) -> Node:
-        order = tensor.to_canonical
-        return node if order == [0, 1, 2, 3] else self.graph.call_function(aten.permute.default, (node, order))
+        if tensor.layout == CANONICAL:
+            return node
+        _, heads, _, channels = tensor.shape
+        return self.graph.call_function(to_canonical, (node, tensor.layout, int(heads), int(channels)))
 
     def _result(self, node: Node) -> int:
         self.results.append(node)
@@ -282,7 +287,7 @@ class _Rewriter:
             arguments = [self._new_rows(tensor), self._stored_values(site), self._span(site)[0], not site.fixed]
             arguments += [] if site.window is None else [self._first(site)]
             values = self.graph.call_function(steps.append_values, tuple(arguments))
-            values = self.graph.call_function(aten.permute.default, (values, list(tensor.axes)))
+            values = self.graph.call_function(from_canonical, (values, tensor.layout))
         values.meta["val"] = tensor.root.meta["val"]
         self._replace(tensor.root, values)
 
@@ -370,9 +375,10 @@ class _Rewriter:
 
     def _past_length(self, site: CachedAttention) -> Any:
         """The past's token count: a number, the caller's own input for it, or one more input."""
-        assert site.past is not None and site.keys.past_layout is not None
+        layout = site.keys.join.past_layout
+        assert site.past is not None and layout is not None
         past = self.caller_inputs[site.past[0]]
-        size = past.meta["val"].shape[site.keys.past_layout.index(2)]
+        size = past.meta["val"].shape[token_axis(layout)]
         try:
             return self._size(size)
         except RuntimeError:

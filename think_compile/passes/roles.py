@@ -53,7 +53,7 @@ def _arranged(product: Product, axes: lay.Axes, token: int, channel: int) -> lay
         if right is not None and right not in (token, channel):
             shared += _shared_atoms(product, axes, left, right)
     own = [i for i, atom in enumerate(shared) if atom.axis is not None]
-    if len(own) != 2:
+    if len(own) not in (1, 2):  # one: batch and heads together, each of whose rows is a sequence of one head
         raise Refused(Reason.UNKNOWN_LAYOUT, f"batch and heads are not two axes at {where(product.node)}")
     batch, heads = [*shared[: own[0] + 1]], shared[own[0] + 1 :]
     return [batch, heads, axes[token], axes[channel]]
