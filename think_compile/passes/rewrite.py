@@ -87,9 +87,7 @@ class _Rewriter:
         self.appended: list[tuple[int, Any]] = []
         self.copied: list[int] = []
         self.spans: dict[int, tuple[Any, Any]] = {}
-        self.firsts: dict[
-            Any, tuple[Node, Node]
-        ] = {}  # length of bounded pasts -> (first row, next free row)
+        self.firsts: dict[Any, tuple[Node, Node]] = {}  # length of bounded pasts -> (first row, next free row)
 
     def run(self, sites: Sequence[CachedAttention]) -> Rewritten:
         for site in sites:

@@ -47,8 +47,8 @@ def window_of(joined: Suffix | None, read: Suffix | None, kept: Suffix | None) -
     if not found:
         return None
     bounds = [suffix.bound for suffix in found if suffix.bound is not None]
-    sizes = (None if suffix is None else suffix.size for suffix in (joined, read, kept))
-    return Window(*sizes, bound=min(bounds, default=None))
+    n_joined, n_read, n_kept = (None if suffix is None else suffix.size for suffix in (joined, read, kept))
+    return Window(n_joined, n_read, n_kept, min(bounds, default=None))
 
 
 def is_suffix(node: Node) -> bool:
