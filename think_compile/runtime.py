@@ -79,6 +79,9 @@ class Program:
             return _from_store(what.index, what.name)
         if isinstance(what, plan.PastLength):
             return lambda args, stores: stores[what.index].length
+        if isinstance(what, plan.Size):
+            number = self._number(what.size)
+            return lambda args, stores: number(args)
         if isinstance(what, plan.FirstOf):
             return lambda args, stores: stores[what.indices[0]].first
         return lambda args, stores: max(stores[index].floor for index in what.indices)
@@ -111,7 +114,7 @@ def _from_store(index: int, name: str) -> Callable[[Sequence[Any], dict[int, Any
 
 def _dims(what: plan.Input, placeholders: Sequence[Any]) -> Dims:
     """Which sizes of a lowered graph's input vary."""
-    if isinstance(what, (plan.PastLength, plan.FloorOf, plan.FirstOf)):
+    if isinstance(what, (plan.PastLength, plan.FloorOf, plan.FirstOf, plan.Size)):
         return Dims(number=True)
     if isinstance(what, plan.FromStore):
         return Dims(

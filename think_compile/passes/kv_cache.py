@@ -25,7 +25,7 @@ from think_compile.passes.observe import observed
 from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.region import Order, Region
 from think_compile.passes.roles import QueryLayout, key_axes, query_layout, to_product_order, usable_masks, value_axes
-from think_compile.passes.window import Suffix, Window, check_window, is_suffix, suffix_along, window_of
+from think_compile.passes.window import Suffix, Window, agree, check_window, is_suffix, suffix_along, window_of
 
 aten = torch.ops.aten
 T = TypeVar("T")
@@ -237,7 +237,7 @@ def _check_pair(site: CachedAttention) -> None:
         raise Refused(Reason.VALUES_NOT_CACHED, "they are joined in another way than the keys")
     if keys.join.fixed and not same_positions(keys.join, values.join):
         raise Refused(Reason.VALUES_NOT_CACHED, "they are written at other positions than the keys")
-    if keys.window != values.window:
+    if not agree(keys.window, values.window):
         raise Refused(Reason.VALUES_NOT_CACHED, "they are bounded in another way than the keys")
     for tensor in (keys, values):
         if not lay.equal_size(_new_tokens(tensor), site.query_tokens):
@@ -359,7 +359,7 @@ def _outputs_holding(
         moved = lay.follow(chain, lay.source_axes(root.meta["val"].shape))
         held[index] = derived_layout(moved, layout, shape)
         kept.append(None if cut is None else _kept(root, chain, cut, token_axis(layout)))
-    if any(other != kept[0] for other in kept):
+    if not all(agree(window_of(None, None, kept[0]), window_of(None, None, other)) for other in kept):
         raise Refused(Reason.UNKNOWN_WINDOW, f"it leaves in several lengths: {where(root)}")
     return held, kept[0] if kept else None
 

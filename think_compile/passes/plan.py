@@ -53,7 +53,14 @@ class FirstOf:
     indices: tuple[int, ...]
 
 
-Input = Passed | FromStore | PastLength | FloorOf | FirstOf
+@dataclass(frozen=True)
+class Size:
+    """A number that follows from sizes of the caller's inputs."""
+
+    size: Any
+
+
+Input = Passed | FromStore | PastLength | FloorOf | FirstOf | Size
 
 
 # ------------------------------------------------------------------------ how the caller's outputs are made

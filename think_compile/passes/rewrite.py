@@ -41,6 +41,7 @@ from think_compile.passes.plan import (
     Returned,
     Rewritten,
     SameHandle,
+    Size,
 )
 from think_compile.passes.region import Masking, Order
 from think_compile.passes.roles import to_product_order, usable_masks
@@ -197,7 +198,7 @@ class _Rewriter:
             arguments.append(spec)
             if site.window is not None:
                 step = steps.first_call_bounded
-                arguments += [site.window.read, site.window.kept]
+                arguments += [self._number(site.window.read), self._number(site.window.kept)]
             stored = self.graph.call_function(step, tuple(arguments))
             parts = [self.graph.call_function(operator.getitem, (stored, i)) for i in range(5 if site.fixed else 4)]
         positions = [self._result(part) for part in parts]
@@ -229,7 +230,7 @@ class _Rewriter:
             arguments += [*self._stored_keys(site), self._stored_values(site), *self._span(site)]
             arguments += [layer_spec(site, self.config)] if site.fixed else []
             arguments += [self._at(attention.scale), attention.is_causal]
-            arguments += [] if site.window is None else [self._first(site), site.window.read]
+            arguments += [] if site.window is None else [self._first(site), self._number(site.window.read)]
             step = steps.later_call_fixed if site.fixed else steps.later_call_growing
             out = self.graph.call_function(step, tuple(arguments))
             ring = None if site.fixed else self.graph.call_function(operator.getitem, (out, 1))
@@ -255,7 +256,7 @@ class _Rewriter:
             k_new = self._new_rows(site.keys)
             q = self._queries(site, k_new)
             step = steps.logits_fixed if site.fixed else steps.logits_growing
-            part = () if site.window is None else (self._first(site), site.window.read)
+            part = () if site.window is None else (self._first(site), self._number(site.window.read))
             logits = self.graph.call_function(step, (q, k_new, *stored, *self._span(site), *part))
             logits = self._as_product(site, logits)
         self._replace(region.logits.node, logits)
@@ -339,7 +340,7 @@ class _Rewriter:
         assert site.window is not None
         start, _ = self._span(site)
         if site.window.joined is not None:
-            return self.graph.call_function(operator.sub, (start, site.window.joined))
+            return self.graph.call_function(operator.sub, (start, self._number(site.window.joined)))
         return next(first for first, end in self.firsts.values() if end is start)
 
     def _leave_growing(self, site: CachedAttention, ring: int) -> None:
@@ -370,6 +371,15 @@ class _Rewriter:
             if isinstance(value, torch.SymInt) and same_size(value, size):
                 return node
         raise RuntimeError(f"no input of the graph carries the size {size}")
+
+    def _number(self, size: Any) -> Any:
+        """Any size of the caller's graph, or None, as an argument."""
+        if size is None:
+            return None
+        try:
+            return self._size(size)
+        except RuntimeError:
+            return self._input("size", Size(size))
 
     def _past_length(self, site: CachedAttention) -> Any:
         """The past's token count: a number, the caller's own input for it, or one more input."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Node
 
 from think_compile.passes import layout as lay
-from think_compile.passes.refusal import Reason, Refused, where
+from think_compile.passes.refusal import Reason, Refused
 
 aten = lay.aten
 
@@ -20,7 +21,7 @@ aten = lay.aten
 class Suffix:
     """The last ``size`` tokens (None: all there are in this call), of which there are never more than ``bound``."""
 
-    size: int | None
+    size: Any
     bound: int | None
 
 
@@ -35,10 +36,14 @@ class Window:
         bound: most tokens of the past that a later call can read, as far as the graph tells.
     """
 
-    joined: int | None
-    read: int | None
-    kept: int | None
+    joined: Any
+    read: Any
+    kept: Any
     bound: int | None
+
+    @property
+    def sizes(self) -> tuple[Any, Any, Any]:
+        return self.joined, self.read, self.kept
 
 
 def window_of(joined: Suffix | None, read: Suffix | None, kept: Suffix | None) -> Window | None:
@@ -49,6 +54,14 @@ def window_of(joined: Suffix | None, read: Suffix | None, kept: Suffix | None) -
     bounds = [suffix.bound for suffix in found if suffix.bound is not None]
     n_joined, n_read, n_kept = (None if suffix is None else suffix.size for suffix in (joined, read, kept))
     return Window(n_joined, n_read, n_kept, min(bounds, default=None))
+
+
+def agree(a: Window | None, b: Window | None) -> bool:
+    """Whether two windows are cut alike."""
+    if a is None or b is None:
+        return a is b
+    pairs = zip(a.sizes, b.sizes, strict=True)
+    return all(x is y if x is None or y is None else lay.equal_size(x, y) for x, y in pairs)
 
 
 def is_suffix(node: Node) -> bool:
@@ -77,11 +90,7 @@ def _suffix(node: Node, dim: int, start: object) -> Suffix:
     bound = size if isinstance(size, int) else None
     if isinstance(start, int) and start < 0:  # also while there are fewer tokens than that
         bound = -start
-    if lay.same_size(size, node.args[0].meta["val"].shape[dim]):
-        return Suffix(None, bound)
-    if not isinstance(size, int):
-        raise Refused(Reason.UNKNOWN_WINDOW, where(node))
-    return Suffix(size, bound)
+    return Suffix(None if lay.same_size(size, node.args[0].meta["val"].shape[dim]) else size, bound)
 
 
 def check_window(window: Window | None, larger_than: int | None) -> None:
