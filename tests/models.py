@@ -281,13 +281,23 @@ class BufferDecoder(Decoder):
         return self.head(self.norm(x))
 
 
+def as_it_is(x: Tensor) -> Tensor:
+    """Of a cache that lies as [B, H, S, D]."""
+    return x
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """[B, S, H, D] as [B, H, S, D]."""
+    return x.transpose(1, 2)
+
+
 # name -> (decoder, attention, where the oracle finds the keys)
 OWN: dict[str, tuple[type[Decoder], type[nn.Module], Callable]] = {
-    "tuple_cat": (PastDecoder, TuplePast, tuple_slots(2)),
-    "bshd_cat": (PastDecoder, SequenceMajorPast, tuple_slots(1)),
-    "buffer_index_put": (BufferDecoder, IndexPutCache, buffer_slots(2)),
-    "buffer_slice": (BufferDecoder, SliceCache, buffer_slots(1)),
-    "buffer_index_copy": (BufferDecoder, IndexCopyCache, buffer_slots(2)),
+    "tuple_cat": (PastDecoder, TuplePast, tuple_slots(as_it_is)),
+    "bshd_cat": (PastDecoder, SequenceMajorPast, tuple_slots(heads_first)),
+    "buffer_index_put": (BufferDecoder, IndexPutCache, buffer_slots(as_it_is)),
+    "buffer_slice": (BufferDecoder, SliceCache, buffer_slots(heads_first)),
+    "buffer_index_copy": (BufferDecoder, IndexCopyCache, buffer_slots(as_it_is)),
 }
 
 

@@ -111,21 +111,24 @@ def _hf_slot(layer: object) -> Slot:
     return Slot(layer, keys, count, bounded, bounded and static)
 
 
-def tuple_slots(sequence_dim: int, *, bounded: bool = False) -> Callable:
-    """`forward(ids, past, mask) -> (logits, past)`, past a tuple of (keys, values) per layer."""
+def tuple_slots(canonical: Callable[[Tensor], Tensor], *, bounded: bool = False) -> Callable:
+    """`forward(ids, past, mask) -> (logits, past)`, past a tuple of (keys, values) per layer.
+
+    `canonical` gives a [B, H, S, D] view of a cache tensor.
+    """
 
     def slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
         past = arguments.get("past") if output is None else output[1]
-        return [_tensor_slot(keys, sequence_dim, bounded) for keys, _ in past or ()]
+        return [_tensor_slot(keys, canonical(keys), bounded) for keys, _ in past or ()]
 
     return slots
 
 
-def _tensor_slot(keys: Tensor, sequence_dim: int, bounded: bool) -> Slot:
-    return Slot(keys, keys.movedim(sequence_dim, 2), keys.shape[sequence_dim], bounded)
+def _tensor_slot(holder: Tensor, keys: Tensor, bounded: bool) -> Slot:
+    return Slot(holder, keys, keys.shape[2], bounded)
 
 
-def buffer_slots(sequence_dim: int) -> Callable:
+def buffer_slots(canonical: Callable[[Tensor], Tensor]) -> Callable:
     """Buffers named `cache_k` in the attention modules, written at `pos` (a tensor, or the first as int)."""
 
     def slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
@@ -134,8 +137,7 @@ def buffer_slots(sequence_dim: int) -> Callable:
         count = start if output is None else start + length
         owners = [m for m in model.modules() if hasattr(m, "cache_k")]
         rows = arguments["ids"].shape[0]
-        held = [m.cache_k[:rows] if sequence_dim else m.cache_k for m in owners]
-        return [Slot(m, keys.movedim(sequence_dim, 2), count) for m, keys in zip(owners, held, strict=True)]
+        return [Slot(m, canonical(m.cache_k)[:rows], count) for m in owners]
 
     return slots
 

@@ -452,7 +452,7 @@ PLACES = {
     "rewrite": "think_compile.backend.rewrite",
     "program": "think_compile.backend.Program",
     "lowering": "think_compile.lower.Eager.__call__",
-    "later call": "think_compile.kernels.steps.later_call_growing",
+    "later call": "think_compile.kernels.steps.attend_growing",
     "first call": "think_compile.kernels.steps.first_call_growing",
     "packed inputs": "think_compile.backend.packed_inputs",
     "handles": "think_compile.runtime.handle_for",

@@ -29,7 +29,7 @@ def follow(name: str, calls: list[int], *, rules: Rules = RULES, side: str = "no
 
 
 KINDS = [Kind(cut, stock, style=style) for cut in CUTS for stock, style in [(True, Style()), (False, SOFTCAP)]]
-OTHERS = [Kind(cut, by="positive") for cut in CUTS] + [Kind(style=Style(layout="bshd")), Kind(stock=False)]
+OTHERS = [Kind(cut, by="positive") for cut in CUTS] + [Kind(style=Style(layout="bs(hd)")), Kind(stock=False)]
 
 
 @pytest.mark.parametrize("calls", [FILLING, OVERRUN, LONG], ids=["filling", "overrun", "long"])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from models import PastDecoder, PastSession
 from oracle import tuple_slots
 from torch import Tensor
-from written_out import LAYOUTS, Style, WholeBatch, WrittenOut
+from written_out import LAYOUTS, InOrder, Style, WrittenOut
 
 CUTS = ("kept", "read", "past")  # what is returned; what the attention reads (and is returned); the past that is joined
 WIDTH = 16  # tokens that a query attends to, its own included
@@ -43,7 +43,7 @@ class Windowed(WrittenOut):
 
     def __init__(self, kind: Kind) -> None:
         super().__init__(kind.style)
-        self.kind, self.axis = kind, LAYOUTS[kind.style.layout].index(1)
+        self.kind, self.axis = kind, LAYOUTS[kind.style.layout].token_axis
 
     def last(self, x: Tensor, length: int) -> Tensor:
         start = -length if self.kind.by == "negative" else max(0, x.shape[self.axis] - length)
@@ -52,7 +52,7 @@ class Windowed(WrittenOut):
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         if not self.kind.stock:
             return super().attend(q, keys, values, mask)
-        k, v = self.heads_first(keys), self.heads_first(values)
+        k, v = (LAYOUTS[self.style.layout].canonical(t) for t in (keys, values))
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         return self.merge(F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask))
 
@@ -83,7 +83,7 @@ class WindowDecoder(PastDecoder):
         return self.head(self.norm(x)), tuple(present)
 
 
-class WindowSession(WholeBatch, PastSession):
+class WindowSession(InOrder, PastSession):
     """Tells the positions, and masks what is out of the window or not there."""
 
     kind: Kind
@@ -105,7 +105,7 @@ def window_mask(start: int, stop: int, first: int, real: Tensor | None) -> Tenso
 
 def register(kind: Kind) -> str:
     """The name of the kind's model."""
-    name, axis = str(kind), LAYOUTS[kind.style.layout].index(1)
-    models.OWN[name] = (WindowDecoder, functools.partial(Windowed, kind), tuple_slots(axis, bounded=True))
-    models.SESSIONS[name] = type("Session", (WindowSession,), {"sequence_dim": axis, "kind": kind})
+    name, layout = str(kind), LAYOUTS[kind.style.layout]
+    models.OWN[name] = (WindowDecoder, functools.partial(Windowed, kind), tuple_slots(layout.canonical, bounded=True))
+    models.SESSIONS[name] = type("Session", (WindowSession,), {"layout": layout, "kind": kind})
     return name

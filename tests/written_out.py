@@ -16,12 +16,59 @@ from models import CAPACITY, BufferDecoder, BufferSession, PastDecoder, PastSess
 from oracle import buffer_slots, tuple_slots
 from torch import Tensor
 
-LAYOUTS = {"bhsd": (0, 2, 1, 3), "bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3)}  # of the cache, from [B, S, H, D]
+KV_HEADS = 2
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How a cache lies: axes moved from [B, S, H, D], then axis `merged` and the next, if any, made one."""
+
+    order: tuple[int, ...]
+    merged: int | None = None
+
+    def laid(self, x: Tensor) -> Tensor:
+        """[B, S, H, D] as it is cached."""
+        x = x.permute(self.order)
+        return x if self.merged is None else x.flatten(self.merged, self.merged + 1)
+
+    def canonical(self, x: Tensor) -> Tensor:
+        """A cache tensor as [B, H, S, D]."""
+        if self.merged is not None:
+            first = self.order[self.merged]
+            x = x.unflatten(self.merged, (KV_HEADS, -1) if first == 2 else (-1, KV_HEADS))
+        return x.permute([self.order.index(axis) for axis in (0, 2, 1, 3)])
+
+    @property
+    def token_axis(self) -> int:
+        at = self.order.index(1)
+        return at if self.merged is None or at <= self.merged else at - 1
+
+
+LAYOUTS = {
+    "bhsd": CacheLayout((0, 2, 1, 3)),
+    "bshd": CacheLayout((0, 1, 2, 3)),
+    "sbhd": CacheLayout((1, 0, 2, 3)),
+    "bhds": CacheLayout((0, 2, 3, 1)),
+    "bs(hd)": CacheLayout((0, 1, 2, 3), 2),
+    "(bh)sd": CacheLayout((0, 2, 1, 3), 0),
+    "s(bh)d": CacheLayout((1, 0, 2, 3), 1),
+}
 PRODUCTS = ("matmul", "flipped", "bmm", "baddbmm", "einsum", "grouped matmul", "grouped einsum")
 MASKS = ("add", "masked_fill", "where", "none")
 SOFTMAXES = ("softmax", "less its maximum", "of fp32", "written out", "by logsumexp")
-EXTRAS = ("plain", "queries scaled", "keys scaled", "keys of fp32", "softcap", "sink", "bias", "dropout of zero")
+EXTRAS = (
+    "plain",
+    "queries scaled",
+    "keys scaled",
+    "keys of fp32",
+    "softcap",
+    "sink",
+    "bias",
+    "dropout of zero",
+    "heads in turn",
+)
 CACHES = ("growing", "fixed")
+WRITES = ("index_copy", "index_put", "scatter", "where")  # to a fixed cache
 
 
 @dataclass(frozen=True)
@@ -34,6 +81,7 @@ class Style:
     softmax: str = "softmax"
     extra: str = "plain"
     cache: str = "growing"
+    write: str = "index_copy"
 
     def __str__(self) -> str:
         return "-".join(vars(self).values()).replace(" ", "_")
@@ -48,7 +96,7 @@ def logits_of(style: Style, q: Tensor, k: Tensor) -> Tensor:
         return grouped.flatten(1, 2)
     if style.product == "grouped einsum":
         return torch.einsum("bhgnd,bhsd->bhgns", q.unflatten(1, (-1, group)), k).flatten(1, 2)
-    k = k.repeat_interleave(group, 1)
+    k = repeated(style, k, group)
     if style.product == "einsum":
         return torch.einsum("bhnd,bhsd->bhns", q, k)
     if style.product == "flipped":
@@ -60,6 +108,24 @@ def logits_of(style: Style, q: Tensor, k: Tensor) -> Tensor:
         return torch.bmm(q, k).view(batch, heads, new, -1)
     nothing = q.new_zeros(1, 1, 1).expand(batch * heads, new, k.shape[2])
     return torch.baddbmm(nothing, q, k, beta=0.5, alpha=2.0).view(batch, heads, new, -1) / 2
+
+
+def repeated(style: Style, x: Tensor, group: int) -> Tensor:
+    """[B, H, S, D] for every query head: each head beside its copies, or all of them in turn."""
+    return x.repeat(1, group, 1, 1) if style.extra == "heads in turn" else x.repeat_interleave(group, 1)
+
+
+def written(style: Style, cache: Tensor, axis: int, pos: Tensor, new: Tensor) -> Tensor:
+    """`cache` with the rows `new` at positions `pos` of `axis`, in place; the ways for one token are for one."""
+    shape = [-1 if i == axis else 1 for i in range(new.dim())]
+    if style.write == "scatter":
+        return cache.scatter_(axis, pos.view(shape).expand(new.shape), new)
+    if style.write == "index_put":
+        cache[(slice(None),) * axis + (pos,)] = new
+        return cache
+    if style.write == "where" and len(pos) == 1:
+        return cache.copy_(torch.where((torch.arange(cache.shape[axis]) == pos).view(shape), new, cache))
+    return cache.index_copy_(axis, pos, new)
 
 
 def masked(style: Style, logits: Tensor, mask: Tensor) -> Tensor:
@@ -99,18 +165,17 @@ class WrittenOut(Projections):
 
     def laid(self, x: Tensor) -> Tensor:
         """[B, S, H, D] in the cache's layout."""
-        return x.permute(LAYOUTS[self.style.layout])
-
-    def heads_first(self, x: Tensor) -> Tensor:
-        """A cache tensor as [B, H, S, D]."""
-        back = [LAYOUTS[self.style.layout].index(axis) for axis in range(4)]
-        return x.permute(back).transpose(1, 2)
+        return LAYOUTS[self.style.layout].laid(x)
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """Q [B, S, H, D]; keys and values as cached; mask true where attended."""
         style, scale = self.style, 1 / math.sqrt(self.dim)
-        q, k, v = q.transpose(1, 2), self.heads_first(keys), self.heads_first(values)
+        layout = LAYOUTS[style.layout]
+        q, k, v = q.transpose(1, 2), layout.canonical(keys), layout.canonical(values)
         oracle.tell(q, k, None if style.mask == "none" else mask)
+        group = q.shape[1] // v.shape[1]
+        if style.extra == "heads in turn":
+            q = q.unflatten(1, (-1, group)).transpose(1, 2).flatten(1, 2)
         logits = self.scaled_logits(q, k, scale)
         if style.extra == "softcap":
             logits = 30.0 * torch.tanh(logits / 30.0)
@@ -124,8 +189,10 @@ class WrittenOut(Projections):
             probabilities = probabilities[..., :-1]
         if style.extra == "dropout of zero":
             probabilities = torch.nn.functional.dropout(probabilities, 0.0, training=True)
-        group = q.shape[1] // v.shape[1]
-        return self.merge(probabilities @ v.repeat_interleave(group, 1))
+        out = probabilities @ repeated(style, v, group)
+        if style.extra == "heads in turn":
+            out = out.unflatten(1, (group, -1)).transpose(1, 2).flatten(1, 2)
+        return self.merge(out)
 
     def scaled_logits(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         extra = self.style.extra
@@ -141,10 +208,10 @@ class WrittenOut(Projections):
     def forward(self, x: Tensor, pos: Tensor, *rest: Tensor):
         q, k, v = self.project(x, pos)
         k, v = self.laid(k), self.laid(v)
-        axis = LAYOUTS[self.style.layout].index(1)
+        axis = LAYOUTS[self.style.layout].token_axis
         if self.style.cache == "fixed":
-            keys, values = self.cache_k.index_copy_(axis, pos, k), self.cache_v.index_copy_(axis, pos, v)
-            return self.attend(q, keys, values, *rest)
+            keys = written(self.style, self.cache_k, axis, pos, k)
+            return self.attend(q, keys, written(self.style, self.cache_v, axis, pos, v), *rest)
         past, mask = rest
         if past is not None:
             k, v = torch.cat([past[0], k], dim=axis), torch.cat([past[1], v], dim=axis)
@@ -167,32 +234,33 @@ class GrowingDecoder(PastDecoder):
     @property
     def sequence_dim(self) -> dict:
         style = self.layers[0].attention.style
-        return {WrittenOut: LAYOUTS[style.layout].index(1)}
+        return {WrittenOut: LAYOUTS[style.layout].token_axis}
 
 
-class WholeBatch:
-    """A session whose cache tensors hold the conversation's rows and no more."""
+class InOrder:
+    """A session whose cache tensors hold the conversation's rows and no more, seen as [B, H, S, D]."""
+
+    layout: CacheLayout
 
     def stored(self) -> list[Tensor]:
-        return [self.written(dense(keys)) for keys in self.raw()]
+        return [self.written(self.layout.canonical(dense(keys))) for keys in self.raw()]
 
 
 def register(style: Style) -> str:
     """The name of the style's model."""
     name = str(style)
-    axis = LAYOUTS[style.layout].index(1)
-    fixed = style.cache == "fixed"
+    layout, fixed = LAYOUTS[style.layout], style.cache == "fixed"
     base = BufferSession if fixed else PastSession
-    slots = buffer_slots(axis) if fixed else tuple_slots(axis)
+    slots = buffer_slots(layout.canonical) if fixed else tuple_slots(layout.canonical)
     models.OWN[name] = (FixedDecoder if fixed else GrowingDecoder, functools.partial(WrittenOut, style), slots)
-    models.SESSIONS[name] = type("WrittenOutSession", (WholeBatch, base), {"sequence_dim": axis})
+    models.SESSIONS[name] = type("WrittenOutSession", (InOrder, base), {"layout": layout})
     return name
 
 
 def every_choice() -> list[Style]:
     """Each choice once beside the defaults; where rows are written at positions, what that meets."""
     growing = {"layout": LAYOUTS, "product": PRODUCTS, "mask": MASKS, "softmax": SOFTMAXES, "extra": EXTRAS}
-    fixed = {"layout": LAYOUTS, "product": ["bmm", "grouped einsum"], "mask": MASKS}
+    fixed = {"layout": LAYOUTS, "product": ["bmm", "grouped einsum"], "mask": MASKS, "write": WRITES}
     styles = [Style(**{field: choice}) for field, options in growing.items() for choice in options]
     styles += [Style(**{field: choice}, cache="fixed") for field, options in fixed.items() for choice in options]
     return list(dict.fromkeys(styles))

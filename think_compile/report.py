@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from think_compile.config import ThinkConfig
-from think_compile.kernels.canonical import describe
+from think_compile.kernels.canonical import HEAD, describe
 from think_compile.passes.attention import Attention
 from think_compile.passes.kv_cache import CachedAttention
 from think_compile.passes.refusal import Reason, Refused
@@ -74,13 +74,13 @@ def _why_all(config: ThinkConfig, head_dim: int) -> str:
 
 def refused_record(site: Attention, refused: Refused) -> LayerRecord:
     """The record of a layer that was left alone."""
-    shape = site.q.meta["val"].shape
+    shape, head_axis = site.q.meta["val"].shape, site.layout.index((HEAD,))
     return LayerRecord(
         layer=site.path,
         cache="none",
         source="",
         axes="",
-        q_heads=int(shape[1]) if site.region is None and len(shape) == 4 else None,
+        q_heads=int(shape[head_axis]) if site.region is None and len(shape) == 4 else None,
         kv_heads=None,
         head_dim=int(shape[-1 if site.region is None else site.region.logits.contracted[0]]),
         kept=None,

@@ -108,9 +108,8 @@ def test_growing(calls, recent, padding):
             pruned, channels, ring, values = steps.first_call_growing(q, k, v, mask, spec)
             pruned, values = (F.pad(t, (0, 0, 0, SIZE)) for t in (pruned, values))
         else:
-            out, ring = steps.later_call_growing(
-                q, k, v, mask, pruned, channels, ring, values, length, floor, None, False
-            )
+            out = steps.attend_growing(q, k, v, mask, pruned, channels, ring, values, length, floor, None, False)
+            ring = steps.append_keys_growing(k, pruned, channels, ring, length)
             torch.testing.assert_close(out, expected)
         length += n
         floor = max(floor, length - spec.whole_tokens(ring.shape[2]))
@@ -135,7 +134,9 @@ class Fixed:
             self.stored = steps.first_call_fixed(q, keys, values, mask, torch.tensor(start), self.spec)
             return None
         begin = torch.tensor(start)
-        return steps.later_call_fixed(q, k, v, mask, *self.stored, begin, extent, self.spec, None, is_causal=False)
+        out = steps.attend_fixed(q, k, v, mask, *self.stored, begin, extent, None, is_causal=False)
+        steps.append_keys_fixed(q, k, mask, *self.stored[:4], begin, extent, self.spec)
+        return out
 
     def dense(self, length):
         pruned, channels, recent, progress, _ = self.stored

@@ -350,7 +350,29 @@ def test_shared_by_two_layers():
         k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
         return attend(q, k, v), attend(q * 2, k, v), k, v
 
-    assert refused(f, *qkv(), *past()) == [Reason.SHARED, Reason.SHARED]
+    one, two = findings_of(f, *qkv(), *past()).cached
+    assert one.keys.root is two.keys.root
+
+
+def test_shared_with_another_mask():
+    def f(q, k, v, pk, pv, mask):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        masked = F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), mask)
+        return attend(q, k, v), masked, k, v
+
+    mask = torch.ones(N, N + P, dtype=torch.bool)
+    assert refused(f, *qkv(), *past(), mask) == [Reason.SHARED, Reason.SHARED]
+
+
+def test_shared_with_an_attention_that_is_refused():
+    def f(q, k, v, pk, pv):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        keys, values = (t.repeat_interleave(HQ // H, 1) for t in (k, v))
+        return attend(q, k, v), F.scaled_dot_product_attention(q, keys, values, dropout_p=0.5), k, v
+
+    assert sorted(r.value for r in refused(f, *qkv(), *past())) == sorted(
+        r.value for r in (Reason.DROPOUT, Reason.SHARED)
+    )
 
 
 def test_keys_are_the_values():
@@ -379,8 +401,8 @@ def test_latent_cache_behind_a_linear():
     assert refused(f, *inputs)[0] in (Reason.CHANNEL_MIXING, Reason.NOT_CACHED)
 
 
-def test_channels_split_between_cache_and_attention():
-    """The cache holds [B, S, H * D] merged: an axis that is no head."""
+def test_heads_and_channels_merged_in_the_cache():
+    """The cache holds [B, S, H * D]."""
 
     def f(q, k, v, pk, pv):
         k, v = torch.cat([pk, k], 1), torch.cat([pv, v], 1)
@@ -388,7 +410,9 @@ def test_channels_split_between_cache_and_attention():
         return F.scaled_dot_product_attention(q, *heads), k, v
 
     inputs = [torch.randn(B, HQ, N, D), *(torch.randn(B, n, HQ * D) for n in (N, N, P, P))]
-    assert refused(f, *inputs)[0] in (Reason.UNKNOWN_LAYOUT, Reason.CHANNEL_MIXING)
+    site = cached(f, *inputs)
+    assert site.keys.layout == site.keys.join.past_layout == ((0,), (2,), (1, 3))
+    assert site.keys.shape == (B, HQ, P + N, D)
 
 
 def test_heads_and_channels_regrouped():
@@ -514,13 +538,15 @@ def test_keys_and_values_of_different_windows():
 
 
 def test_a_window_written_back_in_place():
+    """As a sliding window in a fixed buffer: by a copy of all of it."""
+
     def f(q, k, v, pk, pv):
         k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
         pk.copy_(k[:, :, -P:])
         pv.copy_(v[:, :, -P:])
         return attend(q, k, v)
 
-    assert windowed(f, *qkv(), *past()) is Reason.UNKNOWN_WINDOW
+    assert isinstance(windowed(f, *qkv(), *past()), Reason)
 
 
 def test_cross_attention_over_whole_inputs():
@@ -546,7 +572,43 @@ def test_heads_repeated_in_turn():
         k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
         return F.scaled_dot_product_attention(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)), k, v
 
-    assert refused(f, *qkv(), *past()) == [Reason.UNKNOWN_LAYOUT]
+    site = cached(f, *qkv(), *past())
+    assert site.keys.in_turn
+    assert site.values.in_turn
+
+
+def test_keys_rotated_after_they_are_cached():
+    def f(q, k, v, pk, pv):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        half = D // 2
+        turned = torch.cat([-k[..., half:], k[..., :half]], -1)
+        return attend(q, k * 0.3 + turned * 0.7, v), k, v
+
+    assert refused(f, *qkv(), *past()) == [Reason.TRANSFORMED]
+
+
+def test_attention_without_a_heads_axis():
+    """[X, N, D] throughout: each of the X rows is a sequence of one head."""
+
+    def f(q, k, v, pk, pv):
+        k, v = torch.cat([pk, k], 1), torch.cat([pv, v], 1)
+        return F.scaled_dot_product_attention(q, k, v), k, v
+
+    site = cached(f, *(torch.randn(6, n, D) for n in (N, N, N, P, P)))
+    assert site.keys.layout == site.keys.join.past_layout == ((0,), (2,), (3,))
+    assert site.keys.shape == (6, 1, P + N, D)
+
+
+def test_one_sequence_without_a_batch_axis():
+    """[H, S, D] cached, a batch of one made for the attention."""
+
+    def f(q, k, v, pk, pv):
+        k, v = torch.cat([pk, k], 1), torch.cat([pv, v], 1)
+        return F.scaled_dot_product_attention(q[None], k[None], v[None]), k, v
+
+    site = cached(f, *(torch.randn(H, n, D) for n in (N, N, N, P, P)))
+    assert site.keys.layout == ((1,), (2,), (3,))
+    assert site.keys.shape == (1, H, P + N, D)
 
 
 def test_repeated_keys_are_what_is_kept():

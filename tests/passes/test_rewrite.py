@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from think_compile.config import ThinkConfig
 from think_compile.kernels import steps
+from think_compile.kernels.canonical import CANONICAL
 from think_compile.passes import plan
 from think_compile.passes import rewrite as rw
 from think_compile.passes.attention import find_attention
@@ -18,7 +19,7 @@ from think_compile.passes.normalize import normalize
 B, HQ, H, N, P, C, D = 2, 4, 2, 3, 7, 16, 8
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 FIRST = {steps.first_call_growing, steps.first_call_fixed}
-LATER = {steps.later_call_growing, steps.later_call_fixed}
+LATER = {steps.attend_growing, steps.attend_fixed}
 CONFIG = ThinkConfig(0.5, recent=2, channel_multiple=1, lowering="eager")
 
 
@@ -112,7 +113,7 @@ def test_first_call_keeps_its_result_and_stores_the_rest():
     assert torch.equal(values[out.position], first(*inputs)[0])
     assert isinstance(keys, plan.NewKeys)
     assert isinstance(vals, plan.NewValues)
-    assert (keys.length, keys.fixed, keys.layout) == (N, False, (0, 1, 2, 3))
+    assert (keys.length, keys.fixed, keys.layout) == (N, False, CANONICAL)
     pruned, channels, ring = values[keys.position : keys.position + 3]
     assert pruned.shape == (B, H, steps.capacity_for(N), D // 2)
     assert channels.shape == (B, H, D // 2)
@@ -248,7 +249,7 @@ def test_what_is_returned_twice_is_stored_once():
     assert count(result.graph_module, FIRST) == 1
     one, two, moved = result.outputs[1], result.outputs[3], result.outputs[4]
     assert one == two
-    assert moved.layout == (0, 2, 1, 3)
+    assert moved.layout == ((0,), (2,), (1,), (3,))
     assert moved.position == one.position
 
 
@@ -278,4 +279,4 @@ def test_passes_dump_their_graphs(caplog):
     after = next(text for text in dumps if text.startswith("rewrite, after"))
     assert "scaled_dot_product_attention" in before
     assert "scaled_dot_product_attention" not in after
-    assert "later_call_growing" in after
+    assert "attend_growing" in after

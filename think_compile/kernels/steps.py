@@ -121,7 +121,7 @@ def first_call_fixed(
     return (*packed, torch.stack([floor, length]), v.clone(memory_format=torch.contiguous_format))
 
 
-def later_call_growing(
+def attend_growing(
     q: Tensor,
     k_new: Tensor,
     v_new: Tensor,
@@ -136,22 +136,26 @@ def later_call_growing(
     is_causal: bool,
     first: int = 0,
     read: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Append the new tokens and attend: (attention output [B, Hq, N, Dv], the new ring).
+) -> Tensor:
+    """Append the new values in place and attend to past and new tokens: [B, Hq, N, Dv].
 
     The attention reads positions from ``first`` on, or the last ``read`` ones.
     """
-    ref.append_rows(pruned, ref.narrow_rows(k_new, channels), start)
     ref.append_rows(values, v_new, start)
     packed = ref.Packed(pruned, channels, recent)
     extent = start + k_new.shape[2]
-    scale = default_scale(q, scale)
     first = first if read is None else extent - read
-    out = ref.attend(q, k_new, packed, values, start, floor, extent, mask, scale, is_causal, first)
-    return out, ref.advance_ring(recent, k_new, start)
+    scale = default_scale(q, scale)
+    return ref.attend(q, k_new, packed, values, start, floor, extent, mask, scale, is_causal, first)
 
 
-def later_call_fixed(
+def append_keys_growing(k_new: Tensor, pruned: Tensor, channels: Tensor, recent: Tensor, start: int) -> Tensor:
+    """Append the new keys' narrow rows in place; the new ring. To be run once the call has attended."""
+    ref.append_rows(pruned, ref.narrow_rows(k_new, channels), start)
+    return ref.advance_ring(recent, k_new, start)
+
+
+def attend_fixed(
     q: Tensor,
     k_new: Tensor,
     v_new: Tensor,
@@ -163,21 +167,14 @@ def later_call_fixed(
     values: Tensor,
     start: Tensor | int,
     extent: int,
-    spec: LayerSpec,
     scale: float | None,
     is_causal: bool,
 ) -> Tensor:
-    """Write the new tokens into a fixed cache from ``start`` on and attend: [B, Hq, N, Dv]."""
+    """Write the new values into a fixed cache from ``start`` on and attend to its first ``extent`` rows."""
     start = torch.as_tensor(start, device=q.device)
     ref.append_rows(values, v_new, start)
-    channels.copy_(ref.rescore_restarted(q, k_new, mask, channels, start, extent, spec.observe))
-    ref.append_rows(pruned, ref.narrow_rows(k_new, channels), start)
-    floor = torch.minimum(progress[0], start)
-    packed = ref.Packed(pruned, channels, recent)
-    scale = default_scale(q, scale)
-    out = ref.attend(q, k_new, packed, values, start, floor, extent, mask, scale, is_causal)
-    _advance_fixed(k_new, recent, progress, start, floor, spec)
-    return out
+    packed, floor = ref.Packed(pruned, channels, recent), torch.minimum(progress[0], start)
+    return ref.attend(q, k_new, packed, values, start, floor, extent, mask, default_scale(q, scale), is_causal)
 
 
 def append_keys_fixed(
@@ -221,6 +218,35 @@ def laid_out(x: Tensor, order: list[int]) -> Tensor:
     """``x`` with its axes in memory from the outermost to the innermost as ``order`` says."""
     back = sorted(range(len(order)), key=lambda i: order[i])
     return x.permute(order).contiguous().permute(back)
+
+
+def causal_to_end(k_new: Tensor, extent: int) -> Tensor:
+    """Bool [N, extent]: the last of the call's queries sees all ``extent`` keys, each earlier one a key less."""
+    rows = torch.arange(k_new.shape[2], device=k_new.device)[:, None]
+    return torch.arange(extent, device=k_new.device) <= extent - k_new.shape[2] + rows
+
+
+def causal_behind(k_new: Tensor, past: int) -> Tensor:
+    """Bool [N, past + N], as :func:`causal_to_end`, behind ``past`` tokens."""
+    return causal_to_end(k_new, past + k_new.shape[2])
+
+
+def joined_queries(queries: list[Tensor], heads: int) -> Tensor:
+    """Queries [B, heads * G, N, D] of attentions that read the same keys, as those of one with larger groups."""
+    grouped = [q.unflatten(1, (heads, -1)) for q in queries]
+    return torch.cat(grouped, 2).flatten(1, 2)
+
+
+def heads_beside(x: Tensor, heads: int) -> Tensor:
+    """[B, Hq, *, *] with each KV head's copies beside it, from one in which all KV heads are repeated in turn."""
+    if x.dim() < 4 or x.shape[1] == 1:
+        return x
+    return x.unflatten(1, (-1, heads)).transpose(1, 2).flatten(1, 2)
+
+
+def heads_in_turn(x: Tensor, heads: int) -> Tensor:
+    """The inverse of :func:`heads_beside`."""
+    return x.unflatten(1, (heads, -1)).transpose(1, 2).flatten(1, 2)
 
 
 # ------------------------------------------------------------------------------- attention that is written out
@@ -317,9 +343,3 @@ def append_values(v_new: Tensor, values: Tensor, start: Tensor | int, growing: b
     """Write the new values [B, H, N, Dv] in place; [B, H, *, Dv]: those written so far from ``first``, or all rows."""
     ref.append_rows(values, v_new, start)
     return values[:, :, first : start + v_new.shape[2]] if growing else values
-
-
-def append_keys_growing(k_new: Tensor, pruned: Tensor, channels: Tensor, recent: Tensor, start: int) -> Tensor:
-    """Append the new keys' narrow rows in place; the new ring. To be run once the call has attended."""
-    ref.append_rows(pruned, ref.narrow_rows(k_new, channels), start)
-    return ref.advance_ring(recent, k_new, start)

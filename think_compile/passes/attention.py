@@ -1,6 +1,7 @@
 """Pass 2: find the attention sites of a functional graph, by what the operation is, not by who wrote it.
 
-A site is the stock attention operation, or a region in which attention is written out (:mod:`.region`).
+A site is torch's attention operation, that of flash-attn (:mod:`.flash`), or a region in which attention is written
+out (:mod:`.region`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from think_compile.kernels.canonical import CANONICAL, Layout
+from think_compile.passes import flash
 from think_compile.passes.observe import observed
 from think_compile.passes.region import Region, find_regions
 
@@ -25,32 +28,40 @@ class Attention:
     """One attention of the graph.
 
     Attributes:
-        node: the operation whose result is the attention output [B, Hq, N, Dv].
+        node: the attention output [B, Hq, N, Dv].
+        operation: the operation that makes it; of a region its second product.
         q, k, v: its operands [B, Hq, N, D], [B, Hq or H, S, D], [B, Hq or H, S, Dv]; of a region, those of its two
             products, axes in any order.
         mask: bool (true attends) or float (added), broadcast to [B, Hq, N, S]; or None.
         scale: of q k^T; None is 1/sqrt(D).
-        is_causal: top-left aligned causal mask.
+        is_causal: causal, the first query seeing the first key.
+        causal_to_end: causal, the last query seeing the last key.
         dropout: probability.
         path: the module it stands in, as far as the trace tells.
         region: of an attention that is written out, its parts; mask, scale and is_causal are then unset.
+        layout: how the axes of operands and result stand to [B, H, tokens, channels]; of a region unset.
+        unsupported: options of the operation that an attention to packed keys has not.
     """
 
     node: Node
+    operation: Node
     q: Node
     k: Node
     v: Node
-    mask: Node | None
-    scale: float | Node | None
-    is_causal: bool
     dropout: float
     path: str
+    mask: Node | None = None
+    scale: float | Node | None = None
+    is_causal: bool = False
+    causal_to_end: bool = False
     region: Region | None = None
+    layout: Layout = CANONICAL
+    unsupported: str = ""
 
     def reads_keys(self, reader: Node, read: Node) -> bool:
         """Whether ``reader`` is where this attention reads its keys or values, and ``read`` is those."""
         if self.region is None:
-            return reader is self.node and read is not self.q and read is not self.mask
+            return reader is self.operation and read is not self.q and read is not self.mask
         products = (self.region.logits, self.region.output)
         return any(reader is p.node and read is p.right and read is not p.left for p in products)
 
@@ -59,8 +70,8 @@ def find_attention(graph_module: GraphModule) -> list[Attention]:
     """All attention sites, in graph order."""
     graph = graph_module.graph
     with observed("attention", graph) as count:
-        nodes = graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
-        sites = [_from_sdpa(node) for node in nodes] + [_from_region(region) for region in find_regions(graph)]
+        sites = [site for node in graph.nodes if (site := _from_operation(node)) is not None]
+        sites += [_from_region(region) for region in find_regions(graph)]
         sites.sort(key=_position(graph))
         count.matches = len(sites)
     return sites
@@ -91,20 +102,23 @@ def _sdpa_arguments(
 _SDPA_SIGNATURE = inspect.signature(_sdpa_arguments)
 
 
-def _from_sdpa(node: Node) -> Attention:
-    bound = _SDPA_SIGNATURE.bind(*node.args, **node.kwargs)
-    return Attention(node=node, path=module_path(node), **_sdpa_arguments(*bound.args, **bound.kwargs))
+def _from_operation(node: Node) -> Attention | None:
+    if node.target is aten.scaled_dot_product_attention.default:
+        bound = _SDPA_SIGNATURE.bind(*node.args, **node.kwargs)
+        arguments = _sdpa_arguments(*bound.args, **bound.kwargs)
+        return Attention(node=node, operation=node, path=module_path(node), **arguments)
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.name() == flash.NAME:
+        return Attention(path=module_path(node), **flash.arguments_of(node))
+    return None
 
 
 def _from_region(region: Region) -> Attention:
     return Attention(
         node=region.output.node,
+        operation=region.output.node,
         q=region.logits.left,
         k=region.logits.right,
         v=region.output.right,
-        mask=None,
-        scale=None,
-        is_causal=False,
         dropout=region.dropout,
         path=module_path(region.logits.node),
         region=region,

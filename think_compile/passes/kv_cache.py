@@ -8,7 +8,7 @@ What it is called and who holds it does not matter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from think_compile.passes.cache_layout import derived_layout, source_layout
 from think_compile.passes.join import JOINS, WRITES, Join, join_of, same_positions
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
+from think_compile.passes.readers import check_past_readers, check_readers, made_of_cache, refuse_half_read
 from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.region import Order, Region
 from think_compile.passes.roles import QueryLayout, key_axes, query_layout, to_product_order, usable_masks, value_axes
@@ -43,6 +44,7 @@ class CacheTensor:
         outputs: indices of the graph outputs that hold it, with the layout of each.
         extent: how many positions the attention reads.
         chain: the operations between ``root`` and the attention, in running order.
+        in_turn: whether query heads are dealt out to the KV heads in turn, instead of in blocks of neighbours.
         window: of a cache that is not joined, read or kept as a whole, what is.
     """
 
@@ -53,6 +55,7 @@ class CacheTensor:
     outputs: dict[int, Layout]
     extent: Any
     chain: tuple[Node, ...]
+    in_turn: bool
     window: Window | None = None
 
     @property
@@ -106,7 +109,7 @@ class CachedAttention:
     def _query_shape(self) -> list[Any]:
         shape = self.attention.q.meta["val"].shape
         if self.queries is None:
-            return list(shape)
+            return [shape[self.attention.layout.index((axis,))] for axis in range(4)]
         *others, tokens, channels = (shape[axis] for axis in self.queries.queries)
         every_head = math.prod(others) // self.keys.size(0)
         return [self.keys.size(0), every_head, tokens, channels]
@@ -136,7 +139,7 @@ def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than:
     with observed("kv_cache", normalized.graph_module.graph) as count:
         for site in sites:
             try:
-                found = _prove(normalized, site)
+                found = _prove(normalized, site, sites)
                 check_window(found.window, larger_than)
                 findings.cached.append(found)
             except Refused as refused:
@@ -144,7 +147,7 @@ def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than:
             except lay.NotLayout as why:
                 findings.refused.append((site, Refused(Reason.UNKNOWN_LAYOUT, str(why))))
         _settle_readings(findings)
-        _refuse_shared(findings)
+        refuse_half_read(findings.cached, findings.refused)
         count.matches = len(findings.cached)
     return findings
 
@@ -171,26 +174,19 @@ def _by_softmax(found: Sequence[T], site: Callable[[T], Attention]) -> list[list
     return list(groups.values())
 
 
-def _refuse_shared(findings: Findings) -> None:
-    roots = [root for c in findings.cached for root in {c.keys.root, c.values.root}]
-    shared = {root for root in roots if roots.count(root) > 1}
-    for c in list(findings.cached):
-        if c.keys.root in shared or c.values.root in shared or c.keys.root is c.values.root:
-            findings.cached.remove(c)
-            findings.refused.append((c.attention, Refused(Reason.SHARED, where(c.keys.root))))
-
-
-def _prove(normalized: Normalized, site: Attention) -> CachedAttention:
+def _prove(normalized: Normalized, site: Attention, sites: Sequence[Attention]) -> CachedAttention:
     if site.dropout:
         raise Refused(Reason.DROPOUT, f"p = {site.dropout}")
+    if site.unsupported:
+        raise Refused(Reason.OPTION, f"{site.unsupported} at {where(site.operation)}")
     q, k = site.q.meta["val"], site.k.meta["val"]
     if not (q.is_floating_point() and k.is_floating_point()):
         raise Refused(Reason.NOT_FLOATING, f"{q.dtype}, {k.dtype}")
     if site.region is None and q.dim() != 4:
         raise Refused(Reason.UNKNOWN_LAYOUT, f"queries have {q.dim()} axes")
-    keys = _keys(normalized, site)
+    keys = _keys(normalized, site, sites)
     try:
-        values = _cache_tensor(normalized, site, site.v, _arranger(site, value_axes))
+        values = _cache_tensor(normalized, sites, site.v, _arranger(site, value_axes))
     except Refused as refused:
         if refused.reason is Reason.NOT_CACHED:
             raise Refused(Reason.VALUES_NOT_CACHED, refused.detail) from None
@@ -203,16 +199,16 @@ def _prove(normalized: Normalized, site: Attention) -> CachedAttention:
     return found
 
 
-def _keys(normalized: Normalized, site: Attention) -> CacheTensor:
+def _keys(normalized: Normalized, site: Attention, sites: Sequence[Attention]) -> CacheTensor:
     """The key cache; behind it the keys may have been multiplied by one number."""
     arrange = _arranger(site, key_axes)
     try:
-        return _cache_tensor(normalized, site, site.k, arrange)
+        return _cache_tensor(normalized, sites, site.k, arrange)
     except Refused as refused:
         if lay.scaled_input(lay.walk_back(site.k)[0]) is None:
             raise
         try:
-            return _cache_tensor(normalized, site, site.k, arrange, scaled=True)
+            return _cache_tensor(normalized, sites, site.k, arrange, scaled=True)
         except Refused:
             raise refused from None
 
@@ -220,7 +216,9 @@ def _keys(normalized: Normalized, site: Attention) -> CacheTensor:
 def _arranger(site: Attention, arrange: Callable[[Region, lay.Axes], lay.Axes]) -> Callable[[lay.Axes], lay.Axes]:
     """Brings an operand's axes into the order [B, H, S, D]."""
     region = site.region
-    return (lambda axes: axes) if region is None else (lambda axes: arrange(region, axes))
+    if region is not None:
+        return lambda axes: arrange(region, axes)
+    return lambda axes: [axes[site.layout.index((axis,))] for axis in range(4)]
 
 
 def _new_tokens(tensor: CacheTensor) -> Any:
@@ -231,7 +229,7 @@ def _new_tokens(tensor: CacheTensor) -> Any:
 
 def _check_pair(site: CachedAttention) -> None:
     keys, values = site.keys, site.values
-    if not lay.same_size(keys.size(1), values.size(1)):
+    if not lay.same_size(keys.size(1), values.size(1)) or keys.in_turn != values.in_turn:
         raise Refused(Reason.HEADS_DIFFER, f"{keys.size(1)} and {values.size(1)}")
     if keys.join.fixed != values.join.fixed or (keys.join.past is None) != (values.join.past is None):
         raise Refused(Reason.VALUES_NOT_CACHED, "they are joined in another way than the keys")
@@ -249,7 +247,7 @@ def _check_pair(site: CachedAttention) -> None:
 
 def _cache_tensor(
     normalized: Normalized,
-    site: Attention,
+    sites: Sequence[Attention],
     operand: Node,
     arrange: Callable[[lay.Axes], lay.Axes],
     *,
@@ -259,20 +257,19 @@ def _cache_tensor(
     root, chain, read = _behind_suffix(root, chain, arrange, scaled)
     root, chain, axes, layout = _laid_out(root, chain, arrange)
     shape = _canonical_shape(axes, root.meta["val"].shape[token_axis(layout)])
-    if _copies_first(axes[HEAD]) and not lay.same_size(shape[HEAD], 1):
-        raise Refused(Reason.UNKNOWN_LAYOUT, "the heads are repeated in turn, not each beside its copies")
+    in_turn = _copies_first(axes[HEAD]) and not lay.same_size(shape[HEAD], 1)
     outputs, kept = _outputs_holding(normalized, root, layout, shape)
     join = join_of(normalized, root, layout)
     if not outputs:
-        raise Refused(Reason.NOT_CACHED, where(root))
-    _check_readers(root, site)
+        raise Refused(Reason.TRANSFORMED if made_of_cache(normalized, root) else Reason.NOT_CACHED, where(root))
+    check_readers(root, sites)
     if join.past is not None:
-        _check_past_readers(normalized.placeholders[join.past], root)
+        check_past_readers(normalized.placeholders[join.past], root)
     window = window_of(join.past_suffix, read, kept)
     if window is not None and (join.fixed or min(outputs) < len(normalized.written)):
         raise Refused(Reason.UNKNOWN_WINDOW, "it is written in place")
     extent = _extent(root, token_axis(layout), chain, prefix)
-    return CacheTensor(root, layout, shape, join, outputs, extent, tuple(chain), window)
+    return CacheTensor(root, layout, shape, join, outputs, extent, tuple(chain), in_turn, window)
 
 
 def _root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None]:
@@ -380,50 +377,3 @@ def _kept(root: Node, chain: list[Node], cut: Node, axis: int) -> Suffix:
     if suffix is None:
         raise Refused(Reason.UNKNOWN_WINDOW, where(cut))
     return suffix
-
-
-# -------------------------------------------------------------------------------------------------- the readers
-
-
-_LOOKS_AT_SHAPE = {aten.sym_size.int, aten._assert_tensor_metadata.default}
-
-
-def _readers(node: Node) -> Iterator[tuple[Node, Node]]:
-    """(reader, what it reads) of a tensor through layout operations, those that only look at its shape left out."""
-    for user in node.users:
-        if user.target in _LOOKS_AT_SHAPE:
-            continue
-        if lay.layout_input(user) is node or lay.scaled_input(user) is node:
-            yield from _readers(user)
-        else:
-            yield user, node
-
-
-def _check_readers(root: Node, site: Attention) -> None:
-    for reader, read in _readers(root):
-        if reader.op == "output":
-            continue
-        if site.reads_keys(reader, read):
-            continue
-        if reader.target is aten.slice.Tensor and all(_ends(site, *r) for r in _readers(reader)):
-            continue
-        if reader.target is site.node.target and site.region is None and read in reader.args[1:3]:
-            raise Refused(Reason.SHARED, where(reader))
-        raise Refused(Reason.KEY_ESCAPES, where(reader))
-
-
-def _ends(site: Attention, reader: Node, read: Node) -> bool:
-    """Whether the cache may end in ``reader``: what leaves the graph has been looked at."""
-    return reader.op == "output" or site.reads_keys(reader, read)
-
-
-def _check_past_readers(past: Node, root: Node) -> None:
-    for reader, read in _readers(past):
-        is_base = reader.target is aten.slice_scatter.default and reader.args[0] is read
-        is_overwritten = reader.target is aten.copy.default and reader.args[0] is read
-        if reader is root or is_base or is_overwritten:
-            continue
-        if reader.target is aten.slice.Tensor:
-            _check_past_readers(reader, root)
-            continue
-        raise Refused(Reason.PAST_ESCAPES, where(reader))

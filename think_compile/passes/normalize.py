@@ -15,6 +15,7 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
+from think_compile.passes.canonicalize import canonicalize
 from think_compile.passes.observe import observed
 from think_compile.passes.refusal import Reason, Refused
 
@@ -88,6 +89,7 @@ def _normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
         count.matches, count.graph = len(names), graph_module.graph
     _keep_values(graph_module, fakes)
     _drop_assertions(graph_module)
+    canonicalize(graph_module)
     return Normalized(graph_module, written, sources)
 
 

@@ -1,0 +1,170 @@
+"""Equivalent ways of writing to a cache and of calling attention, brought into the ones that the later passes read.
+
+Part of pass 1. A write of one row, by select, scatter or a choice (where), becomes a slice_scatter or an index_copy;
+an attention without a heads axis gets one. Each is the same function of its inputs; what is not known to be stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from think_compile.passes import layout as lay
+
+aten = torch.ops.aten
+Rule = Callable[[GraphModule, Node], Node | None]
+
+
+def canonicalize(graph_module: GraphModule) -> int:
+    """Rewrite in place; how many operations were."""
+    count = 0
+    for node in list(graph_module.graph.nodes):
+        rule = _RULES.get(node.target) if node.op == "call_function" else None
+        if rule is None:
+            continue
+        with graph_module.graph.inserting_before(node):
+            new = rule(graph_module, node)
+        if new is not None:
+            node.replace_all_uses_with(new)
+            graph_module.graph.erase_node(node)
+            count += 1
+    if count:
+        graph_module.graph.eliminate_dead_code()
+        graph_module.recompile()
+    return count
+
+
+def _call(graph_module: GraphModule, like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A node that stands where ``like`` does, its fake value computed."""
+    node = graph_module.graph.call_function(target, args, kwargs)
+    node.meta = {name: value for name, value in like.meta.items() if name in ("nn_module_stack", "stack_trace")}
+    values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    node.meta["val"] = target(*values[0], **values[1])
+    return node
+
+
+def _same_shape(a: Node, b: Node, but: int | None = None) -> bool:
+    """Whether two tensors have one shape, axis ``but`` left out."""
+    x, y = a.meta["val"].shape, b.meta["val"].shape
+    return len(x) == len(y) and all(i == but or lay.same_size(m, n) for i, (m, n) in enumerate(zip(x, y, strict=True)))
+
+
+def _select_scatter(graph_module: GraphModule, node: Node) -> Node | None:
+    """``base[..., i, ...] = row``: a slice of one."""
+    base, row, dim, index = node.args
+    if isinstance(index, Node) or not isinstance(index, int):
+        return None
+    dim %= base.meta["val"].dim()
+    size = base.meta["val"].shape[dim]
+    if index < 0 and not isinstance(size, int):
+        return None
+    index = index + size if index < 0 else index
+    if row.target is aten.copy.default and _same_shape(row.args[1], row):  # the row as it is written
+        cast = row.args[1].meta["val"].dtype == row.meta["val"].dtype
+        row = row.args[1] if cast else row
+    rows = _call(graph_module, node, aten.unsqueeze.default, row, dim)
+    return _call(graph_module, node, aten.slice_scatter.default, base, rows, dim, index, index + 1)
+
+
+def _scatter(graph_module: GraphModule, node: Node) -> Node | None:
+    """``base.scatter(dim, positions repeated over every other axis, rows)``."""
+    base, dim, index, rows = node.args
+    dim %= base.meta["val"].dim()
+    positions, chain = lay.walk_back(index)
+    if not (_same_shape(index, rows) and _same_shape(base, rows, but=dim)):
+        return None
+    if lay.same_size(positions.meta["val"].numel(), 1):
+        positions = _call(graph_module, node, aten.reshape.default, positions, [1])
+    elif positions.meta["val"].dim() != 1 or not _runs_along(positions, chain, dim):
+        return None
+    return _call(graph_module, node, aten.index_copy.default, base, dim, positions, rows)
+
+
+def _runs_along(positions: Node, chain: list[Node], dim: int) -> bool:
+    """Whether ``positions`` [N], through views and copies, are all of axis ``dim`` and of no other."""
+    try:
+        axes = lay.follow(chain, lay.source_axes(positions.meta["val"].shape))
+    except lay.NotLayout:
+        return False
+    own = [i for i, atoms in enumerate(axes) if any(atom.axis is not None for atom in atoms)]
+    return own == [dim] and len(axes[dim]) == 1 and not axes[dim][0].part
+
+
+def _where(graph_module: GraphModule, node: Node) -> Node | None:
+    """``where(arange == position, row, base)`` along one axis."""
+    condition, row, base = node.args
+    if not (_is_tensor(row) and _is_tensor(base)) or row.meta["val"].dtype != base.meta["val"].dtype:
+        return None
+    hit, chain = lay.walk_back(condition)
+    dim, position = _hit_axis(hit, chain, base), _position(hit)
+    if dim is None or position is None or not _same_shape(base, row, but=dim):
+        return None
+    if not (lay.same_size(row.meta["val"].shape[dim], 1) and _same_shape(base, node)):
+        return None
+    if isinstance(position, int):
+        return _call(graph_module, node, aten.slice_scatter.default, base, row, dim, position, position + 1)
+    index = _call(graph_module, node, aten.reshape.default, position, [1])
+    return _call(graph_module, node, aten.index_copy.default, base, dim, index, row)
+
+
+def _is_tensor(arg: Any) -> bool:
+    return isinstance(arg, Node) and isinstance(arg.meta["val"], torch.Tensor)
+
+
+def _hit_axis(hit: Node, chain: list[Node], base: Node) -> int | None:
+    """The axis of ``base`` along which a comparison with every position stands, through views."""
+    if hit.target not in (aten.eq.Tensor, aten.eq.Scalar) or hit.meta["val"].dim() != 1:
+        return None
+    try:
+        axes = lay.follow(chain, lay.source_axes(hit.meta["val"].shape))
+    except lay.NotLayout:
+        return None
+    shape = base.meta["val"].shape
+    own = [i for i, atoms in enumerate(axes) if any(atom.axis is not None for atom in atoms)]
+    if len(own) != 1:
+        return None
+    dim = own[0] - len(axes) + len(shape)
+    return dim if lay.same_size(hit.meta["val"].shape[0], shape[dim]) else None
+
+
+def _position(hit: Node) -> Node | int | None:
+    """The one position that ``arange == position`` hits; int64 or a number >= 0."""
+    for columns, position in (hit.args[:2], hit.args[1::-1]):
+        if not isinstance(columns, Node) or not _counts_from_zero(lay.walk_back(columns)[0]):
+            continue
+        if isinstance(position, int):
+            return position if position >= 0 else None
+        if _is_tensor(position) and position.meta["val"].dtype == torch.int64:
+            return position if lay.same_size(position.meta["val"].numel(), 1) else None
+    return None
+
+
+def _counts_from_zero(node: Node) -> bool:
+    if node.target is aten.arange.start:
+        return node.args[0] == 0
+    return node.target is aten.arange.default
+
+
+def _unbatched_attention(graph_module: GraphModule, node: Node) -> Node | None:
+    """Attention of [X, N, D] tensors: X sequences of one head."""
+    operands = [*node.args[:3]]
+    if any(operand.meta["val"].dim() != 3 for operand in operands):
+        return None
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    q, k, v = (_call(graph_module, node, aten.unsqueeze.default, operand, 1) for operand in operands)
+    if mask is not None and mask.meta["val"].dim() == 3:
+        mask = _call(graph_module, node, aten.unsqueeze.default, mask, 1)
+    rest = {name: value for name, value in node.kwargs.items() if name != "attn_mask"}
+    out = _call(graph_module, node, node.target, q, k, v, mask, *node.args[4:], **rest)
+    return _call(graph_module, node, aten.squeeze.dim, out, 1)
+
+
+_RULES: dict[Any, Rule] = {
+    aten.select_scatter.default: _select_scatter,
+    aten.scatter.src: _scatter,
+    aten.where.self: _where,
+    aten.scaled_dot_product_attention.default: _unbatched_attention,
+}

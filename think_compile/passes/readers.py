@@ -1,0 +1,123 @@
+"""Who reads a cache: attentions, which all must be rewritten together, and nobody else.
+
+Part of pass 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+from think_compile.passes import layout as lay
+from think_compile.passes.attention import Attention
+from think_compile.passes.normalize import Normalized
+from think_compile.passes.refusal import Reason, Refused, where
+from think_compile.passes.window import agree
+
+if TYPE_CHECKING:
+    from think_compile.passes.kv_cache import CachedAttention
+
+aten = torch.ops.aten
+_LOOKS_AT_SHAPE = {aten.sym_size.int, aten._assert_tensor_metadata.default}
+
+
+def _readers(node: Node) -> Iterator[tuple[Node, Node]]:
+    """(reader, what it reads) of a tensor through layout operations, those that only look at its shape left out."""
+    for user in node.users:
+        if user.target in _LOOKS_AT_SHAPE:
+            continue
+        if lay.layout_input(user) is node or lay.scaled_input(user) is node:
+            yield from _readers(user)
+        else:
+            yield user, node
+
+
+def _uses(root: Node) -> Iterator[tuple[Node, Node]]:
+    """The readers of a cache, also through one slice, other than the graph's output."""
+    for reader, read in _readers(root):
+        uses = _readers(reader) if reader.target is aten.slice.Tensor else [(reader, read)]
+        yield from (use for use in uses if use[0].op != "output")
+
+
+def check_readers(root: Node, sites: Sequence[Attention]) -> None:
+    """Refuse a cache that something besides the attentions ``sites`` reads."""
+    for reader, read in _uses(root):
+        if not any(site.reads_keys(reader, read) for site in sites):
+            raise Refused(Reason.KEY_ESCAPES, where(reader))
+
+
+def check_past_readers(past: Node, root: Node) -> None:
+    """Refuse a past that is read by anything but the join ``root``."""
+    for reader, read in _readers(past):
+        is_base = reader.target is aten.slice_scatter.default and reader.args[0] is read
+        is_overwritten = reader.target is aten.copy.default and reader.args[0] is read
+        if reader is root or is_base or is_overwritten:
+            continue
+        if reader.target is aten.slice.Tensor:
+            check_past_readers(reader, root)
+            continue
+        raise Refused(Reason.PAST_ESCAPES, where(reader))
+
+
+_FRESH = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
+
+
+def made_of_cache(normalized: Normalized, node: Node) -> bool:
+    """Whether ``node`` is made, number by number, of a tensor that leaves the graph: what is cached, and changed after.
+
+    Tensors of fewer than three axes (positions, masks) are no caches, and what a projection makes is new.
+    """
+    outputs = {output for output in normalized.outputs if isinstance(output, Node)}
+    todo, seen = [node], {node}
+    while todo:
+        node = todo.pop()
+        if node.op != "call_function" or node.target in _FRESH:
+            continue
+        for source in node.all_input_nodes:
+            value = source.meta.get("val")
+            if source in outputs and isinstance(value, torch.Tensor) and value.dim() > 2:
+                return True
+            if source not in seen:
+                seen.add(source)
+                todo.append(source)
+    return False
+
+
+def refuse_half_read(cached: list[CachedAttention], refused: list[tuple[Attention, Refused]]) -> None:
+    """Attentions that share a cache are rewritten together or not at all: move what cannot be to ``refused``."""
+    while bad := [site for site in cached if not _fits_all(site, cached, refused)]:
+        for site in bad:
+            cached.remove(site)
+            refused.append((site.attention, Refused(Reason.SHARED, where(site.keys.root))))
+
+
+def _fits_all(
+    site: CachedAttention, cached: Sequence[CachedAttention], refused: Sequence[tuple[Attention, Refused]]
+) -> bool:
+    roots = {site.keys.root, site.values.root}
+    if len(roots) == 1 or any(_reads(attention, roots) for attention, _ in refused):
+        return False
+    others = [other for other in cached if roots & {other.keys.root, other.values.root}]
+    return all(_alike(site, other) for other in others)
+
+
+def _reads(attention: Attention, roots: set[Node]) -> bool:
+    return any(attention.reads_keys(*use) for root in roots for use in _uses(root))
+
+
+def _alike(a: CachedAttention, b: CachedAttention) -> bool:
+    """Whether two attentions read one cache in the same way, under the same mask."""
+    extents = lay.value_of(a.keys.extent), lay.value_of(b.keys.extent)
+    same_tokens = lay.same_size(*extents) and agree(a.window, b.window)
+    return a is b or (_reading(a) == _reading(b) and same_tokens)
+
+
+def _reading(site: CachedAttention) -> tuple[Any, ...]:
+    attention, region = site.attention, site.attention.region
+    masks: Any = (attention.mask, attention.is_causal, attention.causal_to_end)
+    if region is not None:
+        masks = tuple(masking.mask for masking in region.masks)
+    return *((t.root, t.layout, t.in_turn) for t in (site.keys, site.values)), masks, region is None
