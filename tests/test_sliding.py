@@ -125,10 +125,10 @@ def test_memory_and_graphs_are_bounded():
     trio = Trio(register(Kind()), RULES)
     trio.run(tokens(2, 20), [20])
     for _ in range(3):
-        trio.got.step(tokens(2, 1))
+        trio.step(tokens(2, 1))
     graphs, most = report(trio.model).graphs, 0
     for _ in range(220):
-        trio.got.step(tokens(2, 1))
+        trio.step(tokens(2, 1))
         most = max(most, report(trio.model).stored_bytes)
     trio.check_caches()
     assert report(trio.model).graphs == graphs
