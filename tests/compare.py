@@ -28,6 +28,7 @@ class Rules:
     observe: int = 8
     channel_multiple: int = 1
     prune_generated: bool = True
+    sliding: bool = False
 
     @property
     def kept(self) -> int:

@@ -45,8 +45,12 @@ def valid_keys(pairs: Tensor) -> Tensor:
 
 
 def observed_queries(valid: Tensor, queries: int, observe: int) -> Tensor:
-    """[B, queries]: the last `observe` queries whose own position, one of the last, is a valid key."""
-    own = valid[:, valid.shape[1] - queries :]
+    """[B, queries]: the last `observe` queries whose own position, one of the last, is a valid key.
+
+    A query whose own key is no longer attended to by anyone is not valid.
+    """
+    gone = max(0, queries - valid.shape[1])
+    own = torch.nn.functional.pad(valid, (gone, 0))[:, -queries:]
     later = own.flip(1).long().cumsum(1).flip(1)  # valid queries from here on, this one included
     return own & (later <= observe)
 
@@ -88,7 +92,8 @@ class Slot:
     holder: object  # what lives as long as the cache does and is copied with it: carries the pruning state
     keys: Tensor | None
     count: int
-    bounded: bool = False  # a sliding window's cache: stays dense
+    bounded: bool = False  # a window: holds the latest tokens, `count` of them
+    dense: bool = False  # a window that is always left dense
 
 
 def hf_slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
@@ -100,10 +105,13 @@ def hf_slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
 def _hf_slot(layer: object) -> Slot:
     count = int(layer.get_seq_length())
     keys = layer.keys if count else None
-    return Slot(layer, keys, count, getattr(layer, "is_sliding", False))
+    bounded, static = getattr(layer, "is_sliding", False), hasattr(layer, "max_cache_len")
+    if bounded and count and not static:
+        count = keys.shape[2]
+    return Slot(layer, keys, count, bounded, bounded and static)
 
 
-def tuple_slots(canonical: Callable[[Tensor], Tensor]) -> Callable:
+def tuple_slots(canonical: Callable[[Tensor], Tensor], *, bounded: bool = False) -> Callable:
     """`forward(ids, past, mask) -> (logits, past)`, past a tuple of (keys, values) per layer.
 
     `canonical` gives a [B, H, S, D] view of a cache tensor.
@@ -111,13 +119,13 @@ def tuple_slots(canonical: Callable[[Tensor], Tensor]) -> Callable:
 
     def slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
         past = arguments.get("past") if output is None else output[1]
-        return [_tensor_slot(keys, canonical(keys)) for keys, _ in past or ()]
+        return [_tensor_slot(keys, canonical(keys), bounded) for keys, _ in past or ()]
 
     return slots
 
 
-def _tensor_slot(holder: Tensor, keys: Tensor) -> Slot:
-    return Slot(holder, keys, keys.shape[2])
+def _tensor_slot(holder: Tensor, keys: Tensor, bounded: bool) -> Slot:
+    return Slot(holder, keys, keys.shape[2], bounded)
 
 
 def buffer_slots(canonical: Callable[[Tensor], Tensor]) -> Callable:
@@ -179,6 +187,7 @@ class Oracle:
     observe: int
     channel_multiple: int
     prune_generated: bool = True
+    sliding: bool = False
     slots: Callable = hf_slots
     replay: list[Tensor] | None = None
     decisions: list[Tensor] = field(default_factory=list)
@@ -216,14 +225,18 @@ class Oracle:
         after = self.slots(self.model, arguments, output)
         if len(after) != len(seen):
             raise AssertionError(f"{len(seen)} attention calls for {len(after)} cached layers")
-        states += [None] * (len(after) - len(states))
-        past = before[0].count if before else 0
-        for slot, state, call in zip(after, states, seen, strict=True):
-            if not slot.bounded:
-                self._settle(slot, state, call.by_position(slot.count - past))
+        new = _new_tokens(arguments, before, after)
+        for i, (slot, call) in enumerate(zip(after, seen, strict=True)):
+            past = before[i].count if before else 0
+            state = states[i] if before else None
+            if not slot.bounded or (self.sliding and not slot.dense):
+                self._settle(slot, state, call.by_position(new), past + new - slot.count)
         return output
 
-    def _settle(self, slot: Slot, state: State | None, call: Seen) -> None:
+    def _settle(self, slot: Slot, state: State | None, call: Seen, gone: int) -> None:
+        """`gone` tokens have left the cache with this call."""
+        if state is not None and state.limit is not None:
+            state.limit = max(0, state.limit - gone)
         if state is None:
             limit = None if self.prune_generated else max(0, slot.count - self.recent)
             state = State(self._decide(slot, call), limit)
@@ -245,13 +258,22 @@ class Oracle:
 def choose(call: Seen, slot: Slot, observe: int, ratio: float, multiple: int) -> Tensor:
     """The kept channels of one layer, from its attention call and the cache that the call left behind."""
     batch, kv_heads, _, dim = slot.keys.shape
-    k = call.k[:, :, : slot.count]
+    count = call.k.shape[2] if slot.bounded else slot.count  # what is attended to, though it may not stay
+    k = call.k[:, :, :count]
     k = k[:, :: k.shape[1] // kv_heads]
     pairs = allowed_pairs(call.mask, call.is_causal, batch, call.q.shape[2], call.k.shape[2])
-    valid = valid_keys(pairs)[:, : slot.count]
+    valid = valid_keys(pairs)[:, :count]
     queries = call.q.shape[2]
     scores = channel_scores(call.q, k, valid, observed_queries(valid, queries, observe))
     return kept_mask(scores, kept_count(dim, ratio, multiple))
+
+
+def _new_tokens(arguments: dict, before: list[Slot], after: list[Slot]) -> int:
+    """Tokens of a call: where windows forget some, the counts do not tell."""
+    for name in ("ids", "input_ids"):
+        if arguments.get(name) is not None:
+            return arguments[name].shape[1]
+    return after[0].count - (before[0].count if before else 0)
 
 
 def _state_of(slot: Slot) -> State | None:

@@ -63,6 +63,7 @@ BAD = [
     ({"channel_multiple": 0}, ValueError),
     ({"channel_multiple": 1.5}, TypeError),
     ({"prune_generated": 1}, TypeError),
+    ({"sliding": "yes"}, TypeError),
     ({"strict": "yes"}, TypeError),
     ({"lowering": "tvm"}, ValueError),
     ({"lowering": None}, (TypeError, ValueError)),

@@ -822,3 +822,22 @@ def test_numbers_without_storage_raise():
     for read in (lambda h: h.numpy(), lambda h: h.tolist(), np.asarray):
         with pytest.raises((RuntimeError, TypeError)):
             read(handle)
+
+
+# ------------------------------------------------------------------ the last tokens
+
+
+@GROWING
+@LAYOUTS
+@pytest.mark.parametrize("length", [1, 3, 5, 7])
+def test_the_last_tokens_stay_packed(kind, layout, length):
+    handle, twin = pair(kind, layout)
+    axis = handle.axes.index((2,))
+    index = (slice(None),) * axis + (slice(-length, None),)
+    tail, expected = handle[index], twin.plain()[index]
+    same(tail, expected)
+    assert isinstance(tail, Handle)
+    assert not tail.is_dense
+    same(tail[:1].clone(), expected[:1])
+    same(torch.cat([tail, tail], 0), torch.cat([expected, expected]))
+    same(handle, twin.plain())

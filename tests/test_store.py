@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from think_compile.kernels import steps
 from think_compile.report import _stored
@@ -252,3 +254,99 @@ def test_dense_store():
     store = Dense(Rows(torch.randn(2, HEADS, 5, DIM)))
     assert store.logical_shape == (2, HEADS, 5, DIM)
     assert torch.equal(store.map_batch(lambda t: t[:1]).dense(), store.dense()[:1])
+
+
+# ------------------------------------------------------------------ bounded windows
+
+
+def call(store, k_new):
+    """As a compiled call does it: rows written in place, a new ring, the window moved."""
+    n_new = k_new.shape[2]
+    room = store.reserve(n_new)
+    ring = steps.append_keys_growing(k_new, room.rows.tensor, room.channels, room.recent, room.end)
+    return room.appended(ring, n_new)
+
+
+class Window:
+    """What a bounded store stands for: the tokens it keeps, whole, and how many of the first of them are pruned."""
+
+    def __init__(self, store, whole):
+        self.stays = torch.zeros(whole.shape[0], HEADS, DIM, dtype=torch.bool).scatter_(-1, store.channels, True)
+        self.whole, self.pruned, self.recent = whole, store.floor, store.spec.recent
+        self.moves = store.spec.prune_generated
+
+    def settle(self):
+        if self.moves:
+            self.pruned = max(self.pruned, self.whole.shape[2] - self.recent)
+
+    def dense(self):
+        old = torch.arange(self.whole.shape[2]) < self.pruned
+        return self.whole.masked_fill(old[:, None] & ~self.stays[:, :, None], 0)
+
+    def last(self, length):
+        self.pruned = max(0, self.pruned - (self.whole.shape[2] - length))
+        self.whole = self.whole[:, :, -length:]
+
+
+def whole_keys(length, recent, prune_generated):
+    spec = steps.LayerSpec(KEEP, DIM, recent, 4, prune_generated)
+    k = torch.randn(2, HEADS, length, DIM)
+    pruned, channels, ring, _ = steps.first_call_growing(k, k, k, None, spec)
+    store = GrowingKeys(Rows(pruned), channels, ring, length, max(0, length - recent), spec)
+    return store, Window(store, k)
+
+
+STEPS = st.lists(st.tuples(st.sampled_from(["call", "append", "crop", "pick"]), st.integers(1, 30)), max_size=25)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(first=st.integers(1, 40), size=st.integers(1, 24), recent=st.integers(0, 12), moves=st.booleans(), walk=STEPS)
+def test_a_window_of_any_size(first, size, recent, moves, walk):
+    """Calls, joins outside of graphs, crops and selections, each cut to the window; older stores stay as they were."""
+    store, window = whole_keys(first, recent, moves)
+    store, history = store.tail(min(size, first)), []
+    window.last(min(size, first))
+    for what, n in walk:
+        history = [*history[-3:], (store, store.dense())]
+        if what == "crop":
+            n = max(1, store.length - n)
+            store, window.whole = store.crop(n), window.whole[:, :, :n]
+            window.pruned = min(window.pruned, n)
+        elif what == "pick":
+            order = torch.tensor([n % 2, 1])
+            store = store.map_batch(lambda t, order=order: t.index_select(0, order))
+            window.whole, window.stays = window.whole[order], window.stays[order]
+        else:
+            k_new = new(n)
+            window.settle()
+            window.whole = torch.cat([window.whole, k_new], 2)
+            store = call(store, k_new) if what == "call" else store.append(k_new)
+            if what == "call":
+                window.settle()
+            length = min(size, store.length)
+            store = store.tail(length)
+            window.last(length)
+        assert torch.equal(store.dense(), window.dense())
+        assert store.rows.capacity <= 2 * steps.capacity_for(max(size, first)) + steps.capacity_for(30)
+    assert all(torch.equal(older.dense(), was) for older, was in history)
+
+
+@BOTH
+def test_the_rows_of_a_full_window_are_used_again(make):
+    """No growth over many steps, few copies, and each copy in the order of the tokens."""
+    store, copies = make(length=40).tail(30), 0
+    for i in range(400):
+        rows = store.rows
+        store = store.append(new(1)).tail(30)
+        copies += store.rows is not rows
+        assert store.rows.capacity <= steps.capacity_for(40)
+        assert store.length == 30, i
+    assert copies <= 400 / 16 + 1
+
+
+@BOTH
+def test_a_long_call_does_not_leave_its_rows_to_a_window(make):
+    store = make(length=20)
+    store = store.append(new(500)).tail(20)
+    assert store.rows.capacity == steps.capacity_for(20)
+    assert store.first == 0

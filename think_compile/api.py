@@ -34,6 +34,7 @@ def think_compile(
     observe: int = ThinkConfig.observe,
     channel_multiple: int = ThinkConfig.channel_multiple,
     prune_generated: bool = ThinkConfig.prune_generated,
+    sliding: bool = ThinkConfig.sliding,
     strict: bool = ThinkConfig.strict,
     lowering: str = ThinkConfig.lowering,
     **inductor_options: Any,
@@ -47,6 +48,7 @@ def think_compile(
         observe: number of latest queries that score the channels.
         channel_multiple: kept channels are rounded up to a multiple of this.
         prune_generated: also prune generated tokens as they leave the window.
+        sliding: also prune layers that keep a bounded window of tokens, if that is larger than ``recent``.
         strict: raise where a layer with a cache cannot be rewritten, and on internal failure.
         lowering: "inductor" or "eager".
         **inductor_options: options of ``torch._inductor.config`` for the lowering.
@@ -57,7 +59,9 @@ def think_compile(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    config = ThinkConfig(ratio, recent, observe, channel_multiple, prune_generated, strict, lowering, inductor_options)
+    config = ThinkConfig(
+        ratio, recent, observe, channel_multiple, prune_generated, sliding, strict, lowering, inductor_options
+    )
     if model in _backends:
         raise ValueError(
             "this model is wrapped by think_compile already; think_compile.restore(model) undoes it, "

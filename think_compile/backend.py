@@ -90,7 +90,7 @@ class Backend:
         sites = [with_full_path(site, names) for site in find_attention(normalized.graph_module)]
         if not sites:
             return self._plain(gm, example_inputs)
-        findings = find_caches(normalized, sites)
+        findings = find_caches(normalized, sites, self.config.recent if self.config.sliding else None)
         self._refuse_unswappable(findings, example_inputs)
         self._record(normalized, findings)
         self._warn_of_dense_reads(normalized, findings, example_inputs)

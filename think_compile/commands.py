@@ -38,6 +38,7 @@ Multiple = Annotated[int, typer.Option(help="Kept channels are rounded up to a m
 NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; auto is the checkpoint's own.")]
+Sliding = Annotated[bool, typer.Option("--sliding", help="Also prune layers that keep a bounded window of tokens.")]
 Lowering = Annotated[
     str | None,
     typer.Option(help="inductor or eager; by default inductor if there is a C++ compiler.", show_default=False),
@@ -75,6 +76,7 @@ def generate(
     recent: Recent = DEFAULTS.recent,
     observe: Observe = DEFAULTS.observe,
     channel_multiple: Multiple = DEFAULTS.channel_multiple,
+    sliding: Sliding = DEFAULTS.sliding,
     max_new_tokens: NewTokens = 128,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -96,6 +98,7 @@ def generate(
             recent=recent,
             observe=observe,
             channel_multiple=channel_multiple,
+            sliding=sliding,
             strict=strict,
         )
         where = _load_options(device, dtype, trust_remote_code)
@@ -120,6 +123,7 @@ def explain(
     recent: Recent = DEFAULTS.recent,
     observe: Observe = DEFAULTS.observe,
     channel_multiple: Multiple = DEFAULTS.channel_multiple,
+    sliding: Sliding = DEFAULTS.sliding,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt that is traced.")] = 128,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -137,6 +141,7 @@ def explain(
             recent=recent,
             observe=observe,
             channel_multiple=channel_multiple,
+            sliding=sliding,
             strict=strict,
         )
         where = _load_options(device, dtype, trust_remote_code)

@@ -70,6 +70,7 @@ class ThinkConfig:
         channel_multiple: kept channels are rounded up to a multiple of this; 1 is exactly the paper.
         prune_generated: also prune tokens that come after the first call, as they leave the window.
             False is the paper's own code: only the first call's tokens are pruned.
+        sliding: also prune the caches of layers that keep a bounded window, if that is larger than ``recent``.
         strict: raise when an attention layer with a cache cannot be rewritten, and on internal failure,
             instead of leaving it as it was.
         lowering: "inductor" compiles the rewritten graph, "eager" runs it op by op.
@@ -81,6 +82,7 @@ class ThinkConfig:
     observe: int = 32
     channel_multiple: int = 16
     prune_generated: bool = True
+    sliding: bool = False
     strict: bool = False
     lowering: str = "inductor"
     inductor_options: Mapping[str, Any] = field(default_factory=dict)  # kept as a read-only, hashable mapping
@@ -91,6 +93,7 @@ class ThinkConfig:
         _check_int("observe", self.observe, 1)
         _check_int("channel_multiple", self.channel_multiple, 1)
         _check_bool("prune_generated", self.prune_generated)
+        _check_bool("sliding", self.sliding)
         _check_bool("strict", self.strict)
         if self.lowering not in LOWERINGS:
             raise ValueError(f"lowering must be one of {LOWERINGS}, got {self.lowering!r}.")

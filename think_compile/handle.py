@@ -291,7 +291,7 @@ def _index(handle: Handle, indices: list[Tensor | None]) -> Handle | None:
 def _slice(
     handle: Handle, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Handle | None:
-    """Crops of a growing cache, batch ranges, and slices that keep everything."""
+    """First or last tokens of a growing cache, batch ranges, and slices that keep everything."""
     size = handle.shape[dim]
     start, end, step = slice(start, end, step).indices(size)
     if step == 1 and (start, end) == (0, size):
@@ -302,6 +302,8 @@ def _slice(
         return _marked_slice(handle.with_store(store.map_batch(lambda t: t[start:end:step].clone())))
     if axes == (TOKEN,) and step == 1 and 0 == start < end and isinstance(store, (GrowingKeys, GrowingValues)):
         return _marked_slice(handle.with_store(store.crop(end)))
+    if axes == (TOKEN,) and step == 1 and start < end == size and isinstance(store, (GrowingKeys, GrowingValues)):
+        return _marked_slice(handle.with_store(store.tail(end - start)))
     return None
 
 
@@ -380,7 +382,7 @@ def _cat_batches(first: Handle, handles: list[Handle]) -> Handle | None:
         return None
     if all(isinstance(s, GrowingValues) and s.length == stores[0].length for s in stores):
         return first.with_store(GrowingValues(_joined_rows(stores), stores[0].length))
-    keys = [s for s in stores if isinstance(s, GrowingKeys)]
+    keys = [s.moved(s.length) if s.first else s for s in stores if isinstance(s, GrowingKeys)]
     same = {(s.length, s.floor, s.spec, s.recent.shape[2]) for s in keys}
     if len(keys) != len(stores) or len(same) != 1:
         return None
@@ -397,8 +399,7 @@ def _cat_batches(first: Handle, handles: list[Handle]) -> Handle | None:
 
 
 def _joined_rows(stores: list[Any]) -> Rows:
-    length = stores[0].length
-    return Rows(torch.cat([s.rows.tensor[:, :, :length] for s in stores]))
+    return Rows(torch.cat([s.rows.tensor[:, :, s.first : s.end] for s in stores]))
 
 
 _PACKED: dict[Any, Callable[..., Handle | None]] = {

@@ -27,7 +27,7 @@ class LayerRecord:
 
     Attributes:
         layer: module path, as far as the trace tells.
-        cache: "growing", "fixed" or "none".
+        cache: "growing", "sliding" (bounded), "fixed" or "none".
         source: where the trace found the past keys, or "" while there are none.
         axes: the cache's axes, of B(atch) H(ead) S(equence) D(channel); merged ones in brackets.
         q_heads, kv_heads, head_dim: sizes.
@@ -74,7 +74,7 @@ def rewritten_record(site: CachedAttention, sources: list[str], config: ThinkCon
     layout = next(iter(site.keys.outputs.values()))
     return LayerRecord(
         layer=site.attention.path,
-        cache="fixed" if site.fixed else "growing",
+        cache="fixed" if site.fixed else "growing" if site.window is None else "sliding",
         source="" if site.past is None else sources[site.past[0]],
         axes=describe(layout),
         q_heads=site.query_heads,

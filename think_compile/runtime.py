@@ -10,6 +10,7 @@ from torch import SymInt, Tensor
 
 from think_compile.config import ThinkConfig
 from think_compile.handle import Handle, handle_for
+from think_compile.kernels.steps import capacity_for
 from think_compile.lower import Dims, Eager, Inductor
 from think_compile.passes import plan
 from think_compile.passes.cache_layout import same_layout
@@ -44,6 +45,7 @@ class Program:
         }
         self.fetchers = [self._fetcher(what) for what in rewritten.inputs]
         self.new_tokens = [(index, self._number(n)) for index, n in rewritten.appended]
+        self.bounded = [what.indices for what in rewritten.inputs if isinstance(what, plan.FirstOf)]
         dims = [_dims(what, placeholders) for what in rewritten.inputs]
         graph = rewritten.graph_module
         self.lowered = Eager(graph) if config.lowering == "eager" else Inductor(graph, dims, config.inductor_options)
@@ -52,13 +54,22 @@ class Program:
         """The caller's outputs for the caller's inputs."""
         counts = {index: number(args) for index, number in self.new_tokens}
         with allocating():
-            stores = {index: args[index].store.reserve(n) for index, n in counts.items()}
+            stores = self._reserved(args, counts)
             stores |= {index: args[index].store.map_batch(torch.clone) for index in self.rewritten.copied}
             values = self.lowered([fetch(args, stores) for fetch in self.fetchers])
             made = _Made(args, stores, counts, values, lambda size: self._number(size)(args))
             for index, what in self.rewritten.replaced:
                 replace(args[index], made.output(what))
             return tuple(made.output(what) for what in self.rewritten.outputs)
+
+    def _reserved(self, args: Sequence[Any], counts: dict[int, int]) -> dict[int, Any]:
+        """Stores with room for the call's tokens, which begin in the rows where the graph takes them to begin."""
+        stores = {index: args[index].store.reserve(n) for index, n in counts.items()}
+        moving = {index for group in self.bounded for index in group if len({stores[i].first for i in group}) == 1}
+        for index in stores.keys() - moving:
+            if stores[index].first:
+                stores[index] = stores[index].moved(capacity_for(stores[index].length + counts[index]))
+        return stores
 
     def _fetcher(self, what: plan.Input) -> Callable[[Sequence[Any], dict[int, Any]], Any]:
         """How to get an input of the lowered graph from the caller's inputs and the reserved stores."""
@@ -68,6 +79,11 @@ class Program:
             return _from_store(what.index, what.name)
         if isinstance(what, plan.PastLength):
             return lambda args, stores: stores[what.index].length
+        if isinstance(what, plan.Size):
+            number = self._number(what.size)
+            return lambda args, stores: number(args)
+        if isinstance(what, plan.FirstOf):
+            return lambda args, stores: stores[what.indices[0]].first
         return lambda args, stores: max(stores[index].floor for index in what.indices)
 
     def _number(self, size: Any) -> Callable[[Sequence[Any]], int]:
@@ -98,7 +114,7 @@ def _from_store(index: int, name: str) -> Callable[[Sequence[Any], dict[int, Any
 
 def _dims(what: plan.Input, placeholders: Sequence[Any]) -> Dims:
     """Which sizes of a lowered graph's input vary."""
-    if isinstance(what, (plan.PastLength, plan.FloorOf)):
+    if isinstance(what, (plan.PastLength, plan.FloorOf, plan.FirstOf, plan.Size)):
         return Dims(number=True)
     if isinstance(what, plan.FromStore):
         return Dims(
@@ -144,10 +160,13 @@ class _Made:
     def _store(self, what: Any) -> Store:
         if isinstance(what, plan.GrownKeys):
             recent = self.values[what.position].contiguous()
-            return self.stores[what.index].appended(recent, self.counts[what.index])
+            return self._last(what, self.stores[what.index].appended(recent, self.counts[what.index]))
         if isinstance(what, plan.GrownValues):
-            return self.stores[what.index].appended(self.counts[what.index])
+            return self._last(what, self.stores[what.index].appended(self.counts[what.index]))
         return self._new_keys(what) if isinstance(what, plan.NewKeys) else self._new_values(what)
+
+    def _last(self, what: plan.GrownKeys | plan.GrownValues, store: Any) -> Store:
+        return store if what.length is None else store.tail(self.number(what.length))
 
     def _new_keys(self, what: plan.NewKeys) -> Store:
         n = 4 if what.fixed else 3

@@ -1,7 +1,9 @@
 """The packed storage behind a handle: pruned keys and whole values, growing or of fixed size.
 
 A growing store is a value: an append makes a new store that shares the row buffers, so an older store (a branch,
-a reused prefix) stays what it was. A fixed store is a place: it is written in place, as the buffer it replaces.
+a reused prefix) stays what it was. It may let go of its oldest tokens (a bounded window): the live rows then begin at
+``first``, and move to the front of a new buffer when this one is full. Its ``floor`` counts rows, as ``first`` does.
+A fixed store is a place: it is written in place, as the buffer it replaces.
 Canonical axes are [batch, head, token, channel]; shapes as in :mod:`think_compile.kernels.reference`.
 """
 
@@ -49,15 +51,15 @@ class Rows:
 
     def free_above(self, length: int, owner: Store) -> bool:
         """Whether rows from ``length`` on belong to nobody but ``owner``."""
-        return all(other is owner or other.length <= length for other in self.owners)
+        return all(other is owner or other.end <= length for other in self.owners)
 
-    def copy(self, length: int, capacity: int) -> Rows:
-        """A copy of the first ``length`` rows with ``capacity``; the rows above are zero."""
+    def copy(self, first: int, length: int, capacity: int) -> Rows:
+        """A copy, with ``capacity``, of ``length`` rows from ``first`` on; the rows above are zero."""
         shape = list(self.tensor.shape)
         shape[2] = capacity
         with allocating():
             tensor = self.tensor.new_zeros(shape)
-            tensor[:, :, :length] = self.tensor[:, :, :length]
+            tensor[:, :, :length] = self.tensor[:, :, first : first + length]
         return Rows(tensor)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Rows:
@@ -98,6 +100,11 @@ class Store:
         return self.map_batch(cast)
 
     @property
+    def end(self) -> int:
+        """The row behind the last token's."""
+        return self.length
+
+    @property
     def logical_shape(self) -> tuple[int, int, int, int]:
         batch, heads, _, _ = self.rows.tensor.shape
         return batch, heads, self.length, self.width
@@ -116,18 +123,22 @@ class Store:
         return self.rows.tensor.device
 
 
-def _room(store: GrowingKeys | GrowingValues, n_new: int) -> Rows:
-    """Rows in which ``n_new`` more may be written: the store's own, or a larger or private copy."""
-    needed = store.length + n_new
-    fits = needed < store.rows.capacity  # one row stays free: a slice that is the whole would be compiled apart
-    if fits and store.rows.free_above(store.length, store):
-        return store.rows
-    return store.rows.copy(store.length, store.rows.capacity if fits else capacity_for(needed))
+def _capacity_of_copy(store: GrowingKeys | GrowingValues, n_new: int) -> int | None:
+    """Rows of a larger or private copy in which ``n_new`` more may be written; None: the store's own rows take them."""
+    fits = store.end + n_new < store.rows.capacity  # one row stays free: a slice that is the whole is compiled apart
+    if fits and store.rows.free_above(store.end, store):
+        return None
+    return store.rows.capacity if fits and not store.first else capacity_for(store.length + n_new)
+
+
+def _has_outgrown(store: GrowingKeys | GrowingValues) -> bool:
+    """Whether most of the rows were needed only by tokens that were let go."""
+    return store.rows.capacity > 2 * capacity_for(store.length)
 
 
 @dataclass(eq=False)
 class GrowingKeys(Store):
-    """Pruned keys of a growing cache. The ring holds whole keys of positions [floor, length)."""
+    """Pruned keys of a growing cache. The ring holds whole keys of the tokens in rows [floor, first + length)."""
 
     rows: Rows  # [B, H, C, T]
     channels: Tensor  # [B, H, T]
@@ -135,6 +146,11 @@ class GrowingKeys(Store):
     length: int
     floor: int
     spec: LayerSpec
+    first: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.first + self.length
 
     @property
     def width(self) -> int:
@@ -145,46 +161,56 @@ class GrowingKeys(Store):
 
     def dense(self) -> Tensor:
         packed = ref.Packed(self.rows.tensor, self.channels, self.recent)
-        return ref.dense_keys(packed, self.floor, self.length, self.length)
+        return ref.dense_keys(packed, self.floor, self.end, self.end, self.first)
 
     def map_batch(self, f: Callable[[Tensor], Tensor]) -> GrowingKeys:
         return replace(self, rows=self.rows.map(f), channels=f(self.channels), recent=f(self.recent))
 
     def crop(self, length: int) -> GrowingKeys:
         """The first ``length`` tokens, sharing the rows; tokens that have left the window stay pruned."""
-        return replace(self, length=length, floor=min(self.floor, length))
+        return replace(self, length=length, floor=min(self.floor, self.first + length))
+
+    def tail(self, length: int) -> GrowingKeys:
+        """The last ``length`` tokens, sharing the rows unless those are far too many."""
+        first = self.end - length
+        kept = replace(self, length=length, first=first, floor=max(self.floor, first))
+        return kept.moved(capacity_for(length)) if _has_outgrown(kept) else kept
+
+    def moved(self, capacity: int) -> GrowingKeys:
+        """The same tokens in the first rows of a new buffer."""
+        rows = self.rows.copy(self.first, self.length, capacity)
+        recent = self.recent.roll(-self.first, 2) if self.first else self.recent  # token in row p: ring row p % R
+        return replace(self, rows=rows, recent=recent, floor=self.floor - self.first, first=0)
 
     def reserve(self, n_new: int) -> GrowingKeys:
         """This store, or one with the same tokens whose rows and ring take ``n_new`` more in place."""
         settled = self.settled()
-        rows = _room(settled, n_new)
-        recent = settled.recent if self.spec.prune_generated else settled.ring_with_room(n_new)
-        if rows is settled.rows and recent is settled.recent:
-            return settled
-        return replace(settled, rows=rows, recent=recent)
+        capacity = _capacity_of_copy(settled, n_new)
+        room = settled if capacity is None else settled.moved(capacity)
+        recent = room.recent if self.spec.prune_generated else room.ring_with_room(n_new)
+        return room if recent is room.recent else replace(room, recent=recent)
 
     def settled(self) -> GrowingKeys:
         """This store, or one whose window has moved on: :meth:`append` leaves that to whatever comes next."""
         rows = self.spec.ring_rows(0)
         if not self.spec.prune_generated or self.recent.shape[2] == rows:
             return self
-        positions = ref.ring_positions(self.length, rows, self.device).clamp(min=0)
+        positions = ref.ring_positions(self.end, rows, self.device).clamp(min=0)
         recent = self.recent.index_select(2, positions % self.recent.shape[2])
-        return replace(self, recent=recent, floor=max(self.floor, self.length - self.spec.recent))
+        return replace(self, recent=recent, floor=max(self.floor, self.end - self.spec.recent))
 
     def ring_with_room(self, n_new: int) -> Tensor:
         """The ring, or a larger copy, in which ``n_new`` more tokens stay beside all that are whole."""
-        needed = self.length + n_new - self.floor
+        needed = self.end + n_new - self.floor
         if needed < self.recent.shape[2]:  # a full ring is a window again, and would let go of its oldest token
             return self.recent
-        positions = ref.ring_positions(self.length, capacity_for(needed), self.device)
+        positions = ref.ring_positions(self.end, capacity_for(needed), self.device)
         return self.recent.index_select(2, positions % self.recent.shape[2])
 
     def appended(self, recent: Tensor, n_new: int) -> GrowingKeys:
         """The store after a call wrote ``n_new`` rows in place and handed back the new ring."""
-        length = self.length + n_new
-        floor = max(self.floor, length - self.spec.whole_tokens(recent.shape[2]))
-        return replace(self, recent=recent, length=length, floor=floor)
+        floor = max(self.floor, self.end + n_new - self.spec.whole_tokens(recent.shape[2]))
+        return replace(self, recent=recent, length=self.length + n_new, floor=floor)
 
     def append(self, k_new: Tensor) -> GrowingKeys:
         """The store with ``k_new`` [B, H, N, D] behind its tokens, outside of any graph.
@@ -194,8 +220,8 @@ class GrowingKeys(Store):
         """
         n_new = k_new.shape[2]
         room = self.reserve(n_new)
-        ref.append_rows(room.rows.tensor, ref.narrow_rows(k_new, room.channels), room.length)
-        recent = ref.advance_ring(room.ring_with_room(n_new), k_new, room.length)
+        ref.append_rows(room.rows.tensor, ref.narrow_rows(k_new, room.channels), room.end)
+        recent = ref.advance_ring(room.ring_with_room(n_new), k_new, room.end)
         return replace(room, recent=recent, length=room.length + n_new)
 
 
@@ -205,12 +231,17 @@ class GrowingValues(Store):
 
     rows: Rows  # [B, H, C, Dv]
     length: int
+    first: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.first + self.length
 
     def tensors(self) -> Iterator[Tensor]:
         yield self.rows.tensor
 
     def dense(self) -> Tensor:
-        return self.rows.tensor[:, :, : self.length].clone()
+        return self.rows.tensor[:, :, self.first : self.end].clone()
 
     def map_batch(self, f: Callable[[Tensor], Tensor]) -> GrowingValues:
         return replace(self, rows=self.rows.map(f))
@@ -219,10 +250,19 @@ class GrowingValues(Store):
         """The first ``length`` tokens, sharing the rows."""
         return replace(self, length=length)
 
+    def tail(self, length: int) -> GrowingValues:
+        """The last ``length`` tokens, sharing the rows unless those are far too many."""
+        kept = replace(self, length=length, first=self.end - length)
+        return kept.moved(capacity_for(length)) if _has_outgrown(kept) else kept
+
+    def moved(self, capacity: int) -> GrowingValues:
+        """The same tokens in the first rows of a new buffer."""
+        return replace(self, rows=self.rows.copy(self.first, self.length, capacity), first=0)
+
     def reserve(self, n_new: int) -> GrowingValues:
         """This store, or one with the same tokens whose rows take ``n_new`` more in place."""
-        rows = _room(self, n_new)
-        return self if rows is self.rows else replace(self, rows=rows)
+        capacity = _capacity_of_copy(self, n_new)
+        return self if capacity is None else self.moved(capacity)
 
     def appended(self, n_new: int) -> GrowingValues:
         """The store after a call wrote ``n_new`` rows in place."""
@@ -231,7 +271,7 @@ class GrowingValues(Store):
     def append(self, v_new: Tensor) -> GrowingValues:
         """The store with ``v_new`` [B, H, N, Dv] behind its tokens, outside of any graph."""
         room = self.reserve(v_new.shape[2])
-        ref.append_rows(room.rows.tensor, v_new, self.length)
+        ref.append_rows(room.rows.tensor, v_new, room.end)
         return room.appended(v_new.shape[2])
 
 

@@ -448,6 +448,107 @@ def test_sliding_slice_is_returned():
     assert refused(f, *qkv(), *past()) == [Reason.SLIDING]
 
 
+def windowed(f, *inputs, larger_than=1):
+    """The window of the only attention, or why it was refused, with bounded caches wanted."""
+    found = normalized(f, *inputs)
+    findings = find_caches(found, find_attention(found.graph_module), larger_than)
+    if findings.refused:
+        return findings.refused[0][1].reason
+    (site,) = findings.cached
+    return site.window
+
+
+W = 5  # less than P
+
+
+def test_a_window_of_what_is_kept():
+    def f(q, k, v, pk, pv):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return attend(q, k, v), k[:, :, -W:], v[:, :, -W:]
+
+    window = windowed(f, *qkv(), *past())
+    assert (window.sizes, window.bound) == ((None, None, W), W)
+    filling = windowed(f, *qkv(n=1), *past(length=2))
+    assert (filling.sizes, filling.bound) == ((None, None, None), W)
+    assert windowed(f, *qkv(), *past(), larger_than=W) is Reason.WINDOW_TOO_SMALL
+    assert windowed(f, *qkv(), *past(), larger_than=None) is Reason.SLIDING
+
+
+def test_a_window_of_what_is_read():
+    def f(q, k, v, pk, pv):
+        k, v = (torch.cat(pair, 2)[:, :, -W:] for pair in ((pk, k), (pv, v)))
+        return attend(q, k, v), k, v
+
+    assert windowed(f, *qkv(), *past()).sizes == (None, W, W)
+
+
+def test_a_window_of_which_all_is_kept():
+    def f(q, k, v, pk, pv):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return attend(q, k[:, :, -W:], v[:, :, -W:]), k, v
+
+    assert windowed(f, *qkv(), *past()).sizes == (None, W, None)
+
+
+def test_a_window_of_the_past():
+    def f(q, k, v, pk, pv):
+        k, v = torch.cat([pk[:, -W:], k], 1), torch.cat([pv[:, -W:], v], 1)
+        return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)), k, v
+
+    assert windowed(f, *qkv(BSHD), *past(layout=BSHD)).sizes == (W, None, None)
+
+
+def test_windows_that_are_not_the_last_tokens():
+    def prefix(q, k, v, pk, pv):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return attend(q, k, v), k[:, :, :W], v[:, :, :W]
+
+    def strided(q, k, v, pk, pv):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return attend(q, k, v), k[:, :, -W::2], v[:, :, -W::2]
+
+    def channels(q, k, v, pk, pv):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return attend(q, k, v), k[..., -W:], v[..., -W:]
+
+    def two_lengths(q, k, v, pk, pv):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return attend(q, k, v), k, v, k[:, :, -W:]
+
+    for f in (prefix, strided, channels, two_lengths):
+        assert windowed(f, *qkv(), *past()) is Reason.UNKNOWN_WINDOW, f.__name__
+
+
+def test_a_window_with_other_tokens_before_it():
+    """The first tokens stay for ever, as attention sinks do: not simply the last ones."""
+
+    def f(q, k, v, pk, pv):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return attend(q, k, v), *(torch.cat([t[:, :, :2], t[:, :, -W:]], 2) for t in (k, v))
+
+    assert isinstance(windowed(f, *qkv(), *past()), Reason)
+
+
+def test_keys_and_values_of_different_windows():
+    def f(q, k, v, pk, pv):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return attend(q, k, v), k[:, :, -W:], v[:, :, -W - 1 :]
+
+    assert windowed(f, *qkv(), *past()) is Reason.VALUES_NOT_CACHED
+
+
+def test_a_window_written_back_in_place():
+    """As a sliding window in a fixed buffer: by a copy of all of it."""
+
+    def f(q, k, v, pk, pv):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        pk.copy_(k[:, :, -P:])
+        pv.copy_(v[:, :, -P:])
+        return attend(q, k, v)
+
+    assert isinstance(windowed(f, *qkv(), *past()), Reason)
+
+
 def test_cross_attention_over_whole_inputs():
     def f(q, k, v):
         return attend(q, k, v), k, v

@@ -8,7 +8,7 @@ import architectures
 import coverage
 import pytest
 import transformers
-from trial import try_all
+from trial import try_all, try_out
 from workers import Died, Worker
 
 from think_compile import ThinkWarning
@@ -42,6 +42,20 @@ def test_architecture(what, document):
     assert not trial.fault
     if written_with(document):
         assert str(coverage.row_of_trial(what.name, trial)) in document, "stale: python tests/zoo/coverage.py"
+
+
+SLIDING = ["gemma2", "gpt_oss", "mistral", "gemma3_text", "gemma4_text", "mimo_v2_flash", "recurrent_gemma"]
+
+
+@pytest.mark.parametrize("name", [*SLIDING[:2], *(pytest.param(name, marks=pytest.mark.zoo) for name in SLIDING[2:])])
+def test_sliding_windows(name):
+    """Windows that the prompt overfills, beside full layers or not: all layers are rewritten."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ThinkWarning)
+        outcome = try_out(architectures.build(name), 0.5, sliding=True)
+    assert outcome.right, f"logits off by {outcome.error:.2e}, {outcome.natural:.2e} is natural"
+    assert not outcome.found.refused, str(outcome.found)
+    assert any(record.cache == "sliding" for record in outcome.found.rewritten)
 
 
 def test_every_architecture_is_in_the_document(document):

@@ -183,7 +183,9 @@ def zero_filled(model: nn.Module, kept_before: list[Kept]) -> Iterator[None]:
     def prepare(*args, **kwargs):
         layers = cache_layers(kwargs.get(CACHE))
         for i, mask in next(calls).items():
-            old = max(0, int(layers[i].get_seq_length()) - RULES["recent"])
+            bounded = getattr(layers[i], "is_sliding", False)
+            count = layers[i].keys.shape[2] if bounded else int(layers[i].get_seq_length())
+            old = max(0, count - RULES["recent"])
             layers[i].keys[:, :, :old].masked_fill_(~mask[:, :, None], 0)
         return plain(*args, **kwargs)
 
@@ -195,10 +197,10 @@ def zero_filled(model: nn.Module, kept_before: list[Kept]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def try_out(model: nn.Module, ratio: float, *, static: bool = False) -> Outcome:
+def try_out(model: nn.Module, ratio: float, *, static: bool = False, sliding: bool = False) -> Outcome:
     """Generation with the model compiled and plain."""
     torch._dynamo.reset()
-    ours = think_compile(copy.deepcopy(model), ratio, lowering="eager", **RULES)
+    ours = think_compile(copy.deepcopy(model), ratio, lowering="eager", sliding=sliding, **RULES)
     with watched(ours) as kept:
         got = generate(ours, static)
     with zero_filled(model, kept):

@@ -7,6 +7,7 @@ Everything here is traced by the lowering, so it holds only ATen calls. Shapes, 
 
 Token positions count from 0. ``start`` is the position of a call's first new token. ``floor`` is the lowest
 position that still has a whole key: the ring holds positions [floor, start), position p in row p % R.
+``first`` is the lowest position that a call reads: that of a bounded cache moves on, else it is 0.
 Lengths are ints (symbolic while compiling) for growing caches and 0-d int64 tensors for fixed ones.
 """
 
@@ -156,10 +157,10 @@ def zero_filled(pruned: Tensor, channels: Tensor, head_dim: int) -> Tensor:
     return full.scatter(3, index, pruned)
 
 
-def dense_keys(packed: Packed, floor: Length, length: Length, extent: int) -> Tensor:
-    """[B, H, extent, D]: the keys as the next call will see them, dropped channels zero (the oracle's tensor)."""
-    base = zero_filled(packed.pruned[:, :, :extent], packed.channels, packed.recent.shape[-1])
-    columns = torch.arange(extent, device=base.device)
+def dense_keys(packed: Packed, floor: Length, length: Length, extent: int, first: int = 0) -> Tensor:
+    """[B, H, extent - first, D]: the keys as the next call will see them, dropped channels zero (as in the oracle)."""
+    base = zero_filled(packed.pruned[:, :, first:extent], packed.channels, packed.recent.shape[-1])
+    columns = torch.arange(first, extent, device=base.device)
     in_ring = (columns >= floor) & (columns < length)
     ring = packed.recent.index_select(2, columns % packed.recent.shape[2])
     return torch.where(in_ring[:, None], ring, base)
@@ -188,10 +189,22 @@ def pack_keys(
         mask: as in :func:`valid_keys`, or None.
         keep, ring_rows, capacity: T, R and C of the result (C >= S; rows from S on are zero).
     """
+    channels = choose_channels(q, k, mask, length, query_start, keep=keep, observe=observe)
+    return pack_rows(k, channels, length, ring_rows, capacity)
+
+
+def choose_channels(
+    q: Tensor, k: Tensor, mask: Tensor | None, length: Length, query_start: Length, *, keep: int, observe: int
+) -> Tensor:
+    """[B, H, keep]: the channels that a first call keeps; arguments as in :func:`pack_keys`."""
     key_valid = query_valid = None
     if mask is not None or isinstance(length, Tensor):
         key_valid, query_valid = _validity(mask, k, length, query_start, q.shape[2])
-    channels = top_channels(score_channels(q, k, observe, key_valid, query_valid), keep)
+    return top_channels(score_channels(q, k, observe, key_valid, query_valid), keep)
+
+
+def pack_rows(k: Tensor, channels: Tensor, length: Length, ring_rows: int, capacity: int) -> Packed:
+    """Keys [B, H, S, D], of which ``length`` hold tokens, as stored: narrow in ``capacity`` rows, the latest whole."""
     pruned = F.pad(narrow_rows(k, channels), (0, 0, 0, capacity - k.shape[2]))
     return Packed(pruned, channels, ring_of(k, length, ring_rows))
 
@@ -242,17 +255,19 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def pruned_logits(q: Tensor, k_new: Tensor, packed: Packed, start: Length, floor: Length, extent: int) -> Tensor:
-    """Logits q K^T, unscaled, in position order over the first ``extent`` positions: [B, Hq, N, extent], fp32 at least.
+def pruned_logits(
+    q: Tensor, k_new: Tensor, packed: Packed, start: Length, floor: Length, extent: int, first: int = 0
+) -> Tensor:
+    """Logits q K^T, unscaled, over positions [first, extent) in order: [B, Hq, N, extent - first], fp32 at least.
 
     Kept channels against the narrow keys, all channels against the ring and the new keys.
     """
     heads = packed.pruned.shape[1]
     grouped = _wide(q).unflatten(1, (heads, -1)).flatten(2, 3)  # [B, H, G*N, D]
-    narrow = narrow_rows(grouped, packed.channels) @ _wide(packed.pruned[:, :, :extent]).mT
+    narrow = narrow_rows(grouped, packed.channels) @ _wide(packed.pruned[:, :, first:extent]).mT
     ring = grouped @ _wide(packed.recent).mT
     new = grouped @ _wide(k_new).mT
-    columns = torch.arange(extent, device=q.device)
+    columns = torch.arange(first, extent, device=q.device)
     logits = _overlay(columns, ring, new, narrow, floor, start)
     return logits.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
 
@@ -268,6 +283,7 @@ def pruned_attention(
     mask: Tensor | None,
     scale: float,
     is_causal: bool,
+    first: int = 0,
 ) -> Tensor:
     """Attention of a few new tokens over pruned keys, [B, Hq, N, Dv] in q's dtype.
 
@@ -275,12 +291,12 @@ def pruned_attention(
         q: [B, Hq, N, D]. k_new: [B, H, N, D], the call's own keys.
         packed: the past keys; its narrow rows already hold the new tokens.
         values: [B, H, C, Dv], the new tokens' rows written.
-        mask, is_causal: the model's own, over ``extent`` positions (is_causal is top-left aligned, as torch's).
+        mask, is_causal: the model's own, over positions [first, extent) (is_causal is top-left aligned, as torch's).
         scale: the model's own, that of the full D.
     """
-    logits = pruned_logits(q, k_new, packed, start, floor, extent) * scale
+    logits = pruned_logits(q, k_new, packed, start, floor, extent, first) * scale
     if is_causal:
-        mask = torch.ones(q.shape[2], extent, dtype=torch.bool, device=q.device).tril()
+        mask = torch.ones(q.shape[2], extent - first, dtype=torch.bool, device=q.device).tril()
     if mask is not None and mask.dtype == torch.bool:
         logits = logits.masked_fill(~mask, float("-inf"))
     elif mask is not None:
@@ -288,7 +304,7 @@ def pruned_attention(
     probabilities = torch._safe_softmax(logits, -1)
     heads = values.shape[1]
     grouped = probabilities.unflatten(1, (heads, -1)).flatten(2, 3)  # [B, H, G*N, S]
-    out = grouped @ _wide(values[:, :, :extent])
+    out = grouped @ _wide(values[:, :, first:extent])
     return out.unflatten(2, (-1, q.shape[2])).flatten(1, 2).to(q.dtype)
 
 
@@ -303,12 +319,13 @@ def dense_attention(
     mask: Tensor | None,
     scale: float,
     is_causal: bool,
+    first: int = 0,
 ) -> Tensor:
     """As :func:`pruned_attention`, by the stock attention over zero-filled keys: for calls of many tokens."""
-    base = zero_filled(packed.pruned[:, :, :extent], packed.channels, q.shape[-1])
-    columns = torch.arange(extent, device=q.device)
+    base = zero_filled(packed.pruned[:, :, first:extent], packed.channels, q.shape[-1])
+    columns = torch.arange(first, extent, device=q.device)
     k = _overlay(columns, packed.recent.mT, k_new.mT, base.mT, floor, start).mT
-    k, v = k.to(q.dtype), values[:, :, :extent].to(q.dtype)
+    k, v = k.to(q.dtype), values[:, :, first:extent].to(q.dtype)
     group = q.shape[1] // k.shape[1]
     if group > 1 and mask is not None:  # the fused kernels take a mask or grouped heads, not both
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -328,7 +345,8 @@ def attend(
     mask: Tensor | None,
     scale: float,
     is_causal: bool,
+    first: int = 0,
 ) -> Tensor:
     """Attention over pruned keys by whichever of the two ways suits the number of new tokens."""
     way = pruned_attention if q.shape[2] <= MAX_NARROW_QUERIES else dense_attention
-    return way(q, k_new, packed, values, start, floor, extent, mask, scale, is_causal)
+    return way(q, k_new, packed, values, start, floor, extent, mask, scale, is_causal, first)

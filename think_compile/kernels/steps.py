@@ -56,6 +56,26 @@ def default_scale(q: Tensor, scale: float | None) -> float:
     return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
+def first_call_bounded(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: LayerSpec, read: int | None, kept: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`first_call_growing`, of a cache that keeps the last ``kept`` tokens (None: all).
+
+    The attention reads the last ``read`` (None: all), and those, kept or not, choose the channels with the queries
+    whose own keys are among them.
+    """
+    seen = k if read is None else k[:, :, -read:]
+    q = q if read is None else q[:, :, -read:]
+    length = seen.shape[2]
+    channels = ref.choose_channels(q, seen, mask, length, length - q.shape[2], keep=spec.keep, observe=spec.observe)
+    if kept is not None:
+        k, v = k[:, :, -kept:], v[:, :, -kept:]
+    length = k.shape[2]
+    capacity = capacity_for(length)
+    packed = ref.pack_rows(k, channels, length, spec.ring_rows(GROWTH_ROWS), capacity)
+    return (*packed, F.pad(v, (0, 0, 0, capacity - length)))
+
+
 def first_call_growing(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: LayerSpec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -114,12 +134,19 @@ def attend_growing(
     floor: int,
     scale: float | None,
     is_causal: bool,
+    first: int = 0,
+    read: int | None = None,
 ) -> Tensor:
-    """Append the new values in place and attend to past and new tokens: [B, Hq, N, Dv]."""
+    """Append the new values in place and attend to past and new tokens: [B, Hq, N, Dv].
+
+    The attention reads positions from ``first`` on, or the last ``read`` ones.
+    """
     ref.append_rows(values, v_new, start)
     packed = ref.Packed(pruned, channels, recent)
     extent = start + k_new.shape[2]
-    return ref.attend(q, k_new, packed, values, start, floor, extent, mask, default_scale(q, scale), is_causal)
+    first = first if read is None else extent - read
+    scale = default_scale(q, scale)
+    return ref.attend(q, k_new, packed, values, start, floor, extent, mask, scale, is_causal, first)
 
 
 def append_keys_growing(k_new: Tensor, pruned: Tensor, channels: Tensor, recent: Tensor, start: int) -> Tensor:
@@ -255,11 +282,22 @@ def nonzero_pairs(probabilities: Tensor) -> Tensor:
 
 
 def logits_growing(
-    q: Tensor, k_new: Tensor, pruned: Tensor, channels: Tensor, recent: Tensor, start: int, floor: int
+    q: Tensor,
+    k_new: Tensor,
+    pruned: Tensor,
+    channels: Tensor,
+    recent: Tensor,
+    start: int,
+    floor: int,
+    first: int = 0,
+    read: int | None = None,
 ) -> Tensor:
-    """Q K^T of a later call, unscaled, over past and new tokens: [B, Hq, N, start + N], fp32 at least."""
-    packed = ref.Packed(pruned, channels, recent)
-    return ref.pruned_logits(q, k_new, packed, start, floor, start + k_new.shape[2])
+    """Q K^T of a later call, unscaled, over past and new tokens from position ``first`` on, or the last ``read``.
+
+    [B, Hq, N, start + N - first], fp32 at least.
+    """
+    packed, extent = ref.Packed(pruned, channels, recent), start + k_new.shape[2]
+    return ref.pruned_logits(q, k_new, packed, start, floor, extent, first if read is None else extent - read)
 
 
 def logits_fixed(
@@ -301,7 +339,7 @@ def as_product(
     return out.to(dtype)
 
 
-def append_values(v_new: Tensor, values: Tensor, start: Tensor | int, growing: bool) -> Tensor:
-    """Write the new values [B, H, N, Dv] in place; the values [B, H, *, Dv]: those written so far, or all rows."""
+def append_values(v_new: Tensor, values: Tensor, start: Tensor | int, growing: bool, first: int = 0) -> Tensor:
+    """Write the new values [B, H, N, Dv] in place; [B, H, *, Dv]: those written so far from ``first``, or all rows."""
     ref.append_rows(values, v_new, start)
-    return values[:, :, : start + v_new.shape[2]] if growing else values
+    return values[:, :, first : start + v_new.shape[2]] if growing else values

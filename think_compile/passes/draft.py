@@ -20,7 +20,7 @@ from think_compile.kernels.canonical import CANONICAL, CHANNEL, HEAD, to_canonic
 from think_compile.passes.kv_cache import CachedAttention, CacheTensor
 from think_compile.passes.layout import same_size, scale_of
 from think_compile.passes.normalize import Normalized
-from think_compile.passes.plan import FloorOf, FromStore, Input, Passed, PastLength
+from think_compile.passes.plan import FirstOf, FloorOf, FromStore, Input, Passed, PastLength, Size
 from think_compile.passes.region import Masking, Order
 from think_compile.passes.roles import to_product_order, usable_masks
 
@@ -40,6 +40,7 @@ class Draft:
         self.inputs: dict[Node, Input] = {n: Passed(i) for i, n in enumerate(self.caller_inputs)}
         self.spans: dict[int, tuple[Any, Any]] = {}
         self.stored: dict[tuple[int, str], Node] = {}
+        self.firsts: dict[Any, tuple[Node, Node]] = {}  # length of bounded pasts -> (first row, next free row)
 
     # ------------------------------------------------------------------------------------------------ nodes
 
@@ -174,9 +175,33 @@ class Draft:
             return self.start(site), self.size(site.keys.extent)
         index = site.past[0]
         if index not in self.spans:
-            start = self.past_length(site)
+            length = self.past_length(site)
+            start = length if site.window is None else self._bounded(length, site.past)[1]
             self.spans[index] = start, self.floor(start, index)
         return self.spans[index]
+
+    def _bounded(self, length: Any, past: tuple[int, int]) -> tuple[Node, Node]:
+        """(first row, next free row) of bounded caches, whose past holds ``length`` tokens."""
+        if length not in self.firsts:
+            first = self.input(f"first_{past[0]}", FirstOf(()))
+            with self.graph.inserting_after(self.graph.find_nodes(op="placeholder")[-1]):
+                self.firsts[length] = first, self.graph.call_function(operator.add, (first, length))
+        first, start = self.firsts[length]
+        before = self.inputs[first]
+        assert isinstance(before, FirstOf)
+        self.inputs[first] = FirstOf((*before.indices, *past))
+        return first, start
+
+    def part(self, site: CachedAttention) -> tuple[Any, ...]:
+        """Of a bounded cache: (row of the first token that a call joins, how many of the last it reads or None)."""
+        if site.window is None:
+            return ()
+        start, _ = self.span(site)
+        if site.window.joined is None:
+            first = next(first for first, end in self.firsts.values() if end is start)
+        else:
+            first = self.graph.call_function(operator.sub, (start, self.number(site.window.joined)))
+        return first, self.number(site.window.read)
 
     def size(self, size: Any) -> Any:
         """A size as an argument: a number, a node of the graph, or the input that carries the symbol."""
@@ -187,6 +212,15 @@ class Draft:
             if isinstance(value, torch.SymInt) and same_size(value, size):
                 return node
         raise RuntimeError(f"no input of the graph carries the size {size}")
+
+    def number(self, size: Any) -> Any:
+        """Any size of the caller's graph as an argument; None stays what it is."""
+        if size is None:
+            return None
+        try:
+            return self.size(size)
+        except RuntimeError:
+            return self.input("size", Size(size))
 
     def past_length(self, site: CachedAttention) -> Any:
         """The past's token count: a number, the caller's own input for it, or one more input."""

@@ -16,6 +16,7 @@ from think_compile.passes import layout as lay
 from think_compile.passes.cache_layout import source_layout
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.refusal import Reason, Refused, where
+from think_compile.passes.window import Suffix, is_suffix, suffix_along
 
 aten = torch.ops.aten
 
@@ -32,6 +33,7 @@ class Join:
         fixed: whether the rows were written into a tensor of fixed size.
         start: fixed: first position written, an int or int node, or the node of all positions [N].
         consecutive: fixed: the positions are known to be start, start + 1, ...
+        past_suffix: what of the past is joined; None: all of it, whatever its length.
     """
 
     past: int | None = None
@@ -41,6 +43,7 @@ class Join:
     fixed: bool = False
     start: Any = None
     consecutive: bool = True
+    past_suffix: Suffix | None = None
 
 
 def join_of(normalized: Normalized, root: Node, layout: Layout) -> Join:
@@ -66,17 +69,26 @@ def _join_of_cat(normalized: Normalized, root: Node, layout: Layout) -> Join:
     past = _past_input(normalized, parts[0], layout)
     if len(parts) != 2 or past is None:
         raise Refused(Reason.UNKNOWN_ROOT, where(root))
-    return Join(*past, parts[1], token_axis(layout))
+    index, past_layout, suffix = past
+    return Join(index, past_layout, parts[1], token_axis(layout), past_suffix=suffix)
 
 
-def _past_input(normalized: Normalized, node: Node, layout: Layout) -> tuple[int, Layout] | None:
-    """The graph input behind a join's past, and its layout; ``layout`` is the join's."""
+def _past_input(normalized: Normalized, node: Node, layout: Layout) -> tuple[int, Layout, Suffix | None] | None:
+    """The graph input behind a join's past, its layout, and which tokens of it are joined; ``layout`` is the join's."""
     source, chain = lay.walk_back(node)
+    before: list[Node] = []
+    cut = source if is_suffix(source) else None
+    if cut is not None:
+        source, before = lay.walk_back(cut.args[0])
+        chain = [*before, cut, *chain]
     if source.op != "placeholder" or source.meta["val"].dtype != node.meta["val"].dtype:
         return None
     shape = source.meta["val"].shape
-    axes = lay.follow(chain, lay.source_axes(shape))
-    return normalized.placeholders.index(source), source_layout(axes, layout, shape)
+    past_layout = source_layout(lay.follow(chain, lay.source_axes(shape)), layout, shape)
+    suffix = None if cut is None else suffix_along(cut, before, source, token_axis(past_layout))
+    if cut is not None and suffix is None:
+        return None
+    return normalized.placeholders.index(source), past_layout, suffix
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,10 @@ def _join_of_write(normalized: Normalized, root: Node, layout: Layout) -> Join:
     joined |= {"start": write.start, "consecutive": write.consecutive}
     past = _past_input(normalized, write.base, layout)
     if past is not None:
-        return Join(*past, **joined)
+        index, past_layout, suffix = past
+        if suffix is not None:
+            raise Refused(Reason.UNKNOWN_WINDOW, where(root))
+        return Join(index, past_layout, **joined)
     source, _ = lay.walk_back(write.base)
     if source.target not in _FRESH:
         raise Refused(Reason.UNKNOWN_ROOT, where(source))

@@ -26,6 +26,7 @@ from think_compile.passes.readers import check_past_readers, check_readers, made
 from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.region import Order, Region
 from think_compile.passes.roles import QueryLayout, key_axes, query_layout, to_product_order, usable_masks, value_axes
+from think_compile.passes.window import Suffix, Window, agree, check_window, is_suffix, suffix_along, window_of
 
 aten = torch.ops.aten
 T = TypeVar("T")
@@ -44,6 +45,7 @@ class CacheTensor:
         extent: how many positions the attention reads.
         chain: the operations between ``root`` and the attention, in running order.
         in_turn: whether query heads are dealt out to the KV heads in turn, instead of in blocks of neighbours.
+        window: of a cache that is not joined, read or kept as a whole, what is.
     """
 
     root: Node
@@ -54,6 +56,7 @@ class CacheTensor:
     extent: Any
     chain: tuple[Node, ...]
     in_turn: bool
+    window: Window | None = None
 
     @property
     def scales(self) -> list[Node]:
@@ -80,6 +83,10 @@ class CachedAttention:
     @property
     def fixed(self) -> bool:
         return self.keys.join.fixed
+
+    @property
+    def window(self) -> Window | None:
+        return self.keys.window
 
     @property
     def query_tokens(self) -> Any:
@@ -123,13 +130,18 @@ class Findings:
     refused: list[tuple[Attention, Refused]] = field(default_factory=list)
 
 
-def find_caches(normalized: Normalized, sites: Sequence[Attention]) -> Findings:
-    """Sort the attention sites into those with a proven cache and those to be left alone."""
+def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than: int | None = None) -> Findings:
+    """Sort the attention sites into those with a proven cache and those to be left alone.
+
+    Bounded caches count if their window is larger than ``larger_than`` tokens (None: not at all).
+    """
     findings = Findings()
     with observed("kv_cache", normalized.graph_module.graph) as count:
         for site in sites:
             try:
-                findings.cached.append(_prove(normalized, site, sites))
+                found = _prove(normalized, site, sites)
+                check_window(found.window, larger_than)
+                findings.cached.append(found)
             except Refused as refused:
                 findings.refused.append((site, refused))
             except lay.NotLayout as why:
@@ -223,6 +235,8 @@ def _check_pair(site: CachedAttention) -> None:
         raise Refused(Reason.VALUES_NOT_CACHED, "they are joined in another way than the keys")
     if keys.join.fixed and not same_positions(keys.join, values.join):
         raise Refused(Reason.VALUES_NOT_CACHED, "they are written at other positions than the keys")
+    if not agree(keys.window, values.window):
+        raise Refused(Reason.VALUES_NOT_CACHED, "they are bounded in another way than the keys")
     for tensor in (keys, values):
         if not lay.equal_size(_new_tokens(tensor), site.query_tokens):
             raise Refused(Reason.CROSS_ATTENTION, f"{site.query_tokens} queries, {_new_tokens(tensor)} new keys")
@@ -240,18 +254,22 @@ def _cache_tensor(
     scaled: bool = False,
 ) -> CacheTensor:
     root, chain, prefix = _root_of(operand, scaled)
+    root, chain, read = _behind_suffix(root, chain, arrange, scaled)
     root, chain, axes, layout = _laid_out(root, chain, arrange)
     shape = _canonical_shape(axes, root.meta["val"].shape[token_axis(layout)])
     in_turn = _copies_first(axes[HEAD]) and not lay.same_size(shape[HEAD], 1)
-    outputs = _outputs_holding(normalized, root, layout, shape)
+    outputs, kept = _outputs_holding(normalized, root, layout, shape)
     join = join_of(normalized, root, layout)
     if not outputs:
         raise Refused(Reason.TRANSFORMED if made_of_cache(normalized, root) else Reason.NOT_CACHED, where(root))
     check_readers(root, sites)
     if join.past is not None:
         check_past_readers(normalized.placeholders[join.past], root)
+    window = window_of(join.past_suffix, read, kept)
+    if window is not None and (join.fixed or min(outputs) < len(normalized.written)):
+        raise Refused(Reason.UNKNOWN_WINDOW, "it is written in place")
     extent = _extent(root, token_axis(layout), chain, prefix)
-    return CacheTensor(root, layout, shape, join, outputs, extent, tuple(chain), in_turn)
+    return CacheTensor(root, layout, shape, join, outputs, extent, tuple(chain), in_turn, window)
 
 
 def _root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None]:
@@ -264,6 +282,24 @@ def _root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None
     if lay.value_of(start) == 0 and step == 1 and behind.target in WRITES:
         return behind, [*before, root, *chain], root
     return root, chain, None
+
+
+def _behind_suffix(
+    root: Node, chain: list[Node], arrange: Callable[[lay.Axes], lay.Axes], scaled: bool
+) -> tuple[Node, list[Node], Suffix | None]:
+    """The same behind a slice that leaves an attention the last tokens only, and what that leaves."""
+    if not is_suffix(root):
+        return root, chain, None
+    shape = root.meta["val"].shape
+    try:
+        layout = source_layout(arrange(lay.follow(chain, lay.source_axes(shape))), CANONICAL, shape)
+    except (Refused, lay.NotLayout):
+        return root, chain, None
+    suffix = suffix_along(root, (), root.args[0], token_axis(layout))
+    if suffix is None:
+        return root, chain, None
+    behind, before = lay.walk_back(root.args[0], scaled=scaled)
+    return behind, [*before, root, *chain], suffix
 
 
 def _laid_out(
@@ -306,18 +342,38 @@ def _extent(root: Node, axis: int, chain: list[Node], prefix: Node | None) -> An
     return end if isinstance(end, Node) else prefix.meta["val"].shape[dim]
 
 
-def _outputs_holding(normalized: Normalized, root: Node, layout: Layout, shape: tuple[Any, ...]) -> dict[int, Layout]:
-    """The graph outputs that are ``root``, with their layouts."""
-    held = {}
+def _outputs_holding(
+    normalized: Normalized, root: Node, layout: Layout, shape: tuple[Any, ...]
+) -> tuple[dict[int, Layout], Suffix | None]:
+    """The graph outputs that are ``root``, or its last tokens, with their layouts; and those tokens."""
+    held, kept = {}, []
     for index, output in enumerate(normalized.outputs):
-        if not isinstance(output, Node):
+        chain, cut = _way_to(root, output) if isinstance(output, Node) else (None, None)
+        if chain is None:
             continue
-        source, chain = lay.walk_back(output, stop=root)
-        if source.target is aten.slice.Tensor and lay.walk_back(source.args[0])[0] is root:
-            raise Refused(Reason.SLIDING, where(source))
-        if source is root and output.meta["val"].dtype != root.meta["val"].dtype:
+        if output.meta["val"].dtype != root.meta["val"].dtype:
             raise Refused(Reason.UNKNOWN_ROOT, f"it is kept as {output.meta['val'].dtype}, and read otherwise")
-        if source is root:
-            moved = lay.follow(chain, lay.source_axes(root.meta["val"].shape))
-            held[index] = derived_layout(moved, layout, shape)
-    return held
+        moved = lay.follow(chain, lay.source_axes(root.meta["val"].shape))
+        held[index] = derived_layout(moved, layout, shape)
+        kept.append(None if cut is None else _kept(root, chain, cut, token_axis(layout)))
+    if not all(agree(window_of(None, None, kept[0]), window_of(None, None, other)) for other in kept):
+        raise Refused(Reason.UNKNOWN_WINDOW, f"it leaves in several lengths: {where(root)}")
+    return held, kept[0] if kept else None
+
+
+def _way_to(root: Node, output: Node) -> tuple[list[Node] | None, Node | None]:
+    """The layout operations from ``root`` to ``output``, if it is made of that, and the slice among them."""
+    source, chain = lay.walk_back(output, stop=root)
+    if source is root:
+        return chain, None
+    if source.target is not aten.slice.Tensor:
+        return None, None
+    behind, before = lay.walk_back(source.args[0], stop=root)
+    return ([*before, source, *chain], source) if behind is root else (None, None)
+
+
+def _kept(root: Node, chain: list[Node], cut: Node, axis: int) -> Suffix:
+    suffix = suffix_along(cut, chain[: chain.index(cut)], root, axis)
+    if suffix is None:
+        raise Refused(Reason.UNKNOWN_WINDOW, where(cut))
+    return suffix

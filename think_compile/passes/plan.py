@@ -46,7 +46,21 @@ class FloorOf:
     indices: tuple[int, ...]
 
 
-Input = Passed | FromStore | PastLength | FloorOf
+@dataclass(frozen=True)
+class FirstOf:
+    """The row of the first token in the handles at these inputs, whose caches are bounded: made the same for all."""
+
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A number that follows from sizes of the caller's inputs."""
+
+    size: Any
+
+
+Input = Passed | FromStore | PastLength | FloorOf | FirstOf | Size
 
 
 # ------------------------------------------------------------------------ how the caller's outputs are made
@@ -89,19 +103,24 @@ class NewValues:
 
 @dataclass(frozen=True)
 class GrownKeys:
-    """The handle at input ``index`` with the call's tokens behind it; its new ring is output ``position``."""
+    """The handle at input ``index`` with the call's tokens behind it; its new ring is output ``position``.
+
+    A bounded cache keeps the last ``length`` tokens.
+    """
 
     index: int
     position: int
     layout: Layout
+    length: Any = None
 
 
 @dataclass(frozen=True)
 class GrownValues:
-    """The handle at input ``index`` with the call's tokens behind it."""
+    """The handle at input ``index`` with the call's tokens behind it; of a bounded cache the last ``length``."""
 
     index: int
     layout: Layout
+    length: Any = None
 
 
 @dataclass(frozen=True)

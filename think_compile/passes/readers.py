@@ -15,6 +15,7 @@ from think_compile.passes import layout as lay
 from think_compile.passes.attention import Attention
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.refusal import Reason, Refused, where
+from think_compile.passes.window import agree
 
 if TYPE_CHECKING:
     from think_compile.passes.kv_cache import CachedAttention
@@ -37,10 +38,8 @@ def _readers(node: Node) -> Iterator[tuple[Node, Node]]:
 def _uses(root: Node) -> Iterator[tuple[Node, Node]]:
     """The readers of a cache, also through one slice, other than the graph's output."""
     for reader, read in _readers(root):
-        if reader.target is aten.slice.Tensor:
-            yield from _readers(reader)
-        elif reader.op != "output":
-            yield reader, read
+        uses = _readers(reader) if reader.target is aten.slice.Tensor else [(reader, read)]
+        yield from (use for use in uses if use[0].op != "output")
 
 
 def check_readers(root: Node, sites: Sequence[Attention]) -> None:
@@ -113,7 +112,8 @@ def _reads(attention: Attention, roots: set[Node]) -> bool:
 def _alike(a: CachedAttention, b: CachedAttention) -> bool:
     """Whether two attentions read one cache in the same way, under the same mask."""
     extents = lay.value_of(a.keys.extent), lay.value_of(b.keys.extent)
-    return a is b or (_reading(a) == _reading(b) and lay.same_size(*extents))
+    same_tokens = lay.same_size(*extents) and agree(a.window, b.window)
+    return a is b or (_reading(a) == _reading(b) and same_tokens)
 
 
 def _reading(site: CachedAttention) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from think_compile.config import ThinkConfig
 from think_compile.kernels import steps
-from think_compile.kernels.canonical import CANONICAL, HEAD, from_canonical
+from think_compile.kernels.canonical import CANONICAL, HEAD, TOKEN, from_canonical
 from think_compile.passes.draft import Draft
 from think_compile.passes.kv_cache import CachedAttention, CacheTensor
 from think_compile.passes.layout import stride_order
@@ -110,13 +110,17 @@ class _Rewriter(Draft):
             if site.fixed:
                 arguments.append(self.start(site))
             step = steps.first_call_fixed if site.fixed else steps.first_call_growing
-            stored = self.graph.call_function(step, (*arguments, spec))
+            arguments.append(spec)
+            if site.window is not None:
+                step = steps.first_call_bounded
+                arguments += [self.number(site.window.read), self.number(site.window.kept)]
+            stored = self.graph.call_function(step, tuple(arguments))
             parts = [self.graph.call_function(operator.getitem, (stored, i)) for i in range(5 if site.fixed else 4)]
         positions = [self._result(part) for part in parts]
         for index, layout in site.keys.outputs.items():
-            self.made[index] = NewKeys(positions[0], site.keys.size(2), site.fixed, layout, spec)
+            self.made[index] = NewKeys(positions[0], _length_kept(site.keys), site.fixed, layout, spec)
         for index, layout in site.values.outputs.items():
-            self.made[index] = NewValues(positions[-1], site.values.size(2), site.fixed, layout)
+            self.made[index] = NewValues(positions[-1], _length_kept(site.values), site.fixed, layout)
 
     # ------------------------------------------------------------------------------------------- later calls
 
@@ -143,7 +147,7 @@ class _Rewriter(Draft):
             mask = self._causal_to_end(site, k_new) if attention.causal_to_end else self.mask(site, k_new)
             arguments = [self.queries(site, k_new), k_new, v_new, mask]
             arguments += [*self.stored_keys(site), self.stored_values(site), *self.span(site)]
-            arguments += [self.at(attention.scale), attention.is_causal]
+            arguments += [self.at(attention.scale), attention.is_causal, *self.part(site)]
             step = steps.attend_fixed if site.fixed else steps.attend_growing
             out = self.in_turn(site, self.graph.call_function(step, tuple(arguments)))
             if attention.layout != CANONICAL:
@@ -157,6 +161,11 @@ class _Rewriter(Draft):
         past, extent = self.span(site)[0], self.span(site)[1]
         if site.fixed:
             return self.graph.call_function(steps.causal_to_end, (k_new, extent))
+        if site.window is not None:
+            first, read = self.part(site)
+            if read is not None:
+                return self.graph.call_function(steps.causal_to_end, (k_new, read))
+            past = self.graph.call_function(operator.sub, (past, first))
         return self.graph.call_function(steps.causal_behind, (k_new, past))
 
     def _as(self, out: Node, old: Node) -> Node:
@@ -173,7 +182,7 @@ class _Rewriter(Draft):
         with self.graph.inserting_before(self.at(region.logits.node)):
             k_new = self._new_rows(site.keys)
             step = steps.logits_fixed if site.fixed else steps.logits_growing
-            arguments = (self.queries(site, k_new), k_new, *self.stored_keys(site), *self.span(site))
+            arguments = (self.queries(site, k_new), k_new, *self.stored_keys(site), *self.span(site), *self.part(site))
             logits = self._as_product(site, self.in_turn(site, self.graph.call_function(step, arguments)))
         self.replace(region.logits.node, logits)
 
@@ -196,7 +205,7 @@ class _Rewriter(Draft):
                 self.at(node).replace_all_uses_with(self.at(node).args[1])
         with self.graph.inserting_before(root):
             arguments = (self._new_rows(tensor), self.stored_values(site), self.span(site)[0], not site.fixed)
-            values = self.graph.call_function(steps.append_values, arguments)
+            values = self.graph.call_function(steps.append_values, (*arguments, *self.part(site)[:1]))
             values = self.graph.call_function(from_canonical, (values, tensor.layout))
         values.meta["val"] = tensor.root.meta["val"]
         self.replace(tensor.root, values)
@@ -208,9 +217,9 @@ class _Rewriter(Draft):
         ring = self._result(self.graph.call_function(steps.append_keys_growing, arguments))
         self.appended += [(index, site.query_tokens) for index in site.past]
         for index, layout in site.keys.outputs.items():
-            self.made[index] = GrownKeys(site.past[0], ring, layout)
+            self.made[index] = GrownKeys(site.past[0], ring, layout, site.window and _length_kept(site.keys))
         for index, layout in site.values.outputs.items():
-            self.made[index] = GrownValues(site.past[1], layout)
+            self.made[index] = GrownValues(site.past[1], layout, site.window and _length_kept(site.values))
 
     def _append_fixed(self, readers: Sequence[CachedAttention]) -> None:
         site = readers[0]
@@ -271,6 +280,12 @@ class _Rewriter(Draft):
             if user.target is aten.sym_size.int:
                 user.replace_all_uses_with(self.size(user.meta["val"]))
                 self.graph.erase_node(user)
+
+
+def _length_kept(tensor: CacheTensor) -> Any:
+    """How many tokens a call leaves in a growing cache."""
+    kept = None if tensor.window is None else tensor.window.kept
+    return tensor.size(TOKEN) if kept is None else kept
 
 
 def _must_stay(node: Node) -> bool:

@@ -1,0 +1,165 @@
+"""Layers that keep a bounded window, against the oracle: filling, full and overrun, and left alone by default."""
+
+import pytest
+import torch
+from compare import Rules, Trio, padding, tokens
+from models import hugging_face
+from windows import CUTS, Kind, register
+from written_out import Style
+
+from think_compile import report, think_compile
+from think_compile.handle import Handle
+from think_compile.passes.refusal import Reason
+
+RULES = Rules(recent=4, sliding=True)
+SOFTCAP = Style(extra="softcap")
+FILLING = [7, 1, 1, 3, 1, 1, 1, 1, 1, 1]  # 16 tokens are in the window
+OVERRUN = [9, 5, 1, 30, 1, 2, 1]
+LONG = [40, 1, 1, 1, 20, 1]
+
+
+def follow(name: str, calls: list[int], *, rules: Rules = RULES, side: str = "none", lowering: str = "eager") -> Trio:
+    """A conversation in which every cache is compared; all layers must have been rewritten."""
+    trio = Trio(name, rules, lowering=lowering)
+    trio.run(tokens(2, sum(calls)), calls, padding(side, 2, calls[0]))
+    found = report(trio.model)
+    assert not found.refused, str(found)
+    trio.check_handles(len(trio.got.raw()))
+    return trio
+
+
+KINDS = [Kind(cut, stock, style=style) for cut in CUTS for stock, style in [(True, Style()), (False, SOFTCAP)]]
+OTHERS = [Kind(cut, by="positive") for cut in CUTS] + [Kind(style=Style(layout="bs(hd)")), Kind(stock=False)]
+
+
+@pytest.mark.parametrize("calls", [FILLING, OVERRUN, LONG], ids=["filling", "overrun", "long"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@torch.no_grad()
+def test_each_cut(kind, calls):
+    follow(register(kind), calls, side="left")
+
+
+@pytest.mark.parametrize("kind", OTHERS, ids=str)
+@torch.no_grad()
+def test_other_ways_to_cut(kind):
+    follow(register(kind), [7, 1, 8, 1, 1, 20, 1])
+
+
+@pytest.mark.parametrize("calls", [FILLING, LONG], ids=["filling", "long"])
+@pytest.mark.parametrize("stock", [True, False], ids=["stock", "softcap"])
+@torch.no_grad()
+def test_generated_tokens_left_whole(stock, calls):
+    """Until they leave the layer's window; the tokens of the first call leave it first."""
+    follow(register(Kind(stock=stock, style=SOFTCAP)), calls, rules=Rules(prune_generated=False, sliding=True))
+
+
+@pytest.mark.parametrize("recent", [0, 1, 14, 15, 40])
+@torch.no_grad()
+def test_recent_tokens_beside_the_window(recent):
+    """The layer keeps 15 tokens: where all are recent there is nothing to prune, and it is left alone."""
+    rules = Rules(recent=recent, sliding=True)
+    if recent < 15:
+        follow(register(Kind()), [7, 1, 12, 1], rules=rules)
+        return
+    with pytest.warns(UserWarning, match="all of them recent"):
+        trio = Trio(register(Kind()), rules)
+        trio.run(tokens(2, 22), [20, 1, 1])
+    trio.check_handles(0)
+    assert [record.reason for record in report(trio.model).refused] == [Reason.WINDOW_TOO_SMALL]
+
+
+@pytest.mark.parametrize("cut", ["kept", "read"])
+@torch.no_grad()
+def test_left_alone_by_default(cut):
+    trio = Trio(register(Kind(cut)), Rules(recent=4))
+    with pytest.warns(UserWarning, match="bounded window"):
+        trio.run(tokens(2, 32), [7, 1, 20, 1, 1, 1, 1])
+    assert [record.reason for record in report(trio.model).refused] == [Reason.SLIDING]
+    trio.check_handles(0)
+
+
+@torch.no_grad()
+def test_a_past_cut_before_it_is_joined_is_not_told_from_a_growing_one_by_its_first_call():
+    trio = Trio(register(Kind("past")), Rules(recent=4))
+    trio.step(tokens(2, 7))
+    trio.check_handles(1)
+    with pytest.warns(UserWarning, match="read densely from now on.*bounded window"):
+        trio.got.step(tokens(2, 1))
+
+
+@pytest.mark.parametrize(("calls", "side"), [([18, *[1] * 7, 5, 1], "left"), ([40, 1, 1, 30, 1], "none")])
+@torch.no_grad()
+def test_beside_full_layers(calls, side):
+    """Gemma 3: layers with a window of 24 and full ones in one graph, whose lengths are equal while it fills."""
+    trio = follow("gemma3", calls, rules=Rules(recent=8, sliding=True), side=side)
+    kinds = [record.cache for record in report(trio.model).rewritten]
+    assert kinds == ["sliding", "growing"] * 2
+
+
+@torch.no_grad()
+def test_generation():
+    """Beams reorder the caches; the tokens are those of the oracle's own model at ratio 0."""
+    model, ids = hugging_face("gemma3"), tokens(2, 20)
+    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
+    expected = model.generate(ids, **options)
+    ours = think_compile(hugging_face("gemma3"), 0.0, recent=4, sliding=True, lowering="eager")
+    assert torch.equal(ours.generate(ids, **options), expected)
+    assert len(report(ours).rewritten) == 4
+
+
+@pytest.mark.parametrize("kind", [Kind(), pytest.param(KINDS[3], marks=pytest.mark.slow)], ids=str)
+@torch.no_grad()
+def test_inductor(kind):
+    follow(register(kind), [13, *[1] * 20], side="left", lowering="inductor")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor_beside_full_layers():
+    follow("gemma3", [10, *[1] * 18, 5, 1], rules=Rules(recent=8, sliding=True), side="left", lowering="inductor")
+
+
+@torch.no_grad()
+def test_memory_and_graphs_are_bounded():
+    """Many steps: the rows of a full window are used again, and its calls are one graph."""
+    trio = Trio(register(Kind()), RULES)
+    trio.run(tokens(2, 20), [20])
+    for _ in range(3):
+        trio.step(tokens(2, 1))
+    graphs, most = report(trio.model).graphs, 0
+    for _ in range(220):
+        trio.step(tokens(2, 1))
+        most = max(most, report(trio.model).stored_bytes)
+    trio.check_caches()
+    assert report(trio.model).graphs == graphs
+    store = trio.got.raw()[0].store
+    assert store.length == 15
+    assert store.rows.capacity <= 48
+    one = sum(t.nbytes for t in store.tensors()) + trio.got.past[0][1].store.rows.tensor.nbytes
+    assert most <= 2.5 * one  # while a buffer is copied there are two
+
+
+@torch.no_grad()
+def test_branches_and_selections():
+    trio = Trio(register(Kind()), RULES)
+    trio.run(tokens(3, 22), [20, 1, 1])
+    earlier = [keys.dense().clone() for keys in trio.got.raw()]
+    held = trio.got.raw()
+    for _ in range(40):
+        trio.step(tokens(3, 1))
+    assert all(torch.equal(keys.dense(), was) for keys, was in zip(held, earlier, strict=True))
+    trio.check_caches()
+
+
+@torch.no_grad()
+def test_a_packed_window_read_op_by_op():
+    """The model called as it is on a packed cache: joins and slices outside of any graph."""
+    trio = Trio(register(Kind()), RULES)
+    trio.run(tokens(2, 14), [12, 1, 1])
+    call = trio.model._compiled_call_impl
+    for new in (1, 1, 3, 1, 20, 1):
+        trio.model._compiled_call_impl = None
+        trio.step(tokens(2, new))
+        trio.model._compiled_call_impl = call
+        trio.run(tokens(2, 1), [1])
+    assert all(isinstance(keys, Handle) and not keys.is_dense for keys in trio.got.raw())
