@@ -85,6 +85,9 @@ def test_a_past_cut_before_it_is_joined_is_not_told_from_a_growing_one_by_its_fi
     trio.check_handles(1)
     with pytest.warns(UserWarning, match="read densely from now on.*bounded window"):
         trio.got.step(tokens(2, 1))
+    assert [record.reason for record in report(trio.model).refused] == [Reason.SLIDING]
+    trio.begin().run(tokens(2, 12), [7, 1, 1, 3])  # the next conversation is left alone from its first call on
+    trio.check_handles(0)
 
 
 @pytest.mark.parametrize(("calls", "side"), [([18, *[1] * 7, 5, 1], "left"), ([40, 1, 1, 30, 1], "none")])

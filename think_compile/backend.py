@@ -20,6 +20,7 @@ from think_compile.passes.attention import Attention, find_attention
 from think_compile.passes.kv_cache import CachedAttention, Findings, find_caches
 from think_compile.passes.naming import with_full_path
 from think_compile.passes.normalize import Normalized, normalize
+from think_compile.passes.readers import reads_any
 from think_compile.passes.refusal import Reason, Refused
 from think_compile.passes.rewrite import rewrite
 from think_compile.report import Ledger, Report, refused_graph, refused_record, rewritten_record
@@ -53,6 +54,7 @@ class Backend:
         self.stores: weakref.WeakSet[Store] = weakref.WeakSet()
         self.graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
         self.warned: set[str] = set()
+        self.given_up: set[str] = set()  # layers that a later call could not read packed: new caches stay dense
         self.checked = self.graphs_refused_for_gradients = False
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -92,8 +94,9 @@ class Backend:
             return self._plain(gm, example_inputs)
         findings = find_caches(normalized, sites, self.config.recent if self.config.sliding else None)
         self._refuse_unswappable(findings, example_inputs)
+        self._refuse_given_up(findings, example_inputs)
         self._record(normalized, findings)
-        self._warn_of_dense_reads(normalized, findings, example_inputs)
+        self._give_up_what_is_read_densely(normalized, findings, example_inputs)
         if self.dry or not findings.cached:
             return self._plain(gm, example_inputs)
         return CompiledGraph(self, gm, normalized, findings.cached)
@@ -105,13 +108,19 @@ class Backend:
         inputs = zip(normalized.placeholders, example_inputs, strict=True)
         return {node: names[id(value)] for node, value in inputs if id(value) in names}
 
-    def _warn_of_dense_reads(self, normalized: Normalized, findings: Findings, example_inputs: Sequence[Any]) -> None:
-        """A cache that an earlier graph packed, and that this one cannot read packed."""
+    def _give_up_what_is_read_densely(
+        self, normalized: Normalized, findings: Findings, example_inputs: Sequence[Any]
+    ) -> None:
+        """A layer whose cache an earlier graph packed, and that this one cannot read packed: it is left alone now."""
         packed = {i for i, x in enumerate(example_inputs) if isinstance(x, Handle) and not x.is_dense}
         read = packed.difference(*(site.past for site in findings.cached if site.past is not None))
         read = {i for i in read if normalized.placeholders[i].users}
         if read:
             self.warn_once(f"{len(read)} pruned caches are read densely from now on: {_sentence(findings.refused)}")
+            inputs = {normalized.placeholders[i] for i in read}
+            given_up = [refused for refused in findings.refused if refused[0].path and reads_any(refused[0], inputs)]
+            self.given_up |= {site.path for site, _ in given_up}
+            self.ledger.give_up(refused_record(*refused) for refused in given_up)
 
     def _refuse_unswappable(self, findings: Findings, example_inputs: Sequence[Any]) -> None:
         """A dense tensor that is written in place can become a handle only where its holder is known."""
@@ -120,6 +129,13 @@ class Backend:
             if not all(isinstance(example_inputs[i], Handle) or self._holders(example_inputs[i]) for i in held):
                 findings.cached.remove(site)
                 findings.refused.append((site.attention, Refused(Reason.HELD_OUTSIDE)))
+
+    def _refuse_given_up(self, findings: Findings, example_inputs: Sequence[Any]) -> None:
+        for site in list(findings.cached):
+            is_packed = site.past is not None and all(isinstance(example_inputs[i], Handle) for i in site.past)
+            if site.attention.path in self.given_up and not is_packed:
+                findings.cached.remove(site)
+                findings.refused.append((site.attention, Refused(Reason.GIVEN_UP)))
 
     def _holders(self, tensor: Tensor) -> list[tuple[dict[str, Any], str]]:
         """The (dict, name) pairs of the model's modules that hold this very tensor."""
@@ -213,7 +229,7 @@ class CompiledGraph:
 
     def __init__(self, backend: Backend, gm: GraphModule, normalized: Normalized, sites: list[CachedAttention]) -> None:
         self.backend, self.gm, self.normalized, self.sites = backend, gm, normalized, sites
-        self.programs: dict[frozenset[int], Program] = {}
+        self.programs: dict[tuple[frozenset[int], int], Program] = {}
         backend.graphs.add(self)
         self.plain: Callable[..., Any] | None = None  # after an internal failure: the graph as the model wrote it
 
@@ -230,10 +246,11 @@ class CompiledGraph:
 
     def _run(self, args: Sequence[Any]) -> Any:
         packed = packed_inputs(self.sites, args, self.backend.config)
-        if packed not in self.programs:
+        key = packed, len(self.backend.given_up)
+        if key not in self.programs:
             self._warn_of_unusable(packed, args)
-            self.programs[packed] = self._program(packed)
-        outputs = self.programs[packed].run(args, self.backend.replace)
+            self.programs[key] = self._program(packed)
+        outputs = self.programs[key].run(args, self.backend.replace)
         for output in outputs:
             if isinstance(output, Handle) and output.store is not None:
                 self.backend.stores.add(output.store)
@@ -250,4 +267,10 @@ class CompiledGraph:
 
     def _program(self, packed: frozenset[int]) -> Program:
         config = self.backend.config
-        return Program(self.normalized, rewrite(self.normalized, self.sites, packed, config), config)
+        sites = [site for site in self.sites if self._is_wanted(site, packed)]
+        return Program(self.normalized, rewrite(self.normalized, sites, packed, config), config)
+
+    def _is_wanted(self, site: CachedAttention, packed: frozenset[int]) -> bool:
+        """Whether a layer is to be rewritten: it was not given up, or what it reads is packed already."""
+        is_packed = site.past is not None and packed.issuperset(site.past)
+        return is_packed or site.attention.path not in self.backend.given_up

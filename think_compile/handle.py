@@ -36,6 +36,7 @@ from think_compile.store import (
     Rows,
     Store,
     allocating,
+    join_batches,
 )
 
 aten = torch.ops.aten
@@ -377,29 +378,10 @@ def _canonical(x: Tensor, handle: Handle) -> Tensor:
 
 
 def _cat_batches(first: Handle, handles: list[Handle]) -> Handle | None:
-    stores: list[Any] = [h.store for h in handles]
     if any(h.axes != first.axes or h.dtype != first.dtype for h in handles):
         return None
-    if all(isinstance(s, GrowingValues) and s.length == stores[0].length for s in stores):
-        return first.with_store(GrowingValues(_joined_rows(stores), stores[0].length))
-    keys = [s.moved(s.length) if s.first else s for s in stores if isinstance(s, GrowingKeys)]
-    same = {(s.length, s.floor, s.spec, s.recent.shape[2]) for s in keys}
-    if len(keys) != len(stores) or len(same) != 1:
-        return None
-    return first.with_store(
-        GrowingKeys(
-            _joined_rows(keys),
-            torch.cat([s.channels for s in keys]),
-            torch.cat([s.recent for s in keys]),
-            keys[0].length,
-            keys[0].floor,
-            keys[0].spec,
-        )
-    )
-
-
-def _joined_rows(stores: list[Any]) -> Rows:
-    return Rows(torch.cat([s.rows.tensor[:, :, s.first : s.end] for s in stores]))
+    joined = join_batches([h.store for h in handles])
+    return None if joined is None else first.with_store(joined)
 
 
 _PACKED: dict[Any, Callable[..., Handle | None]] = {

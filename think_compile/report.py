@@ -118,7 +118,7 @@ def _weight(record: LayerRecord) -> int:
     """Which of two records of a layer tells more: one with a cache over one without, a rewriting over a refusal."""
     if record.reason is None:
         return 2
-    return 0 if record.reason is Reason.NOT_CACHED else 1
+    return 0 if record.reason in (Reason.NOT_CACHED, Reason.GIVEN_UP) else 1
 
 
 class Ledger:
@@ -135,6 +135,12 @@ class Ledger:
             nth = seen[record.layer] = seen.get(record.layer, 0) + 1
             key = record.layer if nth == 1 else f"{record.layer}#{nth}"
             self.layers[key] = _merged(self.layers.get(key), record)
+
+    def give_up(self, records: Iterable[LayerRecord]) -> None:
+        """Take in that these layers are left alone from now on, whatever was done before."""
+        for record in records:
+            known = self.layers.get(record.layer)
+            self.layers[record.layer] = replace(record, source=known.source if known else "")
 
 
 def _merged(known: LayerRecord | None, record: LayerRecord) -> LayerRecord:

@@ -10,7 +10,7 @@ Canonical axes are [batch, head, token, channel]; shapes as in :mod:`think_compi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -362,3 +362,18 @@ class Dense(Store):
 
     def map_batch(self, f: Callable[[Tensor], Tensor]) -> Dense:
         return replace(self, rows=self.rows.map(f))
+
+
+def join_batches(stores: Sequence[Any]) -> Store | None:
+    """One store of the sequences of several growing ones that have the same history; None: they have not."""
+    if all(isinstance(s, GrowingValues) and s.length == stores[0].length for s in stores):
+        return GrowingValues(_joined_rows(stores), stores[0].length)
+    keys = [s.moved(s.length) if s.first else s for s in stores if isinstance(s, GrowingKeys)]
+    if len(keys) != len(stores) or len({(s.length, s.floor, s.spec, s.recent.shape[2]) for s in keys}) != 1:
+        return None
+    channels, recent = (torch.cat([getattr(s, name) for s in keys]) for name in ("channels", "recent"))
+    return GrowingKeys(_joined_rows(keys), channels, recent, keys[0].length, keys[0].floor, keys[0].spec)
+
+
+def _joined_rows(stores: Sequence[Any]) -> Rows:
+    return Rows(torch.cat([s.rows.tensor[:, :, s.first : s.end] for s in stores]))

@@ -65,26 +65,33 @@ def check_past_readers(past: Node, root: Node) -> None:
 _FRESH = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
 
 
-def made_of_cache(normalized: Normalized, node: Node) -> bool:
-    """Whether ``node`` is made, number by number, of a tensor that leaves the graph: what is cached, and changed after.
-
-    Tensors of fewer than three axes (positions, masks) are no caches, and what a projection makes is new.
-    """
-    kept = [lay.walk_back(output) for output in normalized.outputs if isinstance(output, Node)]
-    outputs = {node for source, chain in kept for node in (source, *chain)}
+def _made_of(node: Node) -> Iterator[Node]:
+    """What ``node`` is made of, number by number; what a projection makes is new."""
     todo, seen = [node], {node}
     while todo:
         node = todo.pop()
         if node.op != "call_function" or node.target in _FRESH:
             continue
-        for source in node.all_input_nodes:
-            value = source.meta.get("val")
-            if source in outputs and isinstance(value, torch.Tensor) and value.dim() > 2:
-                return True
-            if source not in seen:
-                seen.add(source)
-                todo.append(source)
-    return False
+        fresh = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(fresh)
+        todo += fresh
+        yield from fresh
+
+
+def reads_any(site: Attention, inputs: set[Node]) -> bool:
+    """Whether the keys or values of an attention are made of one of these."""
+    return any(source in inputs for operand in (site.k, site.v) for source in (operand, *_made_of(operand)))
+
+
+def made_of_cache(normalized: Normalized, node: Node) -> bool:
+    """Whether ``node`` is made, number by number, of a tensor that leaves the graph: what is cached, and changed after.
+
+    Tensors of fewer than three axes (positions, masks) are no caches.
+    """
+    kept = [lay.walk_back(output) for output in normalized.outputs if isinstance(output, Node)]
+    outputs = {node for source, chain in kept for node in (source, *chain)}
+    values = (source.meta.get("val") for source in _made_of(node) if source in outputs)
+    return any(isinstance(value, torch.Tensor) and value.dim() > 2 for value in values)
 
 
 def refuse_half_read(cached: list[CachedAttention], refused: list[tuple[Attention, Refused]]) -> None:
