@@ -143,13 +143,19 @@ def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than:
                 check_window(found.window, larger_than)
                 findings.cached.append(found)
             except Refused as refused:
-                findings.refused.append((site, refused))
+                findings.refused.append((site, _named(normalized, site, refused)))
             except lay.NotLayout as why:
                 findings.refused.append((site, Refused(Reason.UNKNOWN_LAYOUT, str(why))))
         _settle_readings(findings)
         refuse_half_read(findings.cached, findings.refused)
         count.matches = len(findings.cached)
     return findings
+
+
+def _named(normalized: Normalized, site: Attention, refused: Refused) -> Refused:
+    """Mixed channels by their more telling name, if what is cached is projected before it is keys."""
+    is_latent = refused.reason is Reason.CHANNEL_MIXING and made_of_cache(normalized, site.k, projected=True)
+    return Refused(Reason.LATENT, refused.detail) if is_latent else refused
 
 
 def _settle_readings(findings: Findings) -> None:

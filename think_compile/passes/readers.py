@@ -63,16 +63,18 @@ def check_past_readers(past: Node, root: Node) -> None:
 
 
 _FRESH = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
+_ATTENDS = {aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default}
 
 
-def _made_of(node: Node) -> Iterator[Node]:
-    """What ``node`` is made of, number by number; what a projection makes is new."""
+def _made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:
+    """What ``node`` is made of, number by number; what a projection makes is new, unless asked to see through it."""
     todo, seen = [node], {node}
     while todo:
         node = todo.pop()
-        if node.op != "call_function" or node.target in _FRESH:
+        if node.op != "call_function" or node.target in _ATTENDS or (node.target in _FRESH and not projected):
             continue
-        fresh = [source for source in node.all_input_nodes if source not in seen]
+        sources = node.all_input_nodes[:1] if node.target in _FRESH else node.all_input_nodes
+        fresh = [source for source in sources if source not in seen]
         seen.update(fresh)
         todo += fresh
         yield from fresh
@@ -83,14 +85,15 @@ def reads_any(site: Attention, inputs: set[Node]) -> bool:
     return any(source in inputs for operand in (site.k, site.v) for source in (operand, *_made_of(operand)))
 
 
-def made_of_cache(normalized: Normalized, node: Node) -> bool:
+def made_of_cache(normalized: Normalized, node: Node, *, projected: bool = False) -> bool:
     """Whether ``node`` is made, number by number, of a tensor that leaves the graph: what is cached, and changed after.
 
-    Tensors of fewer than three axes (positions, masks) are no caches.
+    Tensors of fewer than three axes (positions, masks) are no caches. ``projected``: also through projections.
     """
     kept = [lay.walk_back(output) for output in normalized.outputs if isinstance(output, Node)]
     outputs = {node for source, chain in kept for node in (source, *chain)}
-    values = (source.meta.get("val") for source in _made_of(node) if source in outputs)
+    made = (source for source in _made_of(node, projected=projected) if source in outputs)
+    values = (source.meta.get("val") for source in made)
     return any(isinstance(value, torch.Tensor) and value.dim() > 2 for value in values)
 
 

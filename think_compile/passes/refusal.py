@@ -15,6 +15,7 @@ class Reason(enum.Enum):
     KEY_ESCAPES = "the cached keys or values are also read by something other than this attention"
     SHARED = "the cache is shared by attentions that cannot all be rewritten alike"
     CHANNEL_MIXING = "an operation between cache and attention mixes or splits the channels"
+    LATENT = "the cache holds a latent, which a projection turns into keys (multi-head latent attention)"
     SLIDING = "the layer keeps a bounded window of tokens, so its cache is small already (sliding=True prunes it)"
     WINDOW_TOO_SMALL = "the layer keeps a bounded window of tokens, all of them recent, whose keys stay whole"
     UNKNOWN_WINDOW = "the layer keeps a bounded window of tokens, and not simply the last ones in order"
