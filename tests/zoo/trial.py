@@ -120,20 +120,25 @@ def generate(model: nn.Module, static: bool = False) -> Run:
 
 
 def cache_layers(cache: object) -> list[object]:
-    """The layers of a transformers cache (of an encoder-decoder's: those of its self-attention)."""
-    cache = getattr(cache, "self_attention_cache", cache)
-    return list(getattr(cache, "layers", ()))
+    """The layers of a transformers cache; of one in two parts, those of self-attention first."""
+    parts = [getattr(cache, part, None) for part in ("self_attention_cache", "cross_attention_cache")]
+    return [layer for part in (parts if parts != [None, None] else [cache]) for layer in getattr(part, "layers", ())]
 
 
-def full_layers(cache: object) -> list[Tensor]:
-    """What the layers keep that have an entry for every token of the text: [B, H, S, D]."""
-    found = []
-    for layer in cache_layers(cache):
+def full_layers(cache: object) -> dict[int, Tensor]:
+    """What the layers keep that have an entry for every token of the text: [B, H, S, D].
+
+    A compressed memory is shorter than the text. The keys of an encoder's output have a length of their own; but a
+    model may keep a second self-attention in that part of its cache.
+    """
+    found = {}
+    for i, layer in enumerate(cache_layers(cache)):
         keys = getattr(layer, "keys", None)
         if isinstance(keys, Tensor) and keys.dim() == 4 and not getattr(layer, "is_sliding", False):
-            found.append(keys)
-    longest = max((keys.shape[2] for keys in found), default=0)
-    return [keys for keys in found if keys.shape[2] == longest]  # a compressed memory is shorter
+            found[i] = keys
+    own = len(cache_layers(getattr(cache, "self_attention_cache", cache)))
+    longest = max((keys.shape[2] for i, keys in found.items() if i < own), default=0)
+    return {i: keys for i, keys in found.items() if keys.shape[2] == longest}
 
 
 def latent_widths(config: object) -> set[int]:
@@ -208,11 +213,11 @@ def try_out(model: nn.Module, ratio: float, *, static: bool = False, sliding: bo
     natural = _natural(model, kept, same, static)
     whole = full_layers(same.cache)
     widths = latent_widths(model.config.to_dict())
-    latent = sum(keys.shape[-1] in widths for keys in whole)
+    latent = sum(keys.shape[-1] in widths for keys in whole.values())
     return Outcome(
         len(whole) - latent,
         latent,
-        len(kept_channels(got.cache)),
+        len(whole.keys() & kept_channels(got.cache).keys()),
         report(ours),
         worst(got.logits, same.logits),
         natural,
