@@ -587,6 +587,20 @@ def test_keys_rotated_after_they_are_cached():
     assert refused(f, *qkv(), *past()) == [Reason.TRANSFORMED]
 
 
+def test_cross_attention_of_equal_lengths():
+    """The first call over an encoder's tokens, as many as the decoder's."""
+
+    def f(ids, other, table, v):
+        q, k = (F.embedding(i, table).unflatten(-1, (H, D)).transpose(1, 2) for i in (ids, other))
+        v = v + 1
+        return F.scaled_dot_product_attention(q, k, v), k, v
+
+    ids = torch.zeros(B, N, dtype=torch.long)
+    inputs = [torch.randn(9, H * D), qkv(heads=H)[2]]
+    assert refused(f, ids, ids.clone(), *inputs) == [Reason.CROSS_ATTENTION]
+    assert cached(lambda ids, table, v: f(ids, ids, table, v), ids, *inputs).past is None
+
+
 def test_attention_without_a_heads_axis():
     """[X, N, D] throughout: each of the X rows is a sequence of one head."""
 

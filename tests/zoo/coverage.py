@@ -153,7 +153,8 @@ HEAD = """# Coverage
 Every architecture that transformers {transformers} lists as a causal or as an encoder-decoder language model, tiny
 and with random weights, generating from a padded batch with its default (dynamic) cache and with a static one (torch
 {torch}, op by op) at ratio 0.5: its logits must be those of the plain model whose keys are zero-filled by the rules, up
-to rounding. Written by `python tests/zoo/coverage.py`. (`pytest -m zoo` does the same, and ratio 0 against the plain model.)
+to rounding. Written by `python tests/zoo/coverage.py`; `pytest -m zoo` does the same, and ratio 0 against the plain
+model.
 
 "Layers" are those of the plain model's own cache that keep a key for every token; a sliding window, a recurrent state,
 a compressed memory and an encoder's output are none, and a latent (multi-head latent attention) is counted apart.

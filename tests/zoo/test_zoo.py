@@ -52,7 +52,8 @@ def test_sliding_windows(name):
     """Windows that the prompt overfills, beside full layers or not: all layers are rewritten."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ThinkWarning)
-        outcome = try_out(architectures.build(name), 0.5, sliding=True)
+        (what,) = (a for a in ALL if str(a) == name)
+        outcome = try_out(what.build(), 0.5, sliding=True)
     assert outcome.right, f"logits off by {outcome.error:.2e}, {outcome.natural:.2e} is natural"
     assert not outcome.found.refused, str(outcome.found)
     assert any(record.cache == "sliding" for record in outcome.found.rewritten)

@@ -55,7 +55,8 @@ def join_of(normalized: Normalized, root: Node, layout: Layout) -> Join:
     if root.target in WRITES:
         return _join_of_write(normalized, root, layout)
     if root.op == "placeholder":
-        raise Refused(Reason.NO_JOIN_SEEN, f"graph input {root.name}")
+        name = normalized.sources[normalized.placeholders.index(root)] or root.name
+        raise Refused(Reason.NO_JOIN_SEEN, f"input {name}")
     return Join()
 
 

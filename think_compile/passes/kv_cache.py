@@ -26,6 +26,7 @@ from think_compile.passes.readers import check_past_readers, check_readers, made
 from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.region import Order, Region
 from think_compile.passes.roles import QueryLayout, key_axes, query_layout, to_product_order, usable_masks, value_axes
+from think_compile.passes.sequence import is_cross_attention, tokens_of
 from think_compile.passes.window import Suffix, Window, agree, check_window, is_suffix, suffix_along, window_of
 
 aten = torch.ops.aten
@@ -146,6 +147,7 @@ def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than:
                 findings.refused.append((site, _named(normalized, site, refused)))
             except lay.NotLayout as why:
                 findings.refused.append((site, Refused(Reason.UNKNOWN_LAYOUT, str(why))))
+        _refuse_cross_attention(normalized, findings)
         _settle_readings(findings)
         refuse_half_read(findings.cached, findings.refused)
         count.matches = len(findings.cached)
@@ -156,6 +158,15 @@ def _named(normalized: Normalized, site: Attention, refused: Refused) -> Refused
     """Mixed channels by their more telling name, if what is cached is projected before it is keys."""
     is_latent = refused.reason is Reason.CHANNEL_MIXING and made_of_cache(normalized, site.k, projected=True)
     return Refused(Reason.LATENT, refused.detail) if is_latent else refused
+
+
+def _refuse_cross_attention(normalized: Normalized, findings: Findings) -> None:
+    """Keys that no past tells to be those of the queries' own sequence, and that are made of other tokens."""
+    tokens = tokens_of(normalized.graph_module.graph)
+    for c in list(findings.cached):
+        if c.past is None and is_cross_attention(c.attention.q, c.attention.k, tokens):
+            findings.cached.remove(c)
+            findings.refused.append((c.attention, Refused(Reason.CROSS_ATTENTION, where(c.attention.node))))
 
 
 def _settle_readings(findings: Findings) -> None:

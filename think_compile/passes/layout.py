@@ -34,6 +34,7 @@ SAME = {
     aten.lift_fresh_copy.default,
     aten._to_copy.default,
     aten.to.dtype,
+    aten.type_as.default,
 }
 MOVES = {
     aten.permute.default,

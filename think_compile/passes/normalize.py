@@ -77,6 +77,7 @@ def _transform(target: Any) -> str:
 def _normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     placeholders = gm.graph.find_nodes(op="placeholder")
     sources = [_source(node) for node in placeholders]
+    _drop_idle_dropout(gm)
     with observed("normalize", gm.graph) as count:
         mode = _fake_mode(example_inputs)
         fakes = [_fake(mode, node, value) for node, value in zip(placeholders, example_inputs, strict=True)]
@@ -91,6 +92,18 @@ def _normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     _drop_assertions(graph_module)
     canonicalize(graph_module)
     return Normalized(graph_module, written, sources)
+
+
+def _drop_idle_dropout(gm: GraphModule) -> None:
+    """A dropout that is off is its input, which the export would take for a tensor that must not be written to."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.nn.functional.dropout):
+        p, training, _ = (*node.args[1:], *[None] * 3)[:3]
+        p = node.kwargs.get("p", 0.5) if p is None else p
+        training = node.kwargs.get("training", True) if training is None else training
+        if training is False or p == 0:
+            node.replace_all_uses_with(node.args[0] if node.args else node.kwargs["input"])
+            gm.graph.erase_node(node)
+    gm.recompile()
 
 
 def _hold_constants(graph_module: GraphModule, gm: GraphModule, signature: Any) -> None:

@@ -25,9 +25,9 @@ _LOOKS_AT_SHAPE = {aten.sym_size.int, aten._assert_tensor_metadata.default}
 
 
 def _readers(node: Node) -> Iterator[tuple[Node, Node]]:
-    """(reader, what it reads) of a tensor through layout operations, those that only look at its shape left out."""
+    """(reader, what it reads) of a tensor through layout operations; who only looks at shape or dtype is left out."""
     for user in node.users:
-        if user.target in _LOOKS_AT_SHAPE:
+        if user.target in _LOOKS_AT_SHAPE or (user.target is aten.type_as.default and user.args[0] is not node):
             continue
         if lay.layout_input(user) is node or lay.scaled_input(user) is node:
             yield from _readers(user)

@@ -19,7 +19,7 @@ class Reason(enum.Enum):
     SLIDING = "the layer keeps a bounded window of tokens, so its cache is small already (sliding=True prunes it)"
     WINDOW_TOO_SMALL = "the layer keeps a bounded window of tokens, all of them recent, whose keys stay whole"
     UNKNOWN_WINDOW = "the layer keeps a bounded window of tokens, and not simply the last ones in order"
-    CROSS_ATTENTION = "the keys are not those of the queries' own sequence"
+    CROSS_ATTENTION = "the keys are not one for each query (cross-attention, or a full window that is shifted)"
     NO_JOIN_SEEN = "the keys come into the graph whole (cross-attention, or a graph break before the attention)"
     UNKNOWN_LAYOUT = "the cache's axes cannot be told apart"
     UNKNOWN_ROOT = "how the cache is joined from its past and the new keys is not understood"
