@@ -181,6 +181,7 @@ def test_inductor_with_ids_of_any_stride():
         trio.begin().run(tokens(2, prompt + 3), [prompt, 1, 1, 1])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_inductor_through_a_life_static():
     trio = Trio(lowering="inductor")
@@ -226,6 +227,7 @@ def test_a_packed_cache_read_op_by_op(prune_generated):
     trio.check_handles(layers_of(trio))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_many_conversations_stay_compiled():
     """More kinds of calls than torch compiles by its own limit."""

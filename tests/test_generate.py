@@ -18,6 +18,10 @@ from think_compile.handle import Handle
 NEW = 10
 PLAIN, PRUNED = Rules(0.0), Rules(0.5)
 RATIOS = pytest.mark.parametrize("rules", [PLAIN, PRUNED], ids=["ratio0", "ratio0.5"])
+# Where ratio 0 takes the same ways as others do that run with both.
+MOSTLY_PRUNED = pytest.mark.parametrize(
+    "rules", [pytest.param(PLAIN, id="ratio0", marks=pytest.mark.slow), pytest.param(PRUNED, id="ratio0.5")]
+)
 
 
 def compiled(model, rules=PRUNED, **kwargs):
@@ -75,24 +79,24 @@ def test_sampling_with_a_seed(rules):
     assert not torch.equal(runs[0], runs[2])
 
 
-@RATIOS
+@MOSTLY_PRUNED
 @pytest.mark.parametrize("side", ["none", "left"])
 def test_beam_search(rules, side):
     options = {"num_beams": 3, "num_return_sequences": 2}
     assert_same_tokens(rules, tokens(2, 20), padding(side, 2, 20), **options)
 
 
-@RATIOS
+@MOSTLY_PRUNED
 def test_beam_sampling(rules):
     assert_same_tokens(rules, tokens(2, 20), num_beams=2, do_sample=True, temperature=1.5)
 
 
-@RATIOS
+@MOSTLY_PRUNED
 def test_several_samples_of_one_prompt(rules):
     assert_same_tokens(rules, tokens(1, 20), do_sample=True, temperature=1.5, num_return_sequences=3)
 
 
-@RATIOS
+@MOSTLY_PRUNED
 def test_prompt_lookup(rules, monkeypatch):
     crops = []
     crop = DynamicCache.crop
@@ -109,7 +113,7 @@ def test_static_cache(rules, side):
     assert {record.cache for record in report(ours).rewritten} == {"fixed"}
 
 
-@RATIOS
+@MOSTLY_PRUNED
 def test_static_cache_twice(rules):
     model = hugging_face("llama")
     ours, expected = compiled(model, rules), reference(model, rules)
@@ -119,12 +123,12 @@ def test_static_cache_twice(rules):
         assert torch.equal(generate(ours, ids, **options), generate(expected, ids, **options))
 
 
-@RATIOS
+@MOSTLY_PRUNED
 def test_chunked_prefill_by_generate(rules):
     assert_same_tokens(rules, tokens(2, 29), prefill_chunk_size=8)
 
 
-@RATIOS
+@MOSTLY_PRUNED
 def test_mixed_sliding_layers(rules):
     ours = assert_same_tokens(rules, tokens(2, 30), padding("left", 2, 30), model=hugging_face("gemma3"))
     assert (len(report(ours).rewritten), len(report(ours).refused)) == (2, 2)

@@ -12,17 +12,18 @@ from typing import Any
 from torch.fx import Node
 
 from think_compile.passes import layout as lay
-from think_compile.passes.refusal import Reason, Refused
+from think_compile.passes.refusal import Reason, Refused, where
 
 aten = lay.aten
 
 
 @dataclass(frozen=True)
 class Suffix:
-    """The last ``size`` tokens (None: all there are in this call), of which there are never more than ``bound``."""
+    """The last ``size`` tokens (None: all in this call), never more than ``bound``, that the slice ``cut`` leaves."""
 
     size: Any
     bound: int | None
+    cut: Node
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Window:
         read: how many of the last joined tokens the attention reads; None: all.
         kept: how many of the last joined tokens leave the graph; None: all.
         bound: most tokens of the past that a later call can read, as far as the graph tells.
+        cut: a slice that bounds it.
     """
 
     joined: Any
     read: Any
     kept: Any
     bound: int | None
+    cut: Node
 
     @property
     def sizes(self) -> tuple[Any, Any, Any]:
@@ -53,7 +56,7 @@ def window_of(joined: Suffix | None, read: Suffix | None, kept: Suffix | None) -
         return None
     bounds = [suffix.bound for suffix in found if suffix.bound is not None]
     n_joined, n_read, n_kept = (None if suffix is None else suffix.size for suffix in (joined, read, kept))
-    return Window(n_joined, n_read, n_kept, min(bounds, default=None))
+    return Window(n_joined, n_read, n_kept, min(bounds, default=None), found[-1].cut)
 
 
 def agree(a: Window | None, b: Window | None) -> bool:
@@ -90,7 +93,7 @@ def _suffix(node: Node, dim: int, start: object) -> Suffix:
     bound = size if isinstance(size, int) else None
     if isinstance(start, int) and start < 0:  # also while there are fewer tokens than that
         bound = -start
-    return Suffix(None if lay.same_size(size, node.args[0].meta["val"].shape[dim]) else size, bound)
+    return Suffix(None if lay.same_size(size, node.args[0].meta["val"].shape[dim]) else size, bound, node)
 
 
 def check_window(window: Window | None, larger_than: int | None) -> None:
@@ -98,6 +101,6 @@ def check_window(window: Window | None, larger_than: int | None) -> None:
     if window is None:
         return
     if larger_than is None:
-        raise Refused(Reason.SLIDING)
+        raise Refused(Reason.SLIDING, where(window.cut))
     if window.bound is not None and window.bound <= larger_than:
         raise Refused(Reason.WINDOW_TOO_SMALL, f"{window.bound} of the past, {larger_than} recent")
