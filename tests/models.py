@@ -299,6 +299,7 @@ OWN: dict[str, tuple[type[Decoder], type[nn.Module], Callable]] = {
     "buffer_slice": (BufferDecoder, SliceCache, buffer_slots(heads_first)),
     "buffer_index_copy": (BufferDecoder, IndexCopyCache, buffer_slots(as_it_is)),
 }
+WRITTEN_HERE = tuple(OWN)  # other files of tests register theirs while they run
 
 
 def own(name: str, seed: int = 0, rows: int = 3) -> Decoder:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from compare import Rules, Trio, padding, tokens
-from models import CAPACITY, HUGGING_FACE, OWN, hugging_face, own, session, sliding_layers
+from models import CAPACITY, HUGGING_FACE, WRITTEN_HERE, hugging_face, own, session, sliding_layers
 from transformers import StaticCache
 
 from think_compile import report, think_compile
@@ -91,7 +91,7 @@ def check_report(trio: Trio, name: str) -> None:
 
 
 def test_every_family_is_covered():
-    assert set(FAMILIES) == {*HUGGING_FACE, *OWN}
+    assert set(FAMILIES) == {*HUGGING_FACE, *WRITTEN_HERE}
 
 
 @pytest.mark.parametrize(("name", "setting"), CASES)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from models import (
     CAPACITY,
     HUGGING_FACE,
-    OWN,
     VOCAB,
+    WRITTEN_HERE,
     build,
     causal_mask,
     hugging_face,
@@ -188,7 +188,7 @@ def pruned_positions(keys):
 
 
 @pytest.mark.parametrize("recent", [0, 1, 4], ids="recent{}".format)
-@pytest.mark.parametrize("name", ["llama", *OWN])
+@pytest.mark.parametrize("name", ["llama", *WRITTEN_HERE])
 def test_window_moves_with_every_call(name, recent):
     oracle = oracle_of(name, recent=recent)
     talk, written = session(name, oracle), 0
@@ -343,7 +343,7 @@ def test_first_call_of_one_token(padded):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
-@pytest.mark.parametrize("name", [*HUGGING_FACE, *OWN])
+@pytest.mark.parametrize("name", [*HUGGING_FACE, *WRITTEN_HERE])
 @torch.no_grad()
 def test_ratio_zero_is_the_plain_model(name, padded):
     oracle = oracle_of(name, ratio=0.0, rows=4)
@@ -358,7 +358,7 @@ def test_ratio_zero_is_the_plain_model(name, padded):
     assert all(torch.equal(a, b) for a, b in zip(ours.stored(), plain.stored(), strict=True))
 
 
-@pytest.mark.parametrize("name", [*HUGGING_FACE, *OWN])
+@pytest.mark.parametrize("name", [*HUGGING_FACE, *WRITTEN_HERE])
 @torch.no_grad()
 def test_pruning_is_visible(name):
     """The other way round: at 0.5 the first call is exact and the next ones are far from the plain model."""
@@ -374,7 +374,7 @@ def test_pruning_is_visible(name):
 def test_own_decoders_differ_only_in_how_they_keep_keys():
     ids = tokens(2, 14)
     outputs = []
-    for name in OWN:
+    for name in WRITTEN_HERE:
         talk = session(name, oracle_of(name))
         outputs.append([talk.step(part) for part in ids.split([10, 1, 3], dim=1)])
     for other in outputs[1:]:

@@ -16,12 +16,13 @@ from torch.fx import GraphModule, Node
 from think_compile.config import ThinkConfig
 from think_compile.handle import Handle, LostWrite
 from think_compile.lower import CompilationFailed
-from think_compile.passes.attention import Attention, find_attention
+from think_compile.passes.attention import Attention, find_attention, module_path
+from think_compile.passes.broken import broken_attention
 from think_compile.passes.kv_cache import CachedAttention, Findings, find_caches
-from think_compile.passes.naming import with_full_path
+from think_compile.passes.naming import full_path, with_full_path
 from think_compile.passes.normalize import Normalized, normalize
 from think_compile.passes.readers import reads_any
-from think_compile.passes.refusal import Reason, Refused
+from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.rewrite import rewrite
 from think_compile.report import Ledger, Report, refused_graph, refused_record, rewritten_record
 from think_compile.runtime import Program, packed_inputs
@@ -91,6 +92,9 @@ class Backend:
         names = self._parameter_names(normalized, example_inputs)
         sites = [with_full_path(site, names) for site in find_attention(normalized.graph_module)]
         if not sites:
+            for part in broken_attention(normalized):
+                layer = full_path(module_path(part), part, names)
+                self._refuse_graph(Refused(Reason.GRAPH_BREAK, where(part)), layer)
             return self._plain(gm, example_inputs)
         findings = find_caches(normalized, sites, self.config.recent if self.config.sliding else None)
         self._refuse_unswappable(findings, example_inputs)
@@ -178,8 +182,8 @@ class Backend:
 
     # ---------------------------------------------------------------------------------------------- reporting
 
-    def _refuse_graph(self, refused: Refused) -> None:
-        self.ledger.add([refused_graph(refused)])
+    def _refuse_graph(self, refused: Refused, layer: str = "") -> None:
+        self.ledger.add([refused_graph(refused, layer)])
         text = f"a graph of the model was left as it was: {refused.reason.value} [{refused.detail}]"
         if self.config.strict:
             raise NothingRewritten(f"strict=True, and {text}")

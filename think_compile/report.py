@@ -109,9 +109,9 @@ def refused_record(site: Attention, refused: Refused) -> LayerRecord:
     )
 
 
-def refused_graph(refused: Refused) -> LayerRecord:
-    """The record of a graph of which nothing can be told."""
-    return LayerRecord("", "none", "", "", None, None, None, None, refused.reason, refused.detail)
+def refused_graph(refused: Refused, layer: str = "") -> LayerRecord:
+    """The record of a graph of which little can be told."""
+    return LayerRecord(layer, "none", "", "", None, None, None, None, refused.reason, refused.detail)
 
 
 def _weight(record: LayerRecord) -> int:

@@ -36,7 +36,10 @@ def operation():
     if not hasattr(torch.ops.flash_attn, "_flash_attn_forward"):
         library.define(f"_flash_attn_forward{SCHEMA}")
         library.impl("_flash_attn_forward", stand_in, "CompositeExplicitAutograd")
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(OWN, "flash", (FlashDecoder, FlashPast, tuple_slots(heads_first)))
+        patch.setitem(SESSIONS, "flash", SequenceMajorSession)
+        yield
     library._destroy()
 
 
@@ -58,10 +61,6 @@ class FlashPast(Projections):
 
 class FlashDecoder(PastDecoder):
     sequence_dim = {FlashPast: 1}  # noqa: RUF012
-
-
-OWN["flash"] = (FlashDecoder, FlashPast, tuple_slots(heads_first))
-SESSIONS["flash"] = SequenceMajorSession
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5])

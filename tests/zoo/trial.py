@@ -188,8 +188,7 @@ def zero_filled(model: nn.Module, kept_before: list[Kept]) -> Iterator[None]:
     def prepare(*args, **kwargs):
         layers = cache_layers(kwargs.get(CACHE))
         for i, mask in next(calls).items():
-            bounded = getattr(layers[i], "is_sliding", False)
-            count = layers[i].keys.shape[2] if bounded else int(layers[i].get_seq_length())
+            count = min(int(layers[i].get_seq_length()), layers[i].keys.shape[2])  # a window holds the last of them
             old = max(0, count - RULES["recent"])
             layers[i].keys[:, :, :old].masked_fill_(~mask[:, :, None], 0)
         return plain(*args, **kwargs)

@@ -17,13 +17,18 @@ from think_compile.passes.attention import Attention
 
 def with_full_path(site: Attention, parameters: Mapping[Node, str]) -> Attention:
     """``site`` with the path that it has in the model; ``parameters`` names the graph's inputs that are such."""
-    name = _nearest_parameter(site.q, parameters)
-    if name is None or name.startswith(f"{site.path}." if site.path else "."):
-        return site
-    at = f".{name}".rfind(f".{site.path}.")
-    if site.path and at >= 0:
-        return replace(site, path=name[: at + len(site.path)])
-    return replace(site, path=name.rsplit(".", 2)[0] if name.count(".") > 1 else site.path)
+    return replace(site, path=full_path(site.path, site.q, parameters))
+
+
+def full_path(path: str, node: Node, parameters: Mapping[Node, str]) -> str:
+    """The path in the model of what the trace calls ``path``, told by the parameter that made ``node``."""
+    name = _nearest_parameter(node, parameters)
+    if name is None or name.startswith(f"{path}." if path else "."):
+        return path
+    at = f".{name}".rfind(f".{path}.")
+    if path and at >= 0:
+        return name[: at + len(path)]
+    return name.rsplit(".", 2)[0] if name.count(".") > 1 else path
 
 
 def _nearest_parameter(node: Node, parameters: Mapping[Node, str]) -> str | None:

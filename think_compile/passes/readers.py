@@ -66,7 +66,7 @@ _FRESH = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.
 _ATTENDS = {aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default}
 
 
-def _made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:
+def made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:
     """What ``node`` is made of, number by number; what a projection makes is new, unless asked to see through it."""
     todo, seen = [node], {node}
     while todo:
@@ -82,7 +82,7 @@ def _made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:
 
 def reads_any(site: Attention, inputs: set[Node]) -> bool:
     """Whether the keys or values of an attention are made of one of these."""
-    return any(source in inputs for operand in (site.k, site.v) for source in (operand, *_made_of(operand)))
+    return any(source in inputs for operand in (site.k, site.v) for source in (operand, *made_of(operand)))
 
 
 def made_of_cache(normalized: Normalized, node: Node, *, projected: bool = False) -> bool:
@@ -92,7 +92,7 @@ def made_of_cache(normalized: Normalized, node: Node, *, projected: bool = False
     """
     kept = [lay.walk_back(output) for output in normalized.outputs if isinstance(output, Node)]
     outputs = {node for source, chain in kept for node in (source, *chain)}
-    made = (source for source in _made_of(node, projected=projected) if source in outputs)
+    made = (source for source in made_of(node, projected=projected) if source in outputs)
     values = (source.meta.get("val") for source in made)
     return any(isinstance(value, torch.Tensor) and value.dim() > 2 for value in values)
 
