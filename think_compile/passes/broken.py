@@ -13,9 +13,7 @@ from think_compile.passes.join import JOINS
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.product import product_of
 from think_compile.passes.readers import made_of
-
-aten = torch.ops.aten
-_SOFTMAXES = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+from think_compile.passes.region import DROPOUTS, SOFTMAXES
 
 
 def broken_attention(normalized: Normalized) -> list[Node]:
@@ -36,9 +34,9 @@ def broken_attention(normalized: Normalized) -> list[Node]:
 def _softmax_behind(node: Node) -> Node | None:
     """The softmax whose probabilities ``node`` holds, dropout aside."""
     node, _ = lay.walk_back(node)
-    if node.target in (aten.dropout.default, aten.native_dropout.default):
+    if node.target in DROPOUTS:
         node, _ = lay.walk_back(node.args[0])
-    return node if node.target in _SOFTMAXES else None
+    return node if node.target in SOFTMAXES else None
 
 
 def _comes_from_outside(logits: Node) -> bool:

@@ -15,6 +15,7 @@ from think_compile.passes import layout as lay
 from think_compile.passes.attention import Attention
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.refusal import Reason, Refused, where
+from think_compile.passes.region import SOFTMAXES
 from think_compile.passes.window import agree
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def check_past_readers(past: Node, root: Node) -> None:
 
 
 _FRESH = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
-_ATTENDS = {aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default}
+_ATTENDS = {aten.scaled_dot_product_attention.default, *SOFTMAXES}
 
 
 def made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:

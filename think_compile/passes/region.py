@@ -138,7 +138,7 @@ def _after(user: Node, step: _Step) -> _Step | None:
     """What ``user`` makes of a step, or None where it leaves the region."""
     if user.op != "call_function" or not isinstance(user.meta.get("val"), torch.Tensor):
         return None
-    if user.target in _SOFTMAXES:
+    if user.target in SOFTMAXES:
         return _after_softmax(user, step, user.args[1])
     if user.target is aten.div.Tensor and user.args[0] is step.node and _is_sum_of(user.args[1], step.node):
         return _after_softmax(user, step, _dims(user.args[1])[0])
@@ -151,8 +151,8 @@ def _after(user: Node, step: _Step) -> _Step | None:
     return _pointwise(user, step)
 
 
-_SOFTMAXES = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
-_DROPOUTS = {aten.dropout.default, aten.native_dropout.default}
+SOFTMAXES = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+DROPOUTS = {aten.dropout.default, aten.native_dropout.default}
 
 
 def _after_softmax(user: Node, step: _Step, dim: int) -> _Step | None:
@@ -215,7 +215,7 @@ def _cat_dim(node: Node) -> int:
 
 def _pointwise(user: Node, step: _Step) -> _Step | None:
     """An operation number by number, possibly with other tensors that are broadcast."""
-    is_dropout = user.target in _DROPOUTS
+    is_dropout = user.target in DROPOUTS
     if not (is_dropout or _name(user) in _CHOICES or torch.Tag.pointwise in getattr(user.target, "tags", ())):
         return None
     rank, own = user.meta["val"].dim(), len(step.axes)
