@@ -1,5 +1,6 @@
 """Shared set-up: few threads, no fall-back to the plain graph, a clean compiler and seed for every test."""
 
+import contextlib
 import os
 import random
 
@@ -14,6 +15,13 @@ import torch
 if "THINK_COMPILE_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["THINK_COMPILE_TEST_DEVICE"])
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
+
+
+@pytest.fixture(autouse=True)
+def on_the_host(request):
+    """Tests marked `host` run on the CPU: what they ask about raises there, and on a GPU ends the process."""
+    with torch.device("cpu") if request.node.get_closest_marker("host") else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

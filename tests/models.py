@@ -138,9 +138,9 @@ class Projections(nn.Module):
 
     def project(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as [B, S, H, D]."""
-        q = self.wq(x).unflatten(-1, (self.heads, self.dim))
-        k = self.wk(x).unflatten(-1, (self.kv_heads, self.dim))
-        v = self.wv(x).unflatten(-1, (self.kv_heads, self.dim))
+        q = torch.unflatten(self.wq(x), -1, (self.heads, self.dim))
+        k = torch.unflatten(self.wk(x), -1, (self.kv_heads, self.dim))
+        v = torch.unflatten(self.wv(x), -1, (self.kv_heads, self.dim))
         return rope(q, pos), rope(k, pos), v
 
     def merge(self, out: Tensor) -> Tensor:

@@ -342,7 +342,7 @@ class Sums(nn.Module):
     """Attention that keeps no cache."""
 
     def forward(self, x):
-        q = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        q = torch.unflatten(x, -1, (2, 4)).transpose(1, 2)
         return F.scaled_dot_product_attention(q, q * 2, q * 3)
 
 
@@ -350,7 +350,7 @@ class SharedCache(nn.Module):
     """Keys also read by something else than the attention."""
 
     def forward(self, x, past=None):
-        q, k, v = (x.unflatten(-1, (2, 4)).transpose(1, 2) * n for n in (1, 2, 3))
+        q, k, v = (torch.unflatten(x, -1, (2, 4)).transpose(1, 2) * n for n in (1, 2, 3))
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         return F.scaled_dot_product_attention(q, k, v) + k.mean(), (k, v)
@@ -501,6 +501,30 @@ def test_a_failure_in_the_middle_of_a_conversation(monkeypatch):
             torch.testing.assert_close(conversation.step(part), logits, rtol=1e-4, atol=1e-4)
 
 
+TRACER = "torch._dynamo.variables.builder.wrap_to_fake_tensor_and_record"
+
+
+def test_a_failure_of_the_tracer_costs_no_tokens(monkeypatch, caplog):
+    """Dynamo fails, before our passes see a graph and in the middle of a conversation: the model's code goes on."""
+    monkeypatch.setenv("THINK_COMPILE_FALLBACK", "1")
+    ids = tokens(2, 14)
+    expected, _ = talk("tuple_cat", wrapped(), ids, [9, 1, 1, 3])
+    _, conversation = talk("tuple_cat", wrapped(), ids[:, :9], [9])
+    monkeypatch.setattr(TRACER, explode)
+    with torch.no_grad():
+        for part, logits in zip(ids[:, 9:].split([1, 1, 3], dim=1), expected[1:], strict=True):
+            torch.testing.assert_close(conversation.step(part), logits, rtol=1e-4, atol=1e-4)
+    assert "made up" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["variable", "strict"])
+def test_a_failure_of_the_tracer_raises_when_asked_to(how, monkeypatch):
+    monkeypatch.setenv("THINK_COMPILE_FALLBACK", "0" if how == "variable" else "1")
+    monkeypatch.setattr(TRACER, explode)
+    with pytest.raises(Exception, match="made up"):
+        talk("tuple_cat", wrapped(strict=how == "strict"), tokens(2, 12), [9, 1, 2])
+
+
 # ------------------------------------------------------------------ models with traps
 
 
@@ -512,11 +536,11 @@ class FunctionalFixed(nn.Module):
         self.project = nn.Linear(16, 48)
 
     def forward(self, x, pos, past=None):
-        q, k, v = self.project(x).unflatten(-1, (6, 8)).transpose(1, 2).split(2, 1)
+        q, k, v = torch.unflatten(self.project(x), -1, (6, 8)).transpose(1, 2).split(2, 1)
         if past is None:
             past = [x.new_zeros(x.shape[0], 2, 24, 8) for _ in range(2)]
         k, v = past[0].index_copy(2, pos, k), past[1].index_copy(2, pos, v)
-        mask = torch.arange(24) <= pos[:, None]
+        mask = torch.arange(24, device=pos.device) <= pos[:, None]
         out = F.scaled_dot_product_attention(q, k, v, mask)
         return out, (k, v)
 
@@ -538,7 +562,7 @@ class LowPrecisionCache(nn.Module):
     """Attends in fp32, keeps bf16."""
 
     def forward(self, x, past=None):
-        q, k, v = (x.unflatten(-1, (2, 8)).transpose(1, 2) * n for n in (1, 2, 3))
+        q, k, v = (torch.unflatten(x, -1, (2, 8)).transpose(1, 2) * n for n in (1, 2, 3))
         if past is not None:
             k, v = torch.cat([past[0].float(), k], 2), torch.cat([past[1].float(), v], 2)
         return F.scaled_dot_product_attention(q, k, v), (k.bfloat16(), v.bfloat16())

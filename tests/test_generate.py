@@ -481,7 +481,7 @@ def test_pipeline(rules):
     prompts = [" ".join(f"w{i}" for i in row) for row in tokens(2, 20).tolist()]
     texts = []
     for m in (compiled(model, rules), reference(model, rules)):
-        pipe = pipeline("text-generation", model=m, tokenizer=tokenizer(), device="cpu")
+        pipe = pipeline("text-generation", model=m, tokenizer=tokenizer(), device=model.device)
         texts.append(pipe(prompts, max_new_tokens=NEW, do_sample=False, return_full_text=False))
     assert texts[0] == texts[1]
 

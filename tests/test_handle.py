@@ -236,7 +236,7 @@ class Machine:
         return Live(got, live.twin.map_batch(lambda t: torch.cat([t, t])))
 
     def op_clone(self, live: Live) -> Live:
-        way = self.draw(st.sampled_from([torch.clone, copy.deepcopy, lambda h: h.to("cpu", copy=True)]))
+        way = self.draw(st.sampled_from([torch.clone, copy.deepcopy, lambda h: h.to(h.device, copy=True)]))
         return Live(way(live.handle), live.twin.map_batch(torch.clone))
 
     def op_detach(self, live: Live) -> Live:
@@ -354,8 +354,8 @@ def stays_packed():
         "float64": lambda h: h.to(torch.float64),
         "bfloat16": lambda h: h.to(torch.bfloat16),
         "half": lambda h: h.half(),
-        "device": lambda h: h.to("cpu", copy=True),
-        "cpu": lambda h: h.cpu(),
+        "device": lambda h: h.to(h.device, copy=True),
+        "cpu": lambda h: h.cpu().to(h.device),
         "contiguous": lambda h: h.contiguous(),
         "whole": lambda h: h[:],
         "ellipsis": lambda h: h[...],
@@ -412,7 +412,7 @@ def test_deepcopy_keeps_identity_within_one_copy(kind):
 def test_shape_dtype_device_repr(kind, layout):
     handle, twin = pair(kind, layout, batch=3, length=5)
     assert handle.shape == twin.plain().shape == handle.size()
-    assert (handle.dtype, handle.device.type, handle.dim()) == (torch.float32, "cpu", 4)
+    assert (handle.dtype, handle.device, handle.dim()) == (torch.float32, twin.dense.device, 4)
     assert handle.numel() == twin.dense.numel()
     assert len(handle) == 3
     assert "Handle" in repr(handle)
@@ -647,7 +647,7 @@ def test_zero_clears_a_fixed_cache(kind):
 @FIXED
 def test_a_copy_of_a_fixed_cache_is_its_own(kind):
     handle, twin = pair(kind)
-    copies = [handle.clone(), copy.deepcopy(handle), handle[torch.tensor([0, 1])], handle.to("cpu", copy=True)]
+    copies = [handle.clone(), copy.deepcopy(handle), handle[torch.tensor([0, 1])], handle.to(handle.device, copy=True)]
     handle.zero_()
     for each in copies:
         same(each, twin.plain())

@@ -231,7 +231,7 @@ def test_fixed_dense():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_to_another_dtype_keeps_indices(dtype):
     for store in (keys(), values(), *fixed()):
-        moved = store.to(torch.device("cpu"), dtype)
+        moved = store.to(store.rows.tensor.device, dtype)
         assert moved.dtype == dtype
         assert torch.equal(moved.dense(), store.dense().to(dtype))
         assert moved.rows is not store.rows

@@ -35,7 +35,7 @@ class CacheLayout:
         """A cache tensor as [B, H, S, D]."""
         if self.merged is not None:
             first = self.order[self.merged]
-            x = x.unflatten(self.merged, (KV_HEADS, -1) if first == 2 else (-1, KV_HEADS))
+            x = torch.unflatten(x, self.merged, (KV_HEADS, -1) if first == 2 else (-1, KV_HEADS))
         return x.permute([self.order.index(axis) for axis in (0, 2, 1, 3)])
 
     @property
@@ -92,10 +92,10 @@ def logits_of(style: Style, q: Tensor, k: Tensor) -> Tensor:
     batch, heads, new, dim = q.shape
     group = heads // k.shape[1]
     if style.product == "grouped matmul":
-        grouped = q.unflatten(1, (-1, group)) @ k[:, :, None].transpose(-1, -2)
+        grouped = torch.unflatten(q, 1, (-1, group)) @ k[:, :, None].transpose(-1, -2)
         return grouped.flatten(1, 2)
     if style.product == "grouped einsum":
-        return torch.einsum("bhgnd,bhsd->bhgns", q.unflatten(1, (-1, group)), k).flatten(1, 2)
+        return torch.einsum("bhgnd,bhsd->bhgns", torch.unflatten(q, 1, (-1, group)), k).flatten(1, 2)
     k = repeated(style, k, group)
     if style.product == "einsum":
         return torch.einsum("bhnd,bhsd->bhns", q, k)
@@ -175,7 +175,7 @@ class WrittenOut(Projections):
         oracle.tell(q, k, None if style.mask == "none" else mask)
         group = q.shape[1] // v.shape[1]
         if style.extra == "heads in turn":
-            q = q.unflatten(1, (-1, group)).transpose(1, 2).flatten(1, 2)
+            q = torch.unflatten(q, 1, (-1, group)).transpose(1, 2).flatten(1, 2)
         logits = self.scaled_logits(q, k, scale)
         if style.extra == "softcap":
             logits = 30.0 * torch.tanh(logits / 30.0)
@@ -191,7 +191,7 @@ class WrittenOut(Projections):
             probabilities = torch.nn.functional.dropout(probabilities, 0.0, training=True)
         out = probabilities @ repeated(style, v, group)
         if style.extra == "heads in turn":
-            out = out.unflatten(1, (group, -1)).transpose(1, 2).flatten(1, 2)
+            out = torch.unflatten(out, 1, (group, -1)).transpose(1, 2).flatten(1, 2)
         return self.merge(out)
 
     def scaled_logits(self, q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -90,13 +90,16 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 def _compiled(model: nn.Module, backend: Backend) -> Callable[..., Any]:
-    """``_call`` compiled for one model; our own errors come out as they are."""
+    """``_call`` compiled for one model; our own errors come out as they are.
+
+    Code that Dynamo itself fails on runs as it was written, as with our own failures, and Dynamo logs why.
+    """
     code = _call.__code__.replace(co_name=f"{type(model).__name__}_call")
     compiled = torch.compile(types.FunctionType(code, globals()), backend=backend)
 
     def call(*args: Any) -> Any:
         try:
-            with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+            with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS, suppress_errors=backend.may_fall_back):
                 result = compiled(*args)
         except BackendCompilerFailed as failed:
             if isinstance(failed.inner_exception, NothingRewritten):

@@ -68,6 +68,11 @@ class Backend:
             return self._fall_back(gm, error)
 
     @property
+    def may_fall_back(self) -> bool:
+        """Whether an internal failure leaves a graph as the model wrote it, instead of raising."""
+        return not self.config.strict and fallback_allowed()
+
+    @property
     def lowered(self) -> list[Any]:
         """The lowerings that the live graphs hold."""
         return [program.lowered for graph in self.graphs for program in graph.programs.values()]
@@ -172,7 +177,7 @@ class Backend:
 
     def excuse(self, error: Exception) -> None:
         """Warn of an internal failure, or raise it where falling back is not wanted."""
-        if self.config.strict or not fallback_allowed():
+        if not self.may_fall_back:
             raise error
         self.warn_once(
             f"an internal failure, {type(error).__name__}: {error}. This graph runs as the model wrote it, with no "

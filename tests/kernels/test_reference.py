@@ -182,7 +182,7 @@ def positions_by_loops(length, rows):
 def test_ring_positions():
     for length, rows in itertools.product(range(0, 40), range(1, 12)):
         for given in (length, torch.tensor(length)):
-            got = ref.ring_positions(given, rows, torch.device("cpu")).tolist()
+            got = ref.ring_positions(given, rows, torch.get_default_device()).tolist()
             expected = positions_by_loops(length, rows)
             assert [None if p < 0 else p for p in got] == expected, (length, rows)
 
@@ -326,5 +326,9 @@ def test_append_rows_writes_only_its_rows():
         ref.append_rows(buffer, rows, start)
         assert torch.equal(buffer[:, :, 4:7], rows)
         assert buffer.count_nonzero() == rows.count_nonzero()
+
+
+@pytest.mark.host
+def test_append_rows_past_the_end_raises():
     with pytest.raises(IndexError):
-        ref.append_rows(buffer, rows, 7)
+        ref.append_rows(torch.zeros(2, 2, 9, 4), torch.randn(2, 2, 3, 4), 7)

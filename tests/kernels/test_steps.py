@@ -251,6 +251,10 @@ def test_ring_rows(prune_generated):
 def test_start_of():
     assert steps.start_of(torch.tensor([4, 5, 6]), False) == 4
     assert steps.start_of(torch.tensor([9]), False) == 9
+
+
+@pytest.mark.host
+def test_start_of_positions_with_gaps_raises():
     for gaps in ([1, 3], [3, 2], [1, 1], [0, 1, 2, 0]):
         with pytest.raises(RuntimeError, match="gaps"):
             steps.start_of(torch.tensor(gaps), False)

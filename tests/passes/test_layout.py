@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from think_compile.passes import layout as lay
 
+pytestmark = pytest.mark.host
 aten = torch.ops.aten
 OPTIONS = settings(
     max_examples=150,

@@ -91,7 +91,7 @@ class Forced(LogitsProcessor):
 
 def prompt(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """(ids, mask, the tokens forced behind them); the second sequence is padded on the left."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     ids = torch.randint(3, 120, (BATCH, PROMPT + NEW), generator=generator)
     mask = torch.ones(BATCH, PROMPT, dtype=torch.long)
     mask[1, :5] = 0
