@@ -87,7 +87,7 @@ def test_explain_of_a_configuration_tells_where_each_cache_lives(tmp_path):
     left, rewritten = (next(li for li in result.stdout.splitlines() if f"layers.{i}." in li) for i in (0, 1))
     assert re.search(r"growing cache BHSD in \w+\.layers\[1\]\.keys", rewritten)
     assert "left as it was" in left and "bounded window" in left
-    assert re.search(r"\[aten\.\w+\.\w+ \(.*full_key_states", left)  # the line of the model that stopped it
+    assert re.search(r"\[aten\.\w+\.\w+ \(self\.keys = full_key_states", left)  # the line of the model that stopped it
 
 
 def test_explain_of_a_large_configuration_needs_no_room_for_weights(tmp_path):

@@ -134,7 +134,21 @@ def test_mixed_sliding_layers(rules):
     assert (len(report(ours).rewritten), len(report(ours).refused)) == (2, 2)
 
 
-@pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        pytest.param(
+            {"prompt_lookup_num_tokens": 4},
+            marks=pytest.mark.xfail(
+                torch.__version__.startswith("2.11"),
+                raises=torch._dynamo.exc.InternalTorchDynamoError,
+                reason="torch 2.11 cannot trace the dense window's view that a crop leaves; users get plain code there",
+            ),
+        ),
+    ],
+    ids=str,
+)
 def test_mixed_sliding_layers_otherwise(options):
     ours = assert_same_tokens(PRUNED, tokens(1, 8).repeat(1, 4), model=hugging_face("gemma3"), **options)
     assert (len(report(ours).rewritten), len(report(ours).refused)) == (2, 2)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import enum
+from pathlib import Path
 
+import torch
 from torch.fx import Node
+
+TORCH = f"{Path(torch.__file__).parent}/"
 
 
 class Reason(enum.Enum):
@@ -47,7 +51,16 @@ class Refused(Exception):
 
 def where(node: Node) -> str:
     """A node for people: the operation and, when the trace knows it, the line of the model that made it."""
-    trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.splitlines() if line.strip().strip("^~ ")]
-    line = f" ({lines[-1]})" if lines else ""
-    return f"{node.target}{line}"
+    line = _last_line_outside_torch(node.meta.get("stack_trace") or "")
+    return f"{node.target} ({line})" if line else str(node.target)
+
+
+def _last_line_outside_torch(trace: str) -> str:
+    """Torch's own frames come last where a call goes through a torch function mode (a default device, say)."""
+    last, ours = "", True
+    for line in (line.strip() for line in trace.splitlines()):
+        if line.startswith('File "'):
+            ours = not line.startswith(f'File "{TORCH}')
+        elif ours and line.strip("^~ "):
+            last = line
+    return last
