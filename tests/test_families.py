@@ -169,16 +169,15 @@ def test_inductor_through_a_life():
     trio.crop(6)
     trio.select(torch.tensor([2, 0]))
     trio.run(tokens(2, 4), [1, 1, 2], torch.ones(2, 4, dtype=torch.long))
-    for batch, prompt in [(2, 13), (2, 31), (7, 9), (1, 12)]:
-        trio.begin().run(tokens(batch, prompt + 4), [prompt, 1, 1, 1, 1])
 
 
+@pytest.mark.slow
 @torch.no_grad()
-def test_inductor_with_ids_of_any_stride():
+def test_inductor_with_conversations_of_many_sizes():
     """Ids cut out of a longer tensor keep its stride, which differs between two conversations."""
     trio = Trio(lowering="inductor")
-    for prompt in (20, 13):
-        trio.begin().run(tokens(2, prompt + 3), [prompt, 1, 1, 1])
+    for batch, prompt in [(2, 20), (2, 13), (2, 31), (7, 9), (1, 12)]:
+        trio.begin().run(tokens(batch, prompt + 4), [prompt, 1, 1, 1, 1])
 
 
 @pytest.mark.slow

@@ -66,6 +66,8 @@ EXTRAS = (
     "bias",
     "dropout of zero",
     "heads in turn",
+    "bias of the values",
+    "stock, bias of the values",
 )
 CACHES = ("growing", "fixed")
 WRITES = ("index_copy", "index_put", "scatter", "where")  # to a fixed cache
@@ -152,6 +154,18 @@ def probabilities_of(style: Style, logits: Tensor) -> Tensor:
     return exponential / exponential.sum(-1, keepdim=True)
 
 
+def bias_of(values: Tensor) -> Tensor:
+    """[B, Hq, 1, S]: values may be read by more than the attention."""
+    return (
+        torch.unflatten(values.transpose(1, 2).flatten(2), -1, values.shape[1::2]).mean(-1).transpose(1, 2)[:, :, None]
+    )
+
+
+def stock(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    bias = bias_of(v).masked_fill(~mask, torch.finfo(v.dtype).min)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
+
+
 class WrittenOut(Projections):
     """Attention written out in one style."""
 
@@ -172,8 +186,10 @@ class WrittenOut(Projections):
         style, scale = self.style, 1 / math.sqrt(self.dim)
         layout = LAYOUTS[style.layout]
         q, k, v = q.transpose(1, 2), layout.canonical(keys), layout.canonical(values)
-        oracle.tell(q, k, None if style.mask == "none" else mask)
         group = q.shape[1] // v.shape[1]
+        if style.extra.startswith("stock"):
+            return self.merge(stock(q, repeated(style, k, group), repeated(style, v, group), mask))
+        oracle.tell(q, k, None if style.mask == "none" else mask)
         if style.extra == "heads in turn":
             q = torch.unflatten(q, 1, (-1, group)).transpose(1, 2).flatten(1, 2)
         logits = self.scaled_logits(q, k, scale)
@@ -181,6 +197,8 @@ class WrittenOut(Projections):
             logits = 30.0 * torch.tanh(logits / 30.0)
         if style.extra == "bias":
             logits = logits - 0.01 * torch.arange(k.shape[2], device=q.device).flip(0)
+        if style.extra == "bias of the values":
+            logits = logits + bias_of(repeated(style, v, group))
         logits = masked(style, logits, mask)
         if style.extra == "sink":
             logits = torch.cat([logits, logits.new_ones(*logits.shape[:-1], 1)], dim=-1)
@@ -261,6 +279,7 @@ def every_choice() -> list[Style]:
     """Each choice once beside the defaults; where rows are written at positions, what that meets."""
     growing = {"layout": LAYOUTS, "product": PRODUCTS, "mask": MASKS, "softmax": SOFTMAXES, "extra": EXTRAS}
     fixed = {"layout": LAYOUTS, "product": ["bmm", "grouped einsum"], "mask": MASKS, "write": WRITES}
+    fixed["extra"] = EXTRAS[-2:]
     styles = [Style(**{field: choice}) for field, options in growing.items() for choice in options]
     styles += [Style(**{field: choice}, cache="fixed") for field, options in fixed.items() for choice in options]
     return list(dict.fromkeys(styles))

@@ -21,6 +21,7 @@ from think_compile.passes.broken import broken_attention
 from think_compile.passes.kv_cache import CachedAttention, Findings, find_caches
 from think_compile.passes.naming import full_path, with_full_path
 from think_compile.passes.normalize import Normalized, normalize
+from think_compile.passes.own_rows import find_own_rows
 from think_compile.passes.readers import reads_any
 from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.rewrite import rewrite
@@ -238,7 +239,8 @@ class CompiledGraph:
 
     def __init__(self, backend: Backend, gm: GraphModule, normalized: Normalized, sites: list[CachedAttention]) -> None:
         self.backend, self.gm, self.normalized, self.sites = backend, gm, normalized, sites
-        self.programs: dict[tuple[frozenset[int], int], Program] = {}
+        self.own_rows = find_own_rows(normalized, sites)
+        self.programs: dict[tuple[frozenset[int], int, bool], Program] = {}
         backend.graphs.add(self)
         self.plain: Callable[..., Any] | None = None  # after an internal failure: the graph as the model wrote it
 
@@ -255,10 +257,11 @@ class CompiledGraph:
 
     def _run(self, args: Sequence[Any]) -> Any:
         packed = packed_inputs(self.sites, args, self.backend.config)
-        key = packed, len(self.backend.given_up)
+        own_rows = self.own_rows is not None and self.own_rows.suffice(args)
+        key = packed, len(self.backend.given_up), own_rows
         if key not in self.programs:
             self._warn_of_unusable(packed, args)
-            self.programs[key] = self._program(packed)
+            self.programs[key] = self._program(packed, own_rows)
         outputs = self.programs[key].run(args, self.backend.replace)
         for output in outputs:
             if isinstance(output, Handle) and output.store is not None:
@@ -274,10 +277,11 @@ class CompiledGraph:
                 f"{unusable[0]}; they are read densely and pruned anew"
             )
 
-    def _program(self, packed: frozenset[int]) -> Program:
+    def _program(self, packed: frozenset[int], own_rows: bool) -> Program:
         config = self.backend.config
         sites = [site for site in self.sites if self._is_wanted(site, packed)]
-        return Program(self.normalized, rewrite(self.normalized, sites, packed, config), config)
+        roots = self.own_rows.roots if self.own_rows is not None and own_rows else frozenset()
+        return Program(self.normalized, rewrite(self.normalized, sites, packed, config, roots), config)
 
     def _is_wanted(self, site: CachedAttention, packed: frozenset[int]) -> bool:
         """Whether a layer is to be rewritten: it was not given up, or what it reads is packed already."""

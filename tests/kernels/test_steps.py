@@ -228,6 +228,62 @@ def test_first_call_that_does_not_begin_at_zero():
     assert fixed.stored[3].tolist() == [10, 13]
 
 
+@pytest.mark.parametrize("recent", [0, 3, 30])
+@pytest.mark.parametrize("prune_generated", [True, False])
+@pytest.mark.parametrize("n", [1, 11])
+def test_first_call_of_own_rows_stores_what_a_written_buffer_does(n, recent, prune_generated):
+    spec, mask = spec_of(recent, prune_generated), causal(n, SIZE, 0)
+    q, k, v = draw(n)
+    buffers = (F.pad(t, (0, 0, 0, SIZE - n)) for t in (k, v))
+    expected = steps.first_call_fixed(q, *buffers, mask, 0, spec)
+    for got, want in zip(steps.first_call_own_rows(q, k, v, mask, spec, SIZE), expected, strict=True):
+        assert torch.equal(got, want)
+        assert got.dtype == want.dtype
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attend_own_rows(grouped, masked):
+    q, k, v = draw(7)
+    mask = causal(7, SIZE, 0) if masked else None
+    got = steps.attend_own_rows(q, k, v, mask, 0.3, not masked, grouped)
+    buffers = [F.pad(t, (0, 0, 0, SIZE - 7)).repeat_interleave(HQ // H, 1) for t in (k, v)]
+    torch.testing.assert_close(got, F.scaled_dot_product_attention(q, *buffers, causal(7, SIZE, 0), scale=0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
+def test_hides_other_rows(dtype):
+    def mask(allowed):
+        return allowed if dtype == torch.bool else torch.where(allowed, 0, torch.finfo(dtype).min).to(dtype)
+
+    allowed = causal(5, 12, 0)
+    assert steps.hides_other_rows(mask(allowed))
+    assert steps.hides_other_rows(mask(allowed[..., :5]))
+    for row, column in [(0, 5), (4, 11)]:
+        more = allowed.clone()
+        more[..., row, column] = True
+        assert not steps.hides_other_rows(mask(more))
+    blind = allowed.clone()
+    blind[..., 2, :] = False
+    assert steps.hides_other_rows(mask(blind)) == (dtype == torch.bool)
+
+
+def test_begins_at_first_row():
+    for start in (0, torch.tensor(0), torch.arange(4)):
+        assert steps.begins_at_first_row(start, True)
+        assert steps.begins_at_first_row(start, False)
+    for start in (2, torch.tensor(2), torch.arange(1, 4)):
+        assert not steps.begins_at_first_row(start, True)
+        assert not steps.begins_at_first_row(start, False)
+    assert not steps.begins_at_first_row(torch.tensor([0, 1, 3]), False)
+
+
+def test_all_hold():
+    yes, no = torch.tensor(True), torch.tensor(False)
+    assert steps.all_hold([yes, True]) and steps.all_hold([True]) and steps.all_hold([yes, yes])
+    assert not steps.all_hold([yes, no]) and not steps.all_hold([yes, False]) and not steps.all_hold([False, no])
+
+
 def test_values_are_a_copy():
     v = torch.zeros(B, H, SIZE, DV)
     q, k = torch.randn(B, HQ, 3, D), torch.randn(B, H, SIZE, D)

@@ -96,6 +96,71 @@ def first_call_growing(
     return (*packed, F.pad(v, (0, 0, 0, capacity - length)))
 
 
+def attend_own_rows(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    grouped: bool,
+) -> Tensor:
+    """The stock attention to the call's own rows [B, H, N, *], of a mask the first N columns: [B, Hq, N, Dv].
+
+    ``grouped``: the keys are passed with their H heads (``enable_gqa``), and not repeated for each query head.
+    """
+    group = q.shape[1] // k_new.shape[1]
+    if not grouped and group > 1:
+        k_new, v_new = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k_new, v_new))
+    mask = own_columns(mask, k_new)
+    return F.scaled_dot_product_attention(q, k_new, v_new, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
+
+
+def own_columns(mask: Tensor | None, k_new: Tensor) -> Tensor | None:
+    """Of a mask [..., N, S] over a cache's rows, the columns of the first call's own."""
+    return None if mask is None else mask[..., : k_new.shape[2]]
+
+
+def hides_other_rows(mask: Tensor) -> Tensor:
+    """0-d bool: whether a mask [..., N, S] of a first call hides all keys but the first N, as if they were not there.
+
+    A query from which a float mask hides all keys sees all of them alike, those that were not written too.
+    """
+    own, others = mask.split([mask.shape[-2], mask.shape[-1] - mask.shape[-2]], -1)
+    if mask.dtype == torch.bool:
+        return others.logical_not().all()
+    hidden = torch.finfo(mask.dtype).min / 2
+    return (others <= hidden).all() & (own > hidden).any(-1).all()
+
+
+def begins_at_first_row(start: Tensor | int, consecutive: bool) -> Tensor | bool:
+    """Whether a call writes rows 0, 1, ...; ``start`` as in :func:`start_of`, or its first element."""
+    if not isinstance(start, Tensor) or start.dim() == 0:
+        return start == 0
+    return start[0] == 0 if consecutive else (start == torch.arange(start.shape[0], device=start.device)).all()
+
+
+def all_hold(answers: list[Tensor | bool]) -> Tensor | bool:
+    """Whether all are true."""
+    tensors = [answer for answer in answers if isinstance(answer, Tensor)]
+    numbers = all(answer for answer in answers if not isinstance(answer, Tensor))
+    return torch.stack(tensors).all() if tensors and numbers else numbers
+
+
+def first_call_own_rows(
+    q: Tensor, k_new: Tensor, v_new: Tensor, mask: Tensor | None, spec: LayerSpec, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`first_call_fixed` of caches of ``capacity`` rows that hold nothing but the call's own."""
+    length = k_new.shape[2]
+    mask, rows = own_columns(mask, k_new), spec.ring_rows(capacity)
+    packed = ref.pack_keys(
+        q, k_new, mask, length, 0, keep=spec.keep, observe=spec.observe, ring_rows=rows, capacity=capacity
+    )
+    end = torch.full((), length, device=q.device)
+    progress = torch.stack([(end - spec.recent).clamp(min=0), end])
+    return (*packed, progress, F.pad(v_new, (0, 0, 0, capacity - length)))
+
+
 def first_call_fixed(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: Tensor | int, spec: LayerSpec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

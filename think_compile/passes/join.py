@@ -29,7 +29,7 @@ class Join:
         past: index of the graph input that holds the past; None: there is none yet.
         past_layout: the layout of the past input.
         new: the call's own rows, axes as the joined tensor's; None: the joined tensor is all new.
-        axis: token axis of the joined tensor along which it was joined.
+        blank: fixed: there is no past, and rows that are not written hold nothing: zeros, or what no one has set.
         fixed: whether the rows were written into a tensor of fixed size.
         start: fixed: first position written, an int or int node, or the node of all positions [N].
         consecutive: fixed: the positions are known to be start, start + 1, ...
@@ -39,11 +39,11 @@ class Join:
     past: int | None = None
     past_layout: Layout | None = None
     new: Node | None = None
-    axis: int | None = None
     fixed: bool = False
     start: Any = None
     consecutive: bool = True
     past_suffix: Suffix | None = None
+    blank: bool = False
 
 
 def join_of(normalized: Normalized, root: Node, layout: Layout) -> Join:
@@ -71,7 +71,7 @@ def _join_of_cat(normalized: Normalized, root: Node, layout: Layout) -> Join:
     if len(parts) != 2 or past is None:
         raise Refused(Reason.UNKNOWN_ROOT, where(root))
     index, past_layout, suffix = past
-    return Join(index, past_layout, parts[1], token_axis(layout), past_suffix=suffix)
+    return Join(index, past_layout, parts[1], past_suffix=suffix)
 
 
 def _past_input(normalized: Normalized, node: Node, layout: Layout) -> tuple[int, Layout, Suffix | None] | None:
@@ -105,8 +105,7 @@ def _join_of_write(normalized: Normalized, root: Node, layout: Layout) -> Join:
     write = WRITES[root.target](root)
     if write is None or write.dim % len(layout) != token_axis(layout):
         raise Refused(Reason.UNKNOWN_ROOT, where(root))
-    joined = {"new": write.new, "axis": token_axis(layout), "fixed": True}
-    joined |= {"start": write.start, "consecutive": write.consecutive}
+    joined = {"new": write.new, "fixed": True, "start": write.start, "consecutive": write.consecutive}
     past = _past_input(normalized, write.base, layout)
     if past is not None:
         index, past_layout, suffix = past
@@ -114,9 +113,11 @@ def _join_of_write(normalized: Normalized, root: Node, layout: Layout) -> Join:
             raise Refused(Reason.UNKNOWN_WINDOW, where(root))
         return Join(index, past_layout, **joined)
     source, _ = lay.walk_back(write.base)
+    if source.target is aten.roll.default:
+        raise Refused(Reason.SLIDING_BUFFER, where(source))
     if source.target not in _FRESH:
         raise Refused(Reason.UNKNOWN_ROOT, where(source))
-    return Join(**joined)
+    return Join(**joined, blank=source.target is not aten.full.default or source.args[1] == 0)
 
 
 def _index_copy(node: Node) -> _Write | None:

@@ -22,7 +22,7 @@ from think_compile.passes.cache_layout import derived_layout, source_layout
 from think_compile.passes.join import JOINS, WRITES, Join, join_of, same_positions
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
-from think_compile.passes.readers import check_past_readers, check_readers, made_of_cache, refuse_half_read
+from think_compile.passes.readers import check_past_readers, made_of_cache, other_reader, refuse_half_read
 from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.region import Order, Region
 from think_compile.passes.roles import QueryLayout, key_axes, query_layout, to_product_order, usable_masks, value_axes
@@ -47,6 +47,7 @@ class CacheTensor:
         chain: the operations between ``root`` and the attention, in running order.
         in_turn: whether query heads are dealt out to the KV heads in turn, instead of in blocks of neighbours.
         window: of a cache that is not joined, read or kept as a whole, what is.
+        read_elsewhere: whether something besides attention reads it too; of values, which are stored whole.
     """
 
     root: Node
@@ -58,6 +59,7 @@ class CacheTensor:
     chain: tuple[Node, ...]
     in_turn: bool
     window: Window | None = None
+    read_elsewhere: bool = False
 
     @property
     def scales(self) -> list[Node]:
@@ -191,6 +193,13 @@ def _by_softmax(found: Sequence[T], site: Callable[[T], Attention]) -> list[list
     return list(groups.values())
 
 
+_OF_VALUES = {
+    Reason.NOT_CACHED: Reason.VALUES_NOT_CACHED,
+    Reason.TRANSFORMED: Reason.VALUES_TRANSFORMED,
+    Reason.CHANNEL_MIXING: Reason.VALUES_TRANSFORMED,
+}
+
+
 def _prove(normalized: Normalized, site: Attention, sites: Sequence[Attention]) -> CachedAttention:
     if site.dropout:
         raise Refused(Reason.DROPOUT, f"p = {site.dropout}")
@@ -203,11 +212,9 @@ def _prove(normalized: Normalized, site: Attention, sites: Sequence[Attention]) 
         raise Refused(Reason.UNKNOWN_LAYOUT, f"queries have {q.dim()} axes")
     keys = _keys(normalized, site, sites)
     try:
-        values = _cache_tensor(normalized, sites, site.v, _arranger(site, value_axes))
+        values = _cache_tensor(normalized, sites, site.v, _arranger(site, value_axes), keys=False)
     except Refused as refused:
-        if refused.reason is Reason.NOT_CACHED:
-            raise Refused(Reason.VALUES_NOT_CACHED, refused.detail) from None
-        raise
+        raise Refused(_OF_VALUES.get(refused.reason, refused.reason), refused.detail) from None
     queries = None if site.region is None else query_layout(site.region, _new_tokens(keys))
     if site.region is not None and not usable_masks(site.region) and to_product_order(site.region.axes) is None:
         raise Refused(Reason.UNKNOWN_LAYOUT, f"probabilities whose axes are moved at {where(site.node)}")
@@ -220,12 +227,12 @@ def _keys(normalized: Normalized, site: Attention, sites: Sequence[Attention]) -
     """The key cache; behind it the keys may have been multiplied by one number."""
     arrange = _arranger(site, key_axes)
     try:
-        return _cache_tensor(normalized, sites, site.k, arrange)
+        return _cache_tensor(normalized, sites, site.k, arrange, keys=True)
     except Refused as refused:
         if lay.scaled_input(lay.walk_back(site.k)[0]) is None:
             raise
         try:
-            return _cache_tensor(normalized, sites, site.k, arrange, scaled=True)
+            return _cache_tensor(normalized, sites, site.k, arrange, keys=True, scaled=True)
         except Refused:
             raise refused from None
 
@@ -268,6 +275,7 @@ def _cache_tensor(
     operand: Node,
     arrange: Callable[[lay.Axes], lay.Axes],
     *,
+    keys: bool,
     scaled: bool = False,
 ) -> CacheTensor:
     root, chain, prefix = _root_of(operand, scaled)
@@ -279,14 +287,16 @@ def _cache_tensor(
     join = join_of(normalized, root, layout)
     if not outputs:
         raise Refused(Reason.TRANSFORMED if made_of_cache(normalized, root) else Reason.NOT_CACHED, where(root))
-    check_readers(root, sites)
+    other = other_reader(root, sites)
+    if other is not None and keys:
+        raise Refused(Reason.KEY_ESCAPES, where(other))
     if join.past is not None:
         check_past_readers(normalized.placeholders[join.past], root)
     window = window_of(join.past_suffix, read, kept)
     if window is not None and (join.fixed or min(outputs) < len(normalized.written)):
-        raise Refused(Reason.UNKNOWN_WINDOW, "it is written in place")
+        raise Refused(Reason.SLIDING_BUFFER, "it is written in place")
     extent = _extent(root, token_axis(layout), chain, prefix)
-    return CacheTensor(root, layout, shape, join, outputs, extent, tuple(chain), in_turn, window)
+    return CacheTensor(root, layout, shape, join, outputs, extent, tuple(chain), in_turn, window, other is not None)
 
 
 def _root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None]:
@@ -370,6 +380,8 @@ def _outputs_holding(
             continue
         if output.meta["val"].dtype != root.meta["val"].dtype:
             raise Refused(Reason.UNKNOWN_ROOT, f"it is kept as {output.meta['val'].dtype}, and read otherwise")
+        if cut is not None and any(node.target is aten.copy.default for node in chain):
+            raise Refused(Reason.SLIDING_BUFFER, where(cut))
         moved = lay.follow(chain, lay.source_axes(root.meta["val"].shape))
         held[index] = derived_layout(moved, layout, shape)
         kept.append(None if cut is None else _kept(root, chain, cut, token_axis(layout)))

@@ -7,7 +7,7 @@ for every layout, and none is assumed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ VIEWS = {
     aten.flatten.using_ints,
     aten.unflatten.int,
 }
+_CUTS = {aten.slice.Tensor, aten.select.int, aten.narrow.default}
 SAME = {
     aten.clone.default,
     aten.contiguous.default,
@@ -103,6 +104,14 @@ def layout_input(node: Node) -> Node | None:
     if node.target in LAYOUT_OPS:
         return node.args[0]
     return None
+
+
+def arranged(node: Node) -> Iterator[Node]:
+    """All that operations of this kind, and cuts, make of ``node``."""
+    for user in node.users:
+        if layout_input(user) is node or (user.target in _CUTS and user.args[0] is node):
+            yield user
+            yield from arranged(user)
 
 
 def _same_kind(a: Node, b: Node) -> bool:

@@ -43,11 +43,11 @@ def _uses(root: Node) -> Iterator[tuple[Node, Node]]:
         yield from (use for use in uses if use[0].op != "output")
 
 
-def check_readers(root: Node, sites: Sequence[Attention]) -> None:
-    """Refuse a cache that something besides the attentions ``sites`` reads."""
-    for reader, read in _uses(root):
-        if not any(site.reads_keys(reader, read) for site in sites):
-            raise Refused(Reason.KEY_ESCAPES, where(reader))
+def other_reader(root: Node, sites: Sequence[Attention]) -> Node | None:
+    """Something besides the attentions ``sites`` that reads a cache."""
+    return next(
+        (reader for reader, read in _uses(root) if not any(site.reads_keys(reader, read) for site in sites)), None
+    )
 
 
 def check_past_readers(past: Node, root: Node) -> None:

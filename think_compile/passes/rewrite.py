@@ -20,7 +20,7 @@ from think_compile.kernels import steps
 from think_compile.kernels.canonical import CANONICAL, HEAD, TOKEN, from_canonical
 from think_compile.passes.draft import Draft
 from think_compile.passes.kv_cache import CachedAttention, CacheTensor
-from think_compile.passes.layout import stride_order
+from think_compile.passes.layout import arranged, stride_order
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
 from think_compile.passes.plan import (
@@ -53,11 +53,19 @@ def layer_spec(site: CachedAttention, config: ThinkConfig) -> steps.LayerSpec:
 
 
 def rewrite(
-    normalized: Normalized, sites: Sequence[CachedAttention], packed: frozenset[int], config: ThinkConfig
+    normalized: Normalized,
+    sites: Sequence[CachedAttention],
+    packed: frozenset[int],
+    config: ThinkConfig,
+    own_rows: frozenset[Node] = frozenset(),
 ) -> Rewritten:
-    """Rewrite ``sites``; ``packed`` are the inputs that hold handles with packed stores."""
+    """Rewrite ``sites``.
+
+    ``packed`` are the inputs that hold handles with packed stores, ``own_rows`` the key caches of which a first call
+    needs to read its own rows only.
+    """
     with observed("rewrite", normalized.graph_module.graph) as count:
-        rewritten = _Rewriter(normalized, packed, config).run(sites)
+        rewritten = _Rewriter(normalized, packed, config, own_rows).run(sites)
         count.matches, count.graph = len(sites), rewritten.graph_module.graph
     return rewritten
 
@@ -65,9 +73,11 @@ def rewrite(
 class _Rewriter(Draft):
     """One rewriting, and what is known of its outputs so far."""
 
-    def __init__(self, normalized: Normalized, packed: frozenset[int], config: ThinkConfig) -> None:
+    def __init__(
+        self, normalized: Normalized, packed: frozenset[int], config: ThinkConfig, own_rows: frozenset[Node]
+    ) -> None:
         super().__init__(normalized, config)
-        self.packed = packed
+        self.packed, self.own_rows = packed, own_rows
         self.results: list[Node] = []
         self.made: dict[int, Output] = {}  # output index of the normalized graph -> how it is made
         self.appended: list[tuple[int, Any]] = []
@@ -78,6 +88,8 @@ class _Rewriter(Draft):
             past = readers[0].past
             if past is not None and self.packed.issuperset(past):
                 self._later_call(readers)
+            elif readers[0].keys.root in self.own_rows:
+                self._first_call_of_own_rows(readers)
             else:
                 self._first_call(readers)
         outputs, replaced = self._finish_outputs()
@@ -102,7 +114,7 @@ class _Rewriter(Draft):
 
     def _first_call(self, readers: Sequence[CachedAttention]) -> None:
         """Behind the untouched attentions: score, prune and store the keys; copy the values into their buffer."""
-        site, spec = readers[0], layer_spec(readers[0], self.config)
+        site = readers[0]
         with self.behind(self.at(readers[-1].attention.node)):
             k = self.canonical(self.at(site.keys.root), site.keys)
             v = self.canonical(self.at(site.values.root), site.values)
@@ -110,12 +122,33 @@ class _Rewriter(Draft):
             if site.fixed:
                 arguments.append(self.start(site))
             step = steps.first_call_fixed if site.fixed else steps.first_call_growing
-            arguments.append(spec)
+            arguments.append(layer_spec(site, self.config))
             if site.window is not None:
                 step = steps.first_call_bounded
                 arguments += [self.number(site.window.read), self.number(site.window.kept)]
-            stored = self.graph.call_function(step, tuple(arguments))
-            parts = [self.graph.call_function(operator.getitem, (stored, i)) for i in range(5 if site.fixed else 4)]
+            self._keep(site, self.graph.call_function(step, tuple(arguments)))
+
+    def _first_call_of_own_rows(self, readers: Sequence[CachedAttention]) -> None:
+        """In the place of the attentions: the same to the new rows alone. They are all that is stored."""
+        site = readers[0]
+        for reader in readers:
+            with self.graph.inserting_before(self.at(reader.attention.node)):
+                k_new, v_new, attention = self._new_rows(reader.keys), self._new_rows(reader.values), reader.attention
+                arguments = (self.at(attention.q), k_new, v_new, self.at(attention.mask), self.at(attention.scale))
+                grouped = bool(attention.operation.kwargs.get("enable_gqa", False))
+                arguments += (attention.is_causal, grouped)
+                out = self._as(self.graph.call_function(steps.attend_own_rows, arguments), attention.node)
+            self.replace(attention.node, out)
+        with self.behind(self.at(readers[-1].attention.node)):
+            k_new, v_new = self._new_rows(site.keys), self._new_rows(site.values)
+            arguments = (self._joined_queries(readers, k_new), k_new, v_new, self.mask(site, k_new))
+            arguments += (layer_spec(site, self.config), self.number(site.keys.size(TOKEN)))
+            self._keep(site, self.graph.call_function(steps.first_call_own_rows, arguments))
+
+    def _keep(self, site: CachedAttention, stored: Node) -> None:
+        """What a first call stores becomes the caches that the caller takes."""
+        spec = layer_spec(site, self.config)
+        parts = [self.graph.call_function(operator.getitem, (stored, i)) for i in range(5 if site.fixed else 4)]
         positions = [self._result(part) for part in parts]
         for index, layout in site.keys.outputs.items():
             self.made[index] = NewKeys(positions[0], _length_kept(site.keys), site.fixed, layout, spec)
@@ -126,9 +159,9 @@ class _Rewriter(Draft):
 
     def _later_call(self, readers: Sequence[CachedAttention]) -> None:
         """Attend to the packed store; then append the new keys to it."""
-        site, written_out = readers[0], [reader for reader in readers if reader.attention.region is not None]
-        if written_out:
-            self._replace_values(written_out)
+        site = readers[0]
+        if site.values.read_elsewhere or any(reader.attention.region is not None for reader in readers):
+            self._replace_values(site)
         for reader in readers:
             attend = self._attend if reader.attention.region is None else self._attend_written_out
             attend(reader)
@@ -194,11 +227,11 @@ class _Rewriter(Draft):
         arguments = (logits, self.at(product.left), layout.queries, layout.logits, *formula, dtype)
         return self._as(self.graph.call_function(steps.as_product, arguments), product.node)
 
-    def _replace_values(self, readers: Sequence[CachedAttention]) -> None:
+    def _replace_values(self, site: CachedAttention) -> None:
         """Where the model joins its values: append the new ones in place, and go on with the buffer."""
-        site, tensor = readers[0], readers[0].values
+        tensor = site.values
         root = self.at(tensor.root)
-        for node in {node for reader in readers for node in reader.values.chain}:
+        for node in arranged(tensor.root):
             if node.target in _VIEWS:  # of a buffer with room to grow, a view may have to copy
                 self.at(node).target = aten.reshape.default
             if node.target is aten.copy.default:  # would bring back the tensor that is written over

@@ -1,0 +1,122 @@
+"""First calls on a cache of fixed size that the graph itself makes: need more than the call's own rows be read?
+
+Such a cache begins without a token, and a first call's attention reads all its rows, trusting a mask to hide those
+that it has not written. Where that is so, attending to the call's own rows is the same, and the dense cache need never
+exist. Whether it is so is asked before each such call, of the very mask and positions that the model computes.
+
+Part of pass 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from think_compile.kernels import steps
+from think_compile.kernels.canonical import CANONICAL, TOKEN
+from think_compile.passes.kv_cache import CachedAttention, CacheTensor
+from think_compile.passes.layout import same_size
+from think_compile.passes.normalize import Normalized
+
+aten = torch.ops.aten
+MAX_NODES = 300  # of a mask's computation, which is run once more
+_COSTLY = {
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.einsum.default,
+    aten.embedding.default,
+    aten.convolution.default,
+    aten.scaled_dot_product_attention.default,
+}
+
+
+class OwnRows:
+    """The caches of a graph that may be read by their own rows only, and the question whether they may this time."""
+
+    def __init__(self, sites: Sequence[CachedAttention], ask: Callable[..., Any]) -> None:
+        self.roots = frozenset(site.keys.root for site in sites)
+        self._ask = ask
+
+    def suffice(self, args: Sequence[Any]) -> bool:
+        """Whether all calls begin at the first row and see no row beyond their own; waits for the device."""
+        return bool(self._ask(*args))
+
+
+def find_own_rows(normalized: Normalized, sites: Sequence[CachedAttention]) -> OwnRows | None:
+    """The caches of ``sites`` of which own rows may suffice; None: there is none."""
+    eligible = [site for site in sites if _is_eligible(site)]
+    refused = {site.keys.root for site in sites} - {site.keys.root for site in eligible}
+    eligible = [site for site in eligible if site.keys.root not in refused]
+    if not eligible:
+        return None
+    nodes = _ancestors([node for site in eligible for node in (site.keys.join.start, site.attention.mask)])
+    if len(nodes) > MAX_NODES or any(node.target in _COSTLY for node in nodes):
+        return None
+    return OwnRows(eligible, _question(normalized, eligible, nodes))
+
+
+def _is_eligible(site: CachedAttention) -> bool:
+    """A stock attention to a new cache, whose mask has a column for each row of it."""
+    attention = site.attention
+    if not site.fixed or site.past is not None or attention.operation.target is not _SDPA:
+        return False
+    if attention.layout != CANONICAL or site.keys.in_turn or not (_is_plain(site.keys) and _is_plain(site.values)):
+        return False
+    if not same_size(_own(site), site.query_tokens) or attention.q.meta["val"].dtype != attention.k.meta["val"].dtype:
+        return False
+    if attention.mask is None:
+        return attention.is_causal
+    *_, rows, columns = attention.mask.meta["val"].shape
+    return same_size(rows, site.query_tokens) and same_size(columns, site.keys.extent)
+
+
+_SDPA = aten.scaled_dot_product_attention.default
+
+
+def _own(site: CachedAttention) -> Any:
+    """How many rows the call writes."""
+    new, layout = site.keys.join.new, site.keys.layout
+    assert new is not None
+    return new.meta["val"].shape[next(i for i, group in enumerate(layout) if TOKEN in group)]
+
+
+def _is_plain(tensor: CacheTensor) -> bool:
+    """Whether the rows reach the attention as they are cached, and the others hold nothing."""
+    values = {node.meta["val"].dtype for node in (tensor.root, *tensor.chain)}
+    return len(values) == 1 and not tensor.scales and tensor.join.blank
+
+
+def _ancestors(nodes: Sequence[Any]) -> set[Node]:
+    found: set[Node] = set()
+    waiting = [node for node in nodes if isinstance(node, Node)]
+    while waiting and len(found) <= MAX_NODES:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _question(normalized: Normalized, sites: Sequence[CachedAttention], nodes: set[Node]) -> GraphModule:
+    """A graph of the caller's inputs that answers for all sites at once."""
+    graph, copies = Graph(), dict[Node, Node]()
+    for node in normalized.graph_module.graph.nodes:
+        if node.op == "placeholder" or node in nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    asked: dict[Any, Node] = {}
+    for site in sites:
+        join, mask = site.keys.join, site.attention.mask
+        start = copies[join.start] if isinstance(join.start, Node) else join.start
+        if (start, None) not in asked:
+            asked[start, None] = graph.call_function(steps.begins_at_first_row, (start, join.consecutive))
+        if mask is not None and mask not in asked:
+            asked[mask] = graph.call_function(steps.hides_other_rows, (copies[mask],))
+    graph.output(graph.call_function(steps.all_hold, (list(asked.values()),)))
+    return GraphModule(normalized.graph_module, graph)
