@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compare import HEAD_DIM, Rules, Trio, padding, tokens
-from models import CAPACITY, VOCAB, hugging_face
+from models import CAPACITY, VOCAB, hugging_face, own
 from oracle import CACHE, Oracle
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast, StaticCache, pipeline
@@ -162,14 +163,46 @@ def test_assistant_model():
     assert torch.equal(generate(ours, ids, assistant_model=compiled(model, Rules(0.75))), expected)
 
 
-def test_preallocated_static_cache_is_refused_and_exact():
-    """Chunked prefill allocates a static cache before the first call: nobody's to replace, so left as it is."""
-    model, ids = hugging_face("llama"), tokens(2, 29)
-    ours, options = compiled(model), {"prefill_chunk_size": 8, "cache_implementation": "static"}
-    with pytest.warns(UserWarning, match="nothing was rewritten"):
-        out = generate(ours, ids, **options)
-    assert torch.equal(out, generate(model, ids, **options))
-    assert len(report(ours).refused) == 2
+@RATIOS
+def test_preallocated_static_cache(rules):
+    """Chunked prefill allocates a static cache before the first call: its tensors are let go of where it holds them."""
+    options = {"prefill_chunk_size": 8, "cache_implementation": "static"}
+    ours = assert_same_tokens(rules, tokens(2, 29), **options)
+    assert {record.cache for record in report(ours).rewritten} == {"fixed"}
+    assert len(report(ours).rewritten) == 2 and not report(ours).refused
+
+
+@torch.no_grad()
+def test_a_tensor_in_a_tuple_is_not_swapped():
+    """Nobody can put another tensor in its place, so it is written densely, as the model would."""
+    model = own("buffer_index_copy")
+
+    class Outside(torch.nn.Module):
+        """The caches are arguments, and come as `kind` holds them."""
+
+        def __init__(self):
+            super().__init__()
+            self.attention = model.layers[0].attention
+
+        def forward(self, x, pos, mask, held):
+            a = self.attention
+            q, k, v = (t.transpose(1, 2) for t in a.project(x, pos))
+            keys, values = (cache.index_copy_(2, pos, new) for cache, new in zip(held, (k, v), strict=True))
+            return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+
+    plain = Outside()
+    for kind, rewritten in [(tuple, 0), (list, 1)]:
+        ours = think_compile(copy.deepcopy(plain), 0.0, lowering="eager", recent=4)
+        caches = [kind(torch.zeros(2, 2, CAPACITY, HEAD_DIM) for _ in range(2)) for _ in range(2)]
+        for start, new in [(0, 9), (9, 1), (10, 1)]:
+            pos, x = torch.arange(start, start + new), torch.randn(2, new, 64)
+            mask = torch.arange(CAPACITY) <= pos[:, None]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                got, expected = (m(x, pos, mask, held) for m, held in zip((ours, plain), caches, strict=True))
+            torch.testing.assert_close(got, expected)
+        assert len(report(ours).rewritten) == rewritten
+        assert all(isinstance(held, Handle) is bool(rewritten) for held in caches[0])
 
 
 @RATIOS

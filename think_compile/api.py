@@ -98,6 +98,7 @@ def _compiled(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     compiled = torch.compile(types.FunctionType(code, globals()), backend=backend)
 
     def call(*args: Any) -> Any:
+        backend.arguments = args
         try:
             with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS, suppress_errors=backend.may_fall_back):
                 result = compiled(*args)
@@ -105,6 +106,8 @@ def _compiled(model: nn.Module, backend: Backend) -> Callable[..., Any]:
             if isinstance(failed.inner_exception, NothingRewritten):
                 raise failed.inner_exception from None
             raise
+        finally:
+            backend.arguments = None
         backend.check_attention_was_seen()
         return result
 

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from think_compile.config import ThinkConfig
 from think_compile.handle import Handle, LostWrite
+from think_compile.holders import Place, holders
 from think_compile.lower import CompilationFailed
 from think_compile.passes.attention import Attention, find_attention, module_path
 from think_compile.passes.broken import broken_attention
@@ -57,6 +58,7 @@ class Backend:
         self.graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
         self.warned: set[str] = set()
         self.given_up: set[str] = set()  # layers that a later call could not read packed: new caches stay dense
+        self.arguments: Any = None  # of the call that is running
         self.checked = self.graphs_refused_for_gradients = False
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -147,19 +149,19 @@ class Backend:
                 findings.cached.remove(site)
                 findings.refused.append((site.attention, Refused(Reason.GIVEN_UP)))
 
-    def _holders(self, tensor: Tensor) -> list[tuple[dict[str, Any], str]]:
-        """The (dict, name) pairs of the model's modules that hold this very tensor."""
-        model = self.model()
-        places = [d for m in model.modules() for d in (m._buffers, m.__dict__)] if model is not None else []
-        return [(place, name) for place in places for name, held in place.items() if held is tensor]
+    def _holders(self, tensor: Tensor) -> list[Place]:
+        return holders(tensor, self.model(), self.arguments)
 
     def replace(self, tensor: Tensor, handle: Handle) -> None:
         """Put a handle where a written dense cache tensor stood."""
         if isinstance(tensor, Handle):
             tensor.cell = handle.cell
             return
-        for place, name in self._holders(tensor):
+        places = self._holders(tensor)
+        for place, name in places:
             place[name] = handle
+        if not places:  # it is held elsewhere in this call: written as the model would have
+            tensor.copy_(handle.dense())
 
     def _plain(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The graph as the model wrote it; handles that reach it see its operations one by one."""

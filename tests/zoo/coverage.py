@@ -80,7 +80,7 @@ def row_of(what: Architecture) -> Row:
     if reason := cannot_run(what):
         return Row(what.name, f"not tried: {reason}")
     try:
-        return row_of_trial(what.name, try_all(what.build(), exact=False))
+        return row_of_trial(what.name, try_all(what.build()))
     except Exception as error:
         return Row(what.name, f"{WRONG}: {_line(error)}")
 
@@ -152,9 +152,9 @@ HEAD = """# Coverage
 
 Every architecture that transformers {transformers} lists as a causal or as an encoder-decoder language model, tiny
 and with random weights, generating from a padded batch with its default (dynamic) cache and with a static one (torch
-{torch}, op by op) at ratio 0.5: its logits must be those of the plain model whose keys are zero-filled by the rules, up
-to rounding. Written by `python tests/zoo/coverage.py`; `pytest -m zoo` does the same, and ratio 0 against the plain
-model.
+{torch}, op by op): at ratio 0.5 its logits must be those of the plain model whose keys are zero-filled by the rules, at
+ratio 0 those of the plain model, up to rounding. Written by `python tests/zoo/coverage.py`; `pytest -m zoo` does the
+same.
 
 "Layers" are those of the plain model's own cache that keep a key for every token; a sliding window, a recurrent state,
 a compressed memory and an encoder's output are none, and a latent (multi-head latent attention) is counted apart.

@@ -8,6 +8,7 @@ right ones is tested against an oracle of its own, on the models for which one c
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from think_compile import Report, report, think_compile
+from think_compile.api import _backends
 from think_compile.handle import Handle
 from think_compile.store import FixedKeys, GrowingKeys
 
@@ -200,11 +202,24 @@ def zero_filled(model: nn.Module, kept_before: list[Kept]) -> Iterator[None]:
         del model.prepare_inputs_for_generation
 
 
-@torch.no_grad()
-def try_out(model: nn.Module, ratio: float, *, static: bool = False, sliding: bool = False) -> Outcome:
-    """Generation with the model compiled and plain."""
+def compiled(model: nn.Module, *, sliding: bool = False) -> nn.Module:
+    """A copy of the model, compiled at ratio 0.5."""
     torch._dynamo.reset()
-    ours = think_compile(copy.deepcopy(model), ratio, lowering="eager", sliding=sliding, **RULES)
+    return think_compile(copy.deepcopy(model), 0.5, lowering="eager", sliding=sliding, **RULES)
+
+
+def nothing_pruned(ours: nn.Module) -> nn.Module:
+    """The model as if it had been compiled at ratio 0: its traces, which no ratio touches, are rewritten anew."""
+    backend = _backends[ours]
+    backend.config = dataclasses.replace(backend.config, ratio=0.0)
+    for graph in backend.graphs:
+        graph.programs.clear()
+    return ours
+
+
+@torch.no_grad()
+def compare(model: nn.Module, ours: nn.Module, *, static: bool = False) -> Outcome:
+    """Generation with the model plain and compiled."""
     with watched(ours) as kept:
         got = generate(ours, static)
     with zero_filled(model, kept):
@@ -236,27 +251,34 @@ def runs(model: nn.Module, static: bool) -> bool:
 
 @dataclass
 class Trial:
-    """One architecture at ratio 0.5 with both kinds of cache (``static`` None: the plain model cannot use one).
+    """One architecture with both kinds of cache, at ratio 0.5 and at 0.
 
-    ``exact`` is the outcome at ratio 0, None if it was not asked for or nothing was rewritten.
+    ``static`` is None if the plain model cannot use such a cache; the outcomes at ratio 0 are if nothing is rewritten.
     """
 
     dynamic: Outcome
+    dynamic_exact: Outcome | None
     static: Outcome | None
-    exact: Outcome | None
+    static_exact: Outcome | None
 
     @property
     def fault(self) -> str:
         """What is wrong, or ""."""
-        parts = {"": self.dynamic, "static: ": self.static, "ratio 0: ": self.exact}
-        return "; ".join(name + part.fault for name, part in parts.items() if part is not None and part.fault)
+        outcomes = {name.replace("_", " "): value for name, value in vars(self).items() if value is not None}
+        return "; ".join(f"{name}: {outcome.fault}" for name, outcome in outcomes.items() if outcome.fault)
 
 
-def try_all(model: nn.Module, *, exact: bool) -> Trial:
-    """The architecture with both kinds of cache, and at ratio 0 if ``exact``."""
-    dynamic = try_out(copy.deepcopy(model), 0.5)
-    static = try_out(copy.deepcopy(model), 0.5, static=True) if runs(model, True) else None
-    return Trial(dynamic, static, try_out(model, 0.0) if exact and dynamic.packed else None)
+def try_out(model: nn.Module, *, static: bool = False, sliding: bool = False) -> tuple[Outcome, Outcome | None]:
+    """What comes of the model with one kind of cache at ratio 0.5, and if something is rewritten at 0."""
+    ours = compiled(model, sliding=sliding)
+    outcome = compare(copy.deepcopy(model), ours, static=static)
+    exact = compare(copy.deepcopy(model), nothing_pruned(ours), static=static) if outcome.packed else None
+    return outcome, exact
+
+
+def try_all(model: nn.Module) -> Trial:
+    """What comes of the model with both kinds of cache."""
+    return Trial(*try_out(model), *(try_out(model, static=True) if runs(model, True) else (None, None)))
 
 
 def _natural(model: nn.Module, kept: list[Kept], same: Run, static: bool) -> float:

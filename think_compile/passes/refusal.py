@@ -37,7 +37,7 @@ class Reason(enum.Enum):
     DROPOUT = "attention dropout is on"
     NOT_FLOATING = "queries or keys are not floating point"
     REQUIRES_GRAD = "gradients are on, and a pruned cache has none"
-    HELD_OUTSIDE = "the cache is written in place to a tensor that is no buffer of the model, so it cannot be swapped"
+    HELD_OUTSIDE = "the cache is written in place to a tensor held neither by the model nor by what the call was given"
     GIVEN_UP = "a later call could not read the packed cache, so that new ones are left dense"
     HIGHER_ORDER = "the graph holds a control-flow operation or a vmap, and torch cannot export it to ATen operations"
     AMBIGUOUS = "more than one reading of this attention as a cached one is possible"

@@ -1,0 +1,39 @@
+"""Who holds a tensor: the modules of a model, and the containers that a call was given.
+
+A cache that is written in place can become smaller only if its dense tensor is let go of, wherever it is held.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+Place = tuple[Any, Any]  # a dict or list, and the key or index under which the tensor stands in it
+_LEAVES = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, str, bytes, int, float)
+
+
+def holders(tensor: Tensor, model: nn.Module | None, arguments: Any) -> list[Place]:
+    """The places in the model's modules and in the ``arguments`` of its call that hold this very tensor."""
+    places = [d for m in model.modules() for d in (m._buffers, m.__dict__)] if model is not None else []
+    found: list[Place] = []
+    for place in (*places, *_containers(arguments, set())):
+        items = place.items() if isinstance(place, dict) else enumerate(place)
+        found += [(place, name) for name, held in items if held is tensor]
+    return found
+
+
+def _containers(value: Any, seen: set[int]) -> Iterator[dict[Any, Any] | list[Any]]:
+    """All dicts and lists to be reached from ``value``, and the attributes of the objects among them."""
+    if isinstance(value, _LEAVES) or id(value) in seen:
+        return
+    seen.add(id(value))
+    inside = value if isinstance(value, (dict, list, tuple, set)) else getattr(value, "__dict__", None)
+    if isinstance(inside, (dict, list)):
+        yield inside
+    if isinstance(value, dict) and hasattr(value, "__dict__"):
+        yield from _containers(value.__dict__, seen)
+    for held in inside.values() if isinstance(inside, dict) else inside or ():
+        yield from _containers(held, seen)
