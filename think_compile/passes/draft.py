@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from think_compile.config import ThinkConfig
-from think_compile.kernels import steps
+from think_compile.kernels import steps, written_out
 from think_compile.kernels.canonical import CANONICAL, CHANNEL, HEAD, to_canonical, token_axis
 from think_compile.passes.kv_cache import CachedAttention, CacheTensor
 from think_compile.passes.layout import same_size, scale_of
@@ -91,7 +91,7 @@ class Draft:
         """The queries [B, Hq, N, D], multiplied by what the model multiplies its cached keys by."""
         q = self.at(site.attention.q)
         if site.queries is not None:
-            q = self.graph.call_function(steps.canonical_queries, (q, site.queries.queries, k))
+            q = self.graph.call_function(written_out.canonical_queries, (q, site.queries.queries, k))
         elif site.attention.layout != CANONICAL:
             sizes = (site.query_heads, int(site.keys.size(CHANNEL)))
             q = self.graph.call_function(to_canonical, (q, site.attention.layout, *sizes))
@@ -123,12 +123,12 @@ class Draft:
             return self.at(site.attention.mask)
         masks = [self._allowed(site, masking, k) for masking in usable_masks(region)]
         if not masks:
-            attended = self.graph.call_function(steps.nonzero_pairs, (self.at(region.output.left),))
+            attended = self.graph.call_function(written_out.nonzero_pairs, (self.at(region.output.left),))
             return self._pairs(site, attended, region.output.left, region.axes, k)
         return functools.reduce(lambda a, b: self.graph.call_function(aten.logical_and.default, (a, b)), masks)
 
     def _allowed(self, site: CachedAttention, masking: Masking, k: Node) -> Node:
-        allowed = self.graph.call_function(steps.allowed_pairs, (self.at(masking.mask), masking.kind))
+        allowed = self.graph.call_function(written_out.allowed_pairs, (self.at(masking.mask), masking.kind))
         if site.is_canonical(masking.at.meta["val"].shape, masking.axes):
             return allowed
         return self._pairs(site, allowed, masking.at, masking.axes, k)
@@ -137,7 +137,7 @@ class Draft:
         assert site.attention.region is not None and site.queries is not None
         logits = self.at(site.attention.region.logits.node)
         arguments = (allowed, self.at(at), to_product_order(axes), logits, site.queries.logits, k)
-        return self.graph.call_function(steps.canonical_pairs, arguments)
+        return self.graph.call_function(written_out.canonical_pairs, arguments)
 
     # ------------------------------------------------------------------------------------- the stores' tensors
 

@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from think_compile.config import ThinkConfig
-from think_compile.kernels import steps
+from think_compile.kernels import steps, written_out
 from think_compile.kernels.canonical import CANONICAL, HEAD, TOKEN, from_canonical
 from think_compile.passes.draft import Draft
 from think_compile.passes.kv_cache import CachedAttention, CacheTensor
@@ -214,7 +214,7 @@ class _Rewriter(Draft):
         assert region is not None
         with self.graph.inserting_before(self.at(region.logits.node)):
             k_new = self._new_rows(site.keys)
-            step = steps.logits_fixed if site.fixed else steps.logits_growing
+            step = written_out.logits_fixed if site.fixed else written_out.logits_growing
             arguments = (self.queries(site, k_new), k_new, *self.stored_keys(site), *self.span(site), *self.part(site))
             logits = self._as_product(site, self.in_turn(site, self.graph.call_function(step, arguments)))
         self.replace(region.logits.node, logits)
@@ -225,7 +225,7 @@ class _Rewriter(Draft):
         formula = (self.at(product.alpha), self.at(product.bias), self.at(product.beta))
         dtype = product.node.meta["val"].dtype
         arguments = (logits, self.at(product.left), layout.queries, layout.logits, *formula, dtype)
-        return self._as(self.graph.call_function(steps.as_product, arguments), product.node)
+        return self._as(self.graph.call_function(written_out.as_product, arguments), product.node)
 
     def _replace_values(self, site: CachedAttention) -> None:
         """Where the model joins its values: append the new ones in place, and go on with the buffer."""

@@ -1,0 +1,99 @@
+"""Attention that is written out: how its operands and logits lie, and its product with packed keys.
+
+The graph keeps what the model does between that product and the one with the values; only the logits' own product is
+split over pruned and recent keys. Shapes as in :mod:`.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from think_compile.kernels import reference as ref
+
+
+def canonical_queries(q: Tensor, order: tuple[int, ...], k: Tensor) -> Tensor:
+    """[B, Hq, N, D]: query operand ``q``, permuted by ``order``, of keys ``k`` [B, H, S, D]."""
+    q = q.permute(order)
+    return q.reshape(k.shape[0], -1, *q.shape[-2:])
+
+
+def allowed_pairs(mask: Tensor, kind: str) -> Tensor:
+    """Bool, true where a query may attend: ``mask`` added to the logits ("add"), or telling ("allow", "block")."""
+    if kind == "add":
+        return mask > torch.finfo(mask.dtype).min / 2
+    return mask if kind == "allow" else ~mask
+
+
+def canonical_pairs(
+    allowed: Tensor, at: Tensor, back: tuple[int, ...], logits: Tensor, order: tuple[int, ...], k: Tensor
+) -> Tensor:
+    """[B, Hq, N, S]: ``allowed`` broadcast to ``at``, which permuted by ``back`` is ``logits`` up to views.
+
+    ``order`` permutes those to batch and head axes, N, S; ``k`` [B, H, S, D].
+    """
+    pairs = allowed.expand(at.shape).permute(back).reshape(logits.shape).permute(order)
+    return pairs.reshape(k.shape[0], -1, *pairs.shape[-2:])
+
+
+def nonzero_pairs(probabilities: Tensor) -> Tensor:
+    """Bool, true where a query did attend: of an attention whose mask was not recognised."""
+    return probabilities != 0
+
+
+def logits_growing(
+    q: Tensor,
+    k_new: Tensor,
+    pruned: Tensor,
+    channels: Tensor,
+    recent: Tensor,
+    start: int,
+    floor: int,
+    first: int = 0,
+    read: int | None = None,
+) -> Tensor:
+    """Q K^T of a later call, unscaled, over past and new tokens from position ``first`` on, or the last ``read``.
+
+    [B, Hq, N, start + N - first], fp32 at least.
+    """
+    packed, extent = ref.Packed(pruned, channels, recent), start + k_new.shape[2]
+    return ref.pruned_logits(q, k_new, packed, start, floor, extent, first if read is None else extent - read)
+
+
+def logits_fixed(
+    q: Tensor,
+    k_new: Tensor,
+    pruned: Tensor,
+    channels: Tensor,
+    recent: Tensor,
+    progress: Tensor,
+    start: Tensor | int,
+    extent: int,
+) -> Tensor:
+    """Q K^T of a later call on a fixed cache, unscaled, over its first ``extent`` rows: [B, Hq, N, extent]."""
+    start = torch.as_tensor(start, device=q.device)
+    packed = ref.Packed(pruned, channels, recent)
+    return ref.pruned_logits(q, k_new, packed, start, torch.minimum(progress[0], start), extent)
+
+
+def as_product(
+    logits: Tensor,
+    q: Tensor,
+    order: tuple[int, ...],
+    layout: tuple[int, ...],
+    alpha: float,
+    bias: Tensor | None,
+    beta: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Logits [B, Hq, N, S] as the model's own product has them: axes, dtype, ``alpha * logits + beta * bias``.
+
+    ``q`` is the product's query operand, ``order`` as in :func:`canonical_queries`; ``layout`` permutes the model's
+    logits to batch and head axes, N, S.
+    """
+    back = sorted(range(len(layout)), key=lambda i: layout[i])
+    sizes = q.permute(order).shape[:-1]
+    out = logits.reshape(*sizes, logits.shape[-1]).permute(back)
+    out = out if isinstance(alpha, int) and alpha == 1 else out * alpha
+    out = out if bias is None else out + bias * beta
+    return out.to(dtype)
