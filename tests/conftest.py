@@ -11,6 +11,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 # THINK_COMPILE_TEST_DEVICE=cuda runs the model tests on a GPU: they make all their tensors on the default device.
 if "THINK_COMPILE_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["THINK_COMPILE_TEST_DEVICE"])

@@ -1,0 +1,152 @@
+"""The Triton kernel of later calls against the reference in float64, in Triton's interpreter or on a GPU."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from oracle import assert_close_to
+
+from think_compile.kernels import reference as ref
+
+decode = pytest.importorskip("think_compile.kernels.decode", reason="needs triton", exc_type=ModuleNotFoundError)
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+SMALL = decode.Launch(16, 16, 4, 1, 3)  # several tiles a share, several shares a head
+
+
+@dataclass
+class Case:
+    """A later call of ``queries`` tokens behind ``past``; ``spare`` rows behind them hold no token."""
+
+    batch: int = 2
+    query_heads: int = 4
+    heads: int = 2
+    d: int = 32
+    kept: int = 16
+    dv: int = 32
+    past: int = 40
+    queries: int = 1
+    recent: int = 4
+    spare: int = 0
+    first: int = 0
+    mask: str = "none"
+    causal: bool = False
+    on_device: bool = False
+    dtype: torch.dtype = torch.float32
+    launch: tuple[int, ...] | None = SMALL
+
+    def __str__(self) -> str:
+        given = {name: value for name, value in vars(self).items() if value != getattr(Case, name)}
+        return "-".join(f"{name}={value}" for name, value in given.items()) or "plain"
+
+    @property
+    def end(self) -> int:
+        return self.past + self.queries
+
+
+def call_of(case: Case) -> tuple:
+    """The arguments of a call; rows without a token hold what a shorter past left there."""
+    with torch.device(DEVICE):
+        keys = torch.randn(case.batch, case.heads, case.past, case.d)
+        channels = torch.rand(case.batch, case.heads, case.d).topk(case.kept).indices.sort().values
+        stored = torch.randn(case.batch, case.heads, case.end + case.spare, case.kept)
+        stored[:, :, : case.past] = ref.narrow_rows(keys, channels)
+        ring = ref.ring_of(keys, case.past, case.recent + 1)
+        values = torch.randn(case.batch, case.heads, case.end + case.spare, case.dv)
+        q = torch.randn(case.batch, case.query_heads, case.queries, case.d)
+        new = torch.randn(case.batch, case.heads, case.queries, case.d)
+        start, floor = case.past, max(0, case.past - case.recent)
+        extent = case.end
+        if case.on_device:
+            start, floor, extent = torch.tensor(start), torch.tensor(floor), case.end + case.spare
+        mask = MASKS[case.mask](case, extent - case.first)
+    tensors = (x.to(case.dtype) for x in (q, new, stored, ring, values))
+    q, new, stored, ring, values = tensors
+    return q, new, ref.Packed(stored, channels, ring), values, start, floor, extent, mask
+
+
+def random_mask(case: Case, columns: int) -> torch.Tensor:
+    """Half of the tokens, no row behind them, and for one query nothing."""
+    mask = torch.rand(case.batch, 1, case.queries, columns) < 0.5
+    mask[..., case.end - case.first :] = False
+    mask[0, :, 0] = False
+    return mask
+
+
+def random_bias(case: Case, columns: int) -> torch.Tensor:
+    bias = torch.randn(case.batch, case.query_heads, case.queries, columns)
+    hidden = ~random_mask(case, columns).expand_as(bias)
+    bias = bias.to(case.dtype).masked_fill(hidden, torch.finfo(case.dtype).min)
+    bias[0, 1, 0] = float("-inf")
+    return bias
+
+
+MASKS = {
+    "none": lambda case, columns: None,
+    "bool": random_mask,
+    "float": random_bias,
+    "shows all rows": lambda case, columns: torch.ones(1, 1, 1, columns, dtype=torch.bool),
+}
+
+
+def double(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def check(case: Case) -> None:
+    q, new, packed, values, start, floor, extent, mask = call_of(case)
+    rest = (start, floor, extent, mask, case.d**-0.5, case.causal, case.first)
+    got = decode.decode_attention(q, new, *packed, values, *rest, case.launch)
+    same = ref.pruned_attention(q, new, packed, values, *rest)
+    wide = ref.Packed(*(double(t) for t in packed))
+    exact = ref.pruned_attention(double(q), double(new), wide, double(values), *(double(x) for x in rest))
+    assert got.isfinite().all()
+    assert_close_to(same, got, exact)
+
+
+CASES = [
+    Case(),
+    Case(batch=1, query_heads=7, heads=1, d=96, kept=80, dv=80, queries=2, recent=0),
+    Case(query_heads=6, d=80, kept=50, dv=48, past=37, queries=3),
+    Case(kept=20),
+    Case(kept=5, d=16, dv=16),
+    Case(query_heads=2, d=256, kept=240, dv=256, batch=1),
+    Case(past=3),
+    Case(queries=3, recent=60),
+    Case(query_heads=2, past=2, queries=6, causal=True),
+    Case(query_heads=8, queries=12, launch=decode.Launch(32, 16, 4, 1, 2)),
+    Case(first=7),
+    Case(first=7, mask="bool", queries=2),
+    Case(mask="bool"),
+    Case(mask="float", queries=5),
+    Case(mask="bool", queries=2, on_device=True, spare=30),
+    Case(mask="float", queries=2, on_device=True, spare=30),
+    Case(mask="shows all rows", on_device=True, spare=30),
+    Case(on_device=True, spare=30),
+    Case(dtype=torch.float16, queries=3, mask="float"),
+    Case(launch=None),
+    Case(queries=64, query_heads=2, launch=None),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_like_the_reference(case):
+    check(case)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="Triton's interpreter has no bfloat16 products")
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("d", [64, 80, 128])
+def test_bfloat16(d, mask):
+    for queries in (1, 7):
+        case = Case(batch=3, query_heads=32, heads=8, d=d, kept=d // 2, dv=d, past=5000, queries=queries, mask=mask)
+        case.recent, case.spare, case.on_device, case.dtype, case.launch = 32, 3000, True, torch.bfloat16, None
+        check(case)
+
+
+def test_parts_hold_a_row():
+    for width in range(1, 257):
+        first, second = decode._parts(width)
+        assert first + second >= width and first < 2 * max(width, 16)
+        assert not (first & (first - 1) or second & (second - 1))
+        assert first >= width or first + second < 2 * width

@@ -1,0 +1,329 @@
+"""The Triton kernel of later calls: split-KV attention over pruned keys, the ring and the call's own, and its merge.
+
+Each program takes a share of the positions and attends to it with an online softmax: the stored narrow rows with the
+queries gathered on the kept channels, then ring and new keys with the whole queries. A second kernel merges the shares.
+Lengths are numbers (growing caches) or come from device memory (fixed ones), so that one captured graph serves all
+steps. What it computes is :func:`.reference.pruned_attention`; letters as there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from think_compile.kernels.reference import Length
+
+MAX_QUERIES = 64
+_LOG2E = 1.4426950408889634
+
+
+class Launch(NamedTuple):
+    """How the kernel is launched: rows of queries and of keys a tile, warps, pipeline stages, shares of a head."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    splits: int
+
+
+@triton.jit
+def _columns(part0: tl.constexpr, part1: tl.constexpr):
+    """Column numbers of a row that is read in two parts of a power of two each."""
+    return tl.arange(0, part0), part0 + tl.arange(0, part1)
+
+
+@triton.jit
+def _scores(
+    q0, q1, base, rows, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr, precision: tl.constexpr
+):
+    """Products [M, N] of queries with key rows ``rows`` of ``width`` columns at ``base``."""
+    c0, c1 = _columns(part0, part1)
+    at = base + rows.to(tl.int64)[:, None] * width
+    k0 = tl.load(at + c0[None, :], mask=ok[:, None] & (c0 < width)[None, :], other=0.0)
+    s = tl.dot(q0, tl.trans(k0), input_precision=precision)
+    if part0 < width:
+        k1 = tl.load(at + c1[None, :], mask=ok[:, None] & (c1 < width)[None, :], other=0.0)
+        s += tl.dot(q1, tl.trans(k1), input_precision=precision)
+    return s
+
+
+@triton.jit
+def _hidden(s, MASK, mask_row, column, query, ok, sm_s, kind: tl.constexpr, causal: tl.constexpr):
+    """Logits (base 2) after the model's mask: none (0), bool (1), float that is added (2); -inf where not ``ok``."""
+    shown = ok[None, :]
+    if causal:
+        shown = shown & (column[None, :] <= query[:, None])
+    if kind > 0:
+        at = MASK + mask_row[:, None] + column.to(tl.int64)[None, :] * sm_s
+        value = tl.load(at, mask=ok[None, :], other=0)
+        if kind == 1:
+            shown = shown & (value != 0)
+        else:
+            added = tl.maximum(value.to(tl.float32), -2e38) * 1.4426950408889634  # a minimum stays finite in base 2
+            s += tl.where(value == float("-inf"), float("-inf"), added)
+    return tl.where(shown, s, float("-inf"))
+
+
+@triton.jit
+def _absorb(
+    m,
+    total,
+    o0,
+    o1,
+    s,
+    base,
+    rows,
+    ok,
+    width: tl.constexpr,
+    part0: tl.constexpr,
+    part1: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """The online softmax after one more tile of logits ``s`` and value rows."""
+    c0, c1 = _columns(part0, part1)
+    new = tl.maximum(m, tl.max(s, 1))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(s - safe[:, None])
+    shrink = tl.exp2(m - safe)
+    at = base + rows.to(tl.int64)[:, None] * width
+    v0 = tl.load(at + c0[None, :], mask=ok[:, None] & (c0 < width)[None, :], other=0.0)
+    o0 = o0 * shrink[:, None] + tl.dot(p.to(v0.dtype), v0, input_precision=precision)
+    if part0 < width:
+        v1 = tl.load(at + c1[None, :], mask=ok[:, None] & (c1 < width)[None, :], other=0.0)
+        o1 = o1 * shrink[:, None] + tl.dot(p.to(v1.dtype), v1, input_precision=precision)
+    return new, total * shrink + tl.sum(p, 1), o0, o1
+
+
+@triton.jit
+def _walk(
+    m, total, o0, o1, q0, q1, keys, values, low, high, shift, ring_rows, MASK, mask_row, query, first, sm_s, scale,
+    IN_RING: tl.constexpr, WIDTH: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
+    DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Attend to positions [low, high), whose keys stand in rows position - shift, or in a ring."""
+    for at in range(low, high, BLOCK_N):
+        position = at + tl.arange(0, BLOCK_N)
+        ok = position < high
+        rows = position - shift
+        if IN_RING:
+            rows = position % ring_rows
+        s = _scores(q0, q1, keys, rows, ok, WIDTH, PART0, PART1, PRECISION) * scale
+        s = _hidden(s, MASK, mask_row, position - first, query, ok, sm_s, KIND, CAUSAL)
+        m, total, o0, o1 = _absorb(m, total, o0, o1, s, values, position, ok, DV, DV0, DV1, PRECISION)
+    return m, total, o0, o1
+
+
+@triton.jit
+def _share(
+    Q, K_NEW, PRUNED, CHANNELS, RECENT, VALUES, MASK, LENGTHS, OUT, MOST, TOTAL,
+    floor, start, first, extent, scale, queries, heads, capacity, value_rows, ring_rows, sm_b, sm_h, sm_n, sm_s,
+    GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    T: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
+    ON_DEVICE: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One share of the positions of one KV head, for BLOCK_M of its rows (query head of the group, query)."""
+    bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    if ON_DEVICE:
+        floor = tl.load(LENGTHS)
+        start = tl.load(LENGTHS + 1)
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_rows = GROUP * queries
+    real = row < n_rows
+    query = row % queries
+    q_row = Q + (bh * n_rows + row)[:, None] * D
+    head = (bh % heads) * GROUP + row // queries
+    mask_row = bh // heads * sm_b + head * sm_h + query.to(tl.int64) * sm_n
+    pruned, values = PRUNED + bh * capacity * T, VALUES + bh * value_rows * DV
+    ring, new = RECENT + bh * ring_rows * D, K_NEW + bh * queries * D
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    o0 = tl.zeros([BLOCK_M, DV0], tl.float32)
+    o1 = tl.zeros([BLOCK_M, DV1], tl.float32)
+
+    # The tokens, in equal shares.
+    end = tl.minimum(start + queries, extent)
+    share = tl.cdiv(tl.cdiv(end - first, SPLITS), BLOCK_N) * BLOCK_N
+    low = first + split * share
+    high = tl.minimum(low + share, end)
+    c0, c1 = _columns(T0, T1)
+    i0 = tl.load(CHANNELS + bh * T + c0, mask=c0 < T, other=0)
+    i1 = tl.load(CHANNELS + bh * T + c1, mask=c1 < T, other=0)
+    q0 = tl.load(q_row + i0[None, :], mask=real[:, None] & (c0 < T)[None, :], other=0.0)
+    q1 = tl.load(q_row + i1[None, :], mask=real[:, None] & (c1 < T)[None, :], other=0.0)
+    m, total, o0, o1 = _walk(
+        m, total, o0, o1, q0, q1, pruned, values, low, tl.minimum(high, floor), 0, ring_rows, MASK, mask_row, query,
+        first, sm_s, scale, False, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, PRECISION, BLOCK_N,
+    )  # fmt: skip
+
+    # The rows behind them, which hold no token: read only where the mask shows them.
+    tail = tl.cdiv(tl.cdiv(extent - end, SPLITS), BLOCK_N) * BLOCK_N
+    tail_low = end + split * tail
+    tail_high = tl.minimum(tail_low + tail, extent)
+    for at in range(tail_low, tail_high, BLOCK_N):
+        position = at + tl.arange(0, BLOCK_N)
+        ok = position < tail_high
+        shown = tl.where(real[:, None], tl.zeros([BLOCK_M, BLOCK_N], tl.float32), float("-inf"))
+        shown = _hidden(shown, MASK, mask_row, position - first, query, ok, sm_s, KIND, CAUSAL)
+        # what a float mask hides counts only where it hides all
+        counts = (shown > -1e30) | ((shown > float("-inf")) & (m < -1e29)[:, None])
+        if tl.max(tl.max(counts.to(tl.int32), 1), 0) > 0:
+            m, total, o0, o1 = _walk(
+                m, total, o0, o1, q0, q1, pruned, values, at, tl.minimum(at + BLOCK_N, tail_high), 0, ring_rows, MASK,
+                mask_row, query, first, sm_s, scale, False, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, PRECISION, BLOCK_N,
+            )  # fmt: skip
+
+    if high > floor:
+        w0, w1 = _columns(D0, D1)
+        q0 = tl.load(q_row + w0[None, :], mask=real[:, None] & (w0 < D)[None, :], other=0.0)
+        q1 = tl.load(q_row + w1[None, :], mask=real[:, None] & (w1 < D)[None, :], other=0.0)
+        m, total, o0, o1 = _walk(
+            m, total, o0, o1, q0, q1, ring, values, tl.maximum(low, floor), tl.minimum(high, start), 0, ring_rows, MASK,
+            mask_row, query, first, sm_s, scale, True, D, D0, D1, DV, DV0, DV1, KIND, CAUSAL, PRECISION, BLOCK_N,
+        )  # fmt: skip
+        m, total, o0, o1 = _walk(
+            m, total, o0, o1, q0, q1, new, values, tl.maximum(low, start), high, start, ring_rows, MASK, mask_row,
+            query, first, sm_s, scale, False, D, D0, D1, DV, DV0, DV1, KIND, CAUSAL, PRECISION, BLOCK_N,
+        )  # fmt: skip
+
+    seen = total > 0
+    total = tl.where(seen, total, 1.0)
+    out = (bh * SPLITS + split) * n_rows + row
+    v0, v1 = _columns(DV0, DV1)
+    tl.store(OUT + out[:, None] * DV + v0[None, :], o0 / total[:, None], mask=real[:, None] & (v0 < DV)[None, :])
+    if DV0 < DV:
+        tl.store(OUT + out[:, None] * DV + v1[None, :], o1 / total[:, None], mask=real[:, None] & (v1 < DV)[None, :])
+    tl.store(MOST + out, m, mask=real)
+    tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)
+
+
+@triton.jit
+def _merge(
+    OUT, MOST, TOTAL, RESULT, n_rows,
+    DV: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The shares of one row, weighted by what they saw; a row that saw nothing is zero."""
+    bh, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    split, column = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
+    at, real = (bh * SPLITS + split) * n_rows + row, split < SPLITS
+    m = tl.load(MOST + at, mask=real, other=float("-inf"))
+    most = tl.max(m, 0)
+    weight = tl.load(TOTAL + at, mask=real, other=0.0) * tl.exp2(m - tl.where(most == float("-inf"), 0.0, most))
+    total = tl.sum(weight, 0)
+    weight = weight / tl.where(total > 0, total, 1.0)
+    parts = tl.load(OUT + at[:, None] * DV + column[None, :], mask=real[:, None] & (column < DV)[None, :], other=0.0)
+    result = tl.sum(parts * weight[:, None], 0)
+    tl.store(RESULT + (bh * n_rows + row) * DV + column, result.to(RESULT.dtype.element_ty), mask=column < DV)
+
+
+def _traced(kernel: Any) -> Any:
+    """The kernel as Inductor sees it; what Triton's interpreter runs on a CPU is called as it is."""
+    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+
+
+def _parts(width: int) -> tuple[int, int]:
+    """Two powers of two, of 16 at least, that hold a row of ``width`` columns: 80 is 64 + 16."""
+    most = max(16, 2 ** (width.bit_length() - 1))
+    return most, max(16, 2 ** max(0, width - most - 1).bit_length())
+
+
+def launch_for(rows: int, width: int, heads: int, extent: int) -> Launch:
+    """How to launch for ``rows`` query rows of each of ``heads`` KV heads (all batches), T columns, ``extent`` rows."""
+    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    block_n = 64 if block_m > 16 or width > 128 else 128
+    shares = max(1, 264 // max(1, heads * triton.cdiv(rows, block_m)))  # two programs on each of 132 processors
+    return Launch(block_m, block_n, 4, 3, min(64, triton.next_power_of_2(shares), max(1, triton.cdiv(extent, block_n))))
+
+
+def _lengths(start: Length, floor: Length) -> tuple[Tensor | None, int, int]:
+    """The two as one tensor, or as numbers."""
+    if isinstance(start, Tensor) or isinstance(floor, Tensor):
+        assert isinstance(start, Tensor) and isinstance(floor, Tensor)
+        return torch.stack([floor, start]), 0, 0
+    return None, floor, start
+
+
+def decode_attention(
+    q: Tensor,
+    k_new: Tensor,
+    pruned: Tensor,
+    channels: Tensor,
+    recent: Tensor,
+    values: Tensor,
+    start: Length,
+    floor: Length,
+    extent: int,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    first: int = 0,
+    launch: Launch | None = None,
+) -> Tensor:
+    """:func:`.reference.pruned_attention` by the kernel; [B, Hq, N, Dv] in q's dtype. N is at most ``MAX_QUERIES``.
+
+    ``pruned``, ``recent`` and ``values`` are the stores' own tensors, which are contiguous.
+    """
+    lengths, floor, start = _lengths(start, floor)
+    batch, query_heads, queries, _ = q.shape
+    if mask is not None:
+        mask = mask.expand(batch, query_heads, queries, extent - first)
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    if launch is None:
+        heads = k_new.shape[1]
+        launch = launch_for(query_heads // heads * queries, pruned.shape[-1], batch * heads, extent)
+    return _decode(
+        q.contiguous(), k_new.contiguous(), pruned, channels.contiguous(), recent, values, mask, lengths,
+        floor, start, first, extent, scale, is_causal, list(launch),
+    )  # fmt: skip
+
+
+@triton_op("think_compile::decode_attention", mutates_args={})
+def _decode(
+    q: Tensor,
+    k_new: Tensor,
+    pruned: Tensor,
+    channels: Tensor,
+    recent: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    floor: int,
+    start: int,
+    first: int,
+    extent: int,
+    scale: float,
+    is_causal: bool,
+    launch: list[int],
+) -> Tensor:
+    how = Launch(*launch)
+    (batch, query_heads, queries, d), heads, width, dv = q.shape, k_new.shape[1], pruned.shape[-1], values.shape[-1]
+    rows, all_heads = query_heads // heads * queries, batch * heads
+    out = q.new_empty((all_heads, how.splits, rows, dv), dtype=torch.float32)
+    most, total = (q.new_empty((all_heads, how.splits, rows), dtype=torch.float32) for _ in range(2))
+    result = q.new_empty((batch, query_heads, queries, dv))
+    kind = 0 if mask is None else 1 if mask.dtype == torch.uint8 else 2
+    strides = (0, 0, 0, 0) if mask is None else mask.stride()
+    grid = (all_heads, triton.cdiv(rows, how.block_m), how.splits)
+    _traced(_share)[grid](
+        q, k_new, pruned, channels, recent, values, mask, lengths, out, most, total,
+        floor, start, first, extent, scale * _LOG2E, queries, heads, pruned.shape[2], values.shape[2], recent.shape[2],
+        *strides,
+        GROUP=query_heads // heads, D=d, D0=_parts(d)[0], D1=_parts(d)[1],
+        T=width, T0=_parts(width)[0], T1=_parts(width)[1], DV=dv, DV0=_parts(dv)[0], DV1=_parts(dv)[1],
+        ON_DEVICE=lengths is not None, KIND=kind, CAUSAL=is_causal,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        BLOCK_M=how.block_m, BLOCK_N=how.block_n, SPLITS=how.splits, num_warps=how.warps, num_stages=how.stages,
+    )  # fmt: skip
+    block_s, block_v = triton.next_power_of_2(how.splits), triton.next_power_of_2(dv)
+    _traced(_merge)[(all_heads, rows)](
+        out, most, total, result, rows, DV=dv, BLOCK_V=block_v, SPLITS=how.splits, BLOCK_S=block_s
+    )
+    return result
