@@ -114,7 +114,8 @@ def _walk(
         rows = position - shift
         if IN_RING:
             rows = position % ring_rows
-        s = _scores(q0, q1, keys, rows, ok, WIDTH, PART0, PART1, PRECISION) * scale
+        s = _scores(q0, q1, keys, rows, ok, WIDTH, PART0, PART1, PRECISION)
+        s = (s * scale).to(tl.float32)  # a Python float arrives as float64 from Inductor
         s = _hidden(s, MASK, mask_row, position - first, query, ok, sm_s, KIND, CAUSAL)
         m, total, o0, o1 = _absorb(m, total, o0, o1, s, values, position, ok, DV, DV0, DV1, PRECISION)
     return m, total, o0, o1
