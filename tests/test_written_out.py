@@ -70,10 +70,14 @@ def test_more_choices_together(style, side, ratio):
     follow(style, padded=side, rules=Rules(ratio, recent=3, observe=5))
 
 
-INDUCTOR = [Style(product="bmm", mask="masked_fill"), Style(layout="bshd", extra="sink", cache="fixed")]
+INDUCTOR = [
+    pytest.param(Style(product="bmm", mask="masked_fill"), id="growing"),
+    pytest.param(Style(layout="bshd", extra="sink", cache="fixed"), id="fixed", marks=pytest.mark.slow),
+    pytest.param(Style(extra="stock, bias of the values"), id="values read elsewhere", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("style", INDUCTOR, ids=str)
+@pytest.mark.parametrize("style", INDUCTOR)
 @torch.no_grad()
 def test_inductor(style):
     follow(style, lowering="inductor")
