@@ -1,5 +1,6 @@
 """Which attentions have a cache, how it is joined, and why others are refused: hand-built modules, one per case."""
 
+import dataclasses
 import signal
 
 import pytest
@@ -12,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from think_compile.passes.attention import find_attention
 from think_compile.passes.kv_cache import CachedAttention, find_caches
 from think_compile.passes.normalize import Normalized, normalize
+from think_compile.passes.own_rows import find_own_rows
 from think_compile.passes.refusal import Reason
 
 B, HQ, H, N, P, C, D = 2, 4, 2, 3, 7, 16, 8
@@ -195,6 +197,18 @@ def test_first_call_of_a_fixed_cache_made_in_the_graph(f):
     site = cached(g, *qkv(), torch.arange(N))
     assert site.fixed
     assert site.past is None
+
+
+def test_own_rows_suffice_for_all_readers_of_a_cache_or_none():
+    def g(q, k, v, pos):
+        k, v = (torch.zeros(B, H, C, D).index_copy(2, pos, new) for new in (k, v))
+        return attend(q, k, v, is_causal=True), k, v
+
+    found = normalized(g, *qkv(), torch.arange(N))
+    (site,) = find_caches(found, find_attention(found.graph_module)).cached
+    other = dataclasses.replace(site, attention=dataclasses.replace(site.attention, is_causal=False))
+    assert find_own_rows(found, [site]).roots == {site.keys.root}
+    assert find_own_rows(found, [site, other]) is None
 
 
 def test_prefix_read():

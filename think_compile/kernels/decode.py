@@ -3,7 +3,8 @@
 Each program takes a share of the positions and attends to it with an online softmax: the stored narrow rows with the
 queries gathered on the kept channels, then ring and new keys with the whole queries. A second kernel merges the shares.
 Lengths are numbers (growing caches) or come from device memory (fixed ones), so that one captured graph serves all
-steps. What it computes is :func:`.reference.pruned_attention`; letters as there.
+steps. What it computes is :func:`.reference.pruned_attention`; letters as there. The rewritten graphs do not call it
+yet, and how it is launched has not been tuned on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch.library import triton_op, wrap_triton
 
 from think_compile.kernels.reference import Length
 
-MAX_QUERIES = 64
 _LOG2E = 1.4426950408889634
 
 
@@ -36,6 +36,13 @@ class Launch(NamedTuple):
 def _columns(part0: tl.constexpr, part1: tl.constexpr):
     """Column numbers of a row that is read in two parts of a power of two each."""
     return tl.arange(0, part0), part0 + tl.arange(0, part1)
+
+
+@triton.jit
+def _queries(q_row, real, i0, i1, ok0, ok1):
+    """The queries' columns ``i0`` and ``i1``, the two parts that :func:`_scores` multiplies."""
+    q0 = tl.load(q_row + i0[None, :], mask=real[:, None] & ok0[None, :], other=0.0)
+    return q0, tl.load(q_row + i1[None, :], mask=real[:, None] & ok1[None, :], other=0.0)
 
 
 @triton.jit
@@ -158,8 +165,7 @@ def _share(
     c0, c1 = _columns(T0, T1)
     i0 = tl.load(CHANNELS + bh * T + c0, mask=c0 < T, other=0)
     i1 = tl.load(CHANNELS + bh * T + c1, mask=c1 < T, other=0)
-    q0 = tl.load(q_row + i0[None, :], mask=real[:, None] & (c0 < T)[None, :], other=0.0)
-    q1 = tl.load(q_row + i1[None, :], mask=real[:, None] & (c1 < T)[None, :], other=0.0)
+    q0, q1 = _queries(q_row, real, i0, i1, c0 < T, c1 < T)
     m, total, o0, o1 = _walk(
         m, total, o0, o1, q0, q1, pruned, values, low, tl.minimum(high, floor), 0, ring_rows, MASK, mask_row, query,
         first, sm_s, scale, False, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, PRECISION, BLOCK_N,
@@ -184,8 +190,7 @@ def _share(
 
     if high > floor:
         w0, w1 = _columns(D0, D1)
-        q0 = tl.load(q_row + w0[None, :], mask=real[:, None] & (w0 < D)[None, :], other=0.0)
-        q1 = tl.load(q_row + w1[None, :], mask=real[:, None] & (w1 < D)[None, :], other=0.0)
+        q0, q1 = _queries(q_row, real, w0, w1, w0 < D, w1 < D)
         m, total, o0, o1 = _walk(
             m, total, o0, o1, q0, q1, ring, values, tl.maximum(low, floor), tl.minimum(high, start), 0, ring_rows, MASK,
             mask_row, query, first, sm_s, scale, True, D, D0, D1, DV, DV0, DV1, KIND, CAUSAL, PRECISION, BLOCK_N,
@@ -268,7 +273,7 @@ def decode_attention(
     first: int = 0,
     launch: Launch | None = None,
 ) -> Tensor:
-    """:func:`.reference.pruned_attention` by the kernel; [B, Hq, N, Dv] in q's dtype. N is at most ``MAX_QUERIES``.
+    """:func:`.reference.pruned_attention` by the kernel; [B, Hq, N, Dv] in q's dtype.
 
     ``pruned``, ``recent`` and ``values`` are the stores' own tensors, which are contiguous.
     """

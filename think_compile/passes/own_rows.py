@@ -35,6 +35,7 @@ _COSTLY = {
     aten.convolution.default,
     aten.scaled_dot_product_attention.default,
 }
+_SDPA = aten.scaled_dot_product_attention.default
 
 
 class OwnRows:
@@ -52,7 +53,7 @@ class OwnRows:
 def find_own_rows(normalized: Normalized, sites: Sequence[CachedAttention]) -> OwnRows | None:
     """The caches of ``sites`` of which own rows may suffice; None: there is none."""
     eligible = [site for site in sites if _is_eligible(site)]
-    refused = {site.keys.root for site in sites} - {site.keys.root for site in eligible}
+    refused = {site.keys.root for site in sites if not _is_eligible(site)}
     eligible = [site for site in eligible if site.keys.root not in refused]
     if not eligible:
         return None
@@ -75,9 +76,6 @@ def _is_eligible(site: CachedAttention) -> bool:
         return attention.is_causal
     *_, rows, columns = attention.mask.meta["val"].shape
     return same_size(rows, site.query_tokens) and same_size(columns, site.keys.extent)
-
-
-_SDPA = aten.scaled_dot_product_attention.default
 
 
 def _own(site: CachedAttention) -> Any:
@@ -110,13 +108,9 @@ def _question(normalized: Normalized, sites: Sequence[CachedAttention], nodes: s
     for node in normalized.graph_module.graph.nodes:
         if node.op == "placeholder" or node in nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    asked: dict[Any, Node] = {}
-    for site in sites:
-        join, mask = site.keys.join, site.attention.mask
-        start = copies[join.start] if isinstance(join.start, Node) else join.start
-        if (start, None) not in asked:
-            asked[start, None] = graph.call_function(steps.begins_at_first_row, (start, join.consecutive))
-        if mask is not None and mask not in asked:
-            asked[mask] = graph.call_function(steps.hides_other_rows, (copies[mask],))
-    graph.output(graph.call_function(steps.all_hold, (list(asked.values()),)))
+    starts = dict.fromkeys((site.keys.join.start, site.keys.join.consecutive) for site in sites)
+    masks = dict.fromkeys(site.attention.mask for site in sites if site.attention.mask is not None)
+    asked = [graph.call_function(steps.begins_at_first_row, (copies.get(at, at), known)) for at, known in starts]
+    asked += [graph.call_function(steps.hides_other_rows, (copies[mask],)) for mask in masks]
+    graph.output(graph.call_function(steps.all_hold, (asked,)))
     return GraphModule(normalized.graph_module, graph)
