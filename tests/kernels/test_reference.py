@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from think_compile.kernels import reference as ref
+from think_compile.kernels.attend import attend
 
 LOW = torch.finfo(torch.float32).min
 
@@ -277,7 +278,7 @@ def test_attention(case, kind, tensors):
             scale=0.3,
         )
         numbers = (torch.tensor(start), torch.tensor(floor)) if tensors else (start, floor)
-        for way in (ref.pruned_attention, ref.dense_attention, ref.attend):
+        for way in (ref.pruned_attention, ref.dense_attention, attend):
             got = way(q, k_new, packed, values, *numbers, extent, mask, 0.3, is_causal)
             torch.testing.assert_close(got, expected, msg=lambda m: f"{way.__name__}, {extent}: {m}")  # noqa: B023
 
@@ -301,7 +302,7 @@ def test_attention_dtypes(dtype, n_new):
     packed, dense, values, floor = state(2, 2, 9, 16, 8, 3, dtype=dtype)
     q, k_new = torch.randn(2, 4, n_new, 16).to(dtype), torch.randn(2, 2, n_new, 16).to(dtype)
     ref.append_rows(packed.pruned, ref.narrow_rows(k_new, packed.channels), 9)
-    got = ref.attend(q, k_new, packed, values, 9, floor, 9 + n_new, None, 0.25, False)
+    got = attend(q, k_new, packed, values, 9, floor, 9 + n_new, None, 0.25, False)
     assert got.dtype == dtype
     keys = torch.cat([dense, k_new], 2).double().repeat_interleave(2, 1)
     values = values[:, :, : 9 + n_new].double().repeat_interleave(2, 1)

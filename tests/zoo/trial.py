@@ -272,7 +272,7 @@ def try_out(model: nn.Module, *, static: bool = False, sliding: bool = False) ->
     """What comes of the model with one kind of cache at ratio 0.5, and if something is rewritten at 0."""
     ours = compiled(model, sliding=sliding)
     outcome = compare(copy.deepcopy(model), ours, static=static)
-    exact = compare(copy.deepcopy(model), nothing_pruned(ours), static=static) if outcome.packed else None
+    exact = compare(copy.deepcopy(model), nothing_pruned(ours), static=static) if outcome.found.rewritten else None
     return outcome, exact
 
 

@@ -9,7 +9,7 @@ yet, and how it is launched has not been tuned on a GPU.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,19 +17,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from think_compile.kernels.launch import LONG, Launch, launch_for
 from think_compile.kernels.reference import Length
 
 _LOG2E = 1.4426950408889634
-
-
-class Launch(NamedTuple):
-    """How the kernel is launched: rows of queries and of keys a tile, warps, pipeline stages, shares of a head."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    splits: int
+WHOLE_SHARE = 128  # about as many positions with whole keys does a program take
 
 
 @triton.jit
@@ -61,13 +53,17 @@ def _scores(
 
 
 @triton.jit
-def _hidden(s, MASK, mask_row, column, query, ok, sm_s, kind: tl.constexpr, causal: tl.constexpr):
-    """Logits (base 2) after the model's mask: none (0), bool (1), float that is added (2); -inf where not ``ok``."""
+def _hidden(s, MASK, mask_row, column, query, ok, sm_s, kind: tl.constexpr, causal: tl.constexpr, alike: tl.constexpr):
+    """Logits (base 2) after the model's mask: none (0), bool (1), float that is added (2); -inf where not ``ok``.
+
+    ``alike``: the mask is one for all rows, and ``mask_row`` a number.
+    """
     shown = ok[None, :]
     if causal:
         shown = shown & (column[None, :] <= query[:, None])
     if kind > 0:
-        at = MASK + mask_row[:, None] + column.to(tl.int64)[None, :] * sm_s
+        columns = column.to(tl.int64)[None, :] * sm_s
+        at = MASK + mask_row + columns if alike else MASK + mask_row[:, None] + columns
         value = tl.load(at, mask=ok[None, :], other=0)
         if kind == 1:
             shown = shown & (value != 0)
@@ -112,7 +108,7 @@ def _walk(
     m, total, o0, o1, q0, q1, keys, values, low, high, shift, ring_rows, MASK, mask_row, query, first, sm_s, scale,
     IN_RING: tl.constexpr, WIDTH: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
-    KIND: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attend to positions [low, high), whose keys stand in rows position - shift, or in a ring."""
     for at in range(low, high, BLOCK_N):
@@ -123,19 +119,28 @@ def _walk(
             rows = position % ring_rows
         s = _scores(q0, q1, keys, rows, ok, WIDTH, PART0, PART1, PRECISION)
         s = (s * scale).to(tl.float32)  # a Python float arrives as float64 from Inductor
-        s = _hidden(s, MASK, mask_row, position - first, query, ok, sm_s, KIND, CAUSAL)
+        s = _hidden(s, MASK, mask_row, position - first, query, ok, sm_s, KIND, CAUSAL, ALIKE)
         m, total, o0, o1 = _absorb(m, total, o0, o1, s, values, position, ok, DV, DV0, DV1, PRECISION)
     return m, total, o0, o1
 
 
 @triton.jit
+def _part(low, high, i, parts, BLOCK_N: tl.constexpr):
+    """Bounds of the ``i``-th of ``parts`` equal parts of [low, high), in whole tiles."""
+    share = tl.cdiv(tl.cdiv(high - low, parts), BLOCK_N) * BLOCK_N
+    low += i * share
+    return low, tl.minimum(low + share, high)
+
+
+# A length that changes with each token must not make a new variant of the kernel each time.
+@triton.jit(do_not_specialize=["floor", "start", "first", "extent", "splits", "whole_splits"])
 def _share(
     Q, K_NEW, PRUNED, CHANNELS, RECENT, VALUES, MASK, LENGTHS, OUT, MOST, TOTAL,
-    floor, start, first, extent, scale, queries, heads, capacity, value_rows, ring_rows, sm_b, sm_h, sm_n, sm_s,
+    floor, start, first, extent, scale, queries, heads, capacity, value_rows, ring_rows, splits, whole_splits, sm_b, sm_h, sm_n, sm_s,
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     T: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
-    ON_DEVICE: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    ON_DEVICE: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One share of the positions of one KV head, for BLOCK_M of its rows (query head of the group, query)."""
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
@@ -147,8 +152,9 @@ def _share(
     real = row < n_rows
     query = row % queries
     q_row = Q + (bh * n_rows + row)[:, None] * D
-    head = (bh % heads) * GROUP + row // queries
-    mask_row = bh // heads * sm_b + head * sm_h + query.to(tl.int64) * sm_n
+    mask_row = bh // heads * sm_b
+    if not ALIKE:
+        mask_row += ((bh % heads) * GROUP + row // queries) * sm_h + query.to(tl.int64) * sm_n
     pruned, values = PRUNED + bh * capacity * T, VALUES + bh * value_rows * DV
     ring, new = RECENT + bh * ring_rows * D, K_NEW + bh * queries * D
 
@@ -157,52 +163,49 @@ def _share(
     o0 = tl.zeros([BLOCK_M, DV0], tl.float32)
     o1 = tl.zeros([BLOCK_M, DV1], tl.float32)
 
-    # The tokens, in equal shares.
     end = tl.minimum(start + queries, extent)
-    share = tl.cdiv(tl.cdiv(end - first, SPLITS), BLOCK_N) * BLOCK_N
-    low = first + split * share
-    high = tl.minimum(low + share, end)
-    c0, c1 = _columns(T0, T1)
-    i0 = tl.load(CHANNELS + bh * T + c0, mask=c0 < T, other=0)
-    i1 = tl.load(CHANNELS + bh * T + c1, mask=c1 < T, other=0)
-    q0, q1 = _queries(q_row, real, i0, i1, c0 < T, c1 < T)
-    m, total, o0, o1 = _walk(
-        m, total, o0, o1, q0, q1, pruned, values, low, tl.minimum(high, floor), 0, ring_rows, MASK, mask_row, query,
-        first, sm_s, scale, False, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, PRECISION, BLOCK_N,
-    )  # fmt: skip
-
-    # The rows behind them, which hold no token: read only where the mask shows them.
-    tail = tl.cdiv(tl.cdiv(extent - end, SPLITS), BLOCK_N) * BLOCK_N
-    tail_low = end + split * tail
-    tail_high = tl.minimum(tail_low + tail, extent)
-    for at in range(tail_low, tail_high, BLOCK_N):
-        position = at + tl.arange(0, BLOCK_N)
-        ok = position < tail_high
-        shown = tl.where(real[:, None], tl.zeros([BLOCK_M, BLOCK_N], tl.float32), float("-inf"))
-        shown = _hidden(shown, MASK, mask_row, position - first, query, ok, sm_s, KIND, CAUSAL)
-        # what a float mask hides counts only where it hides all
-        counts = (shown > -1e30) | ((shown > float("-inf")) & (m < -1e29)[:, None])
-        if tl.max(tl.max(counts.to(tl.int32), 1), 0) > 0:
-            m, total, o0, o1 = _walk(
-                m, total, o0, o1, q0, q1, pruned, values, at, tl.minimum(at + BLOCK_N, tail_high), 0, ring_rows, MASK,
-                mask_row, query, first, sm_s, scale, False, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, PRECISION, BLOCK_N,
-            )  # fmt: skip
-
-    if high > floor:
-        w0, w1 = _columns(D0, D1)
-        q0, q1 = _queries(q_row, real, w0, w1, w0 < D, w1 < D)
+    if split < splits:  # narrow keys, in equal shares
+        c0, c1 = _columns(T0, T1)
+        i0 = tl.load(CHANNELS + bh * T + c0, mask=c0 < T, other=0)
+        i1 = tl.load(CHANNELS + bh * T + c1, mask=c1 < T, other=0)
+        q0, q1 = _queries(q_row, real, i0, i1, c0 < T, c1 < T)
+        low, high = _part(first, tl.minimum(floor, end), split, splits, BLOCK_N)
         m, total, o0, o1 = _walk(
-            m, total, o0, o1, q0, q1, ring, values, tl.maximum(low, floor), tl.minimum(high, start), 0, ring_rows, MASK,
-            mask_row, query, first, sm_s, scale, True, D, D0, D1, DV, DV0, DV1, KIND, CAUSAL, PRECISION, BLOCK_N,
+            m, total, o0, o1, q0, q1, pruned, values, low, high, 0, ring_rows, MASK, mask_row, query, first, sm_s,
+            scale, False, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
+        )  # fmt: skip
+
+        # The rows behind the tokens hold nothing: read only where the mask shows them.
+        low, high = _part(end, extent, split, splits, BLOCK_N)
+        for at in range(low, high, BLOCK_N):
+            position = at + tl.arange(0, BLOCK_N)
+            ok = position < high
+            shown = tl.where(real[:, None], tl.zeros([BLOCK_M, BLOCK_N], tl.float32), float("-inf"))
+            shown = _hidden(shown, MASK, mask_row, position - first, query, ok, sm_s, KIND, CAUSAL, ALIKE)
+            # what a float mask hides counts only where it hides all
+            counts = (shown > -1e30) | ((shown > float("-inf")) & (m < -1e29)[:, None])
+            if tl.max(tl.max(counts.to(tl.int32), 1), 0) > 0:
+                m, total, o0, o1 = _walk(
+                    m, total, o0, o1, q0, q1, pruned, values, at, tl.minimum(at + BLOCK_N, high), 0, ring_rows, MASK,
+                    mask_row, query, first, sm_s, scale, False, T, T0, T1, DV, DV0, DV1,
+                    KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
+                )  # fmt: skip
+    else:  # whole keys
+        w0, w1 = _columns(D0, D1)
+        whole0, whole1 = _queries(q_row, real, w0, w1, w0 < D, w1 < D)
+        low, high = _part(tl.maximum(first, floor), end, split - splits, whole_splits, BLOCK_N)
+        m, total, o0, o1 = _walk(
+            m, total, o0, o1, whole0, whole1, ring, values, low, tl.minimum(high, start), 0, ring_rows, MASK,
+            mask_row, query, first, sm_s, scale, True, D, D0, D1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
         )  # fmt: skip
         m, total, o0, o1 = _walk(
-            m, total, o0, o1, q0, q1, new, values, tl.maximum(low, start), high, start, ring_rows, MASK, mask_row,
-            query, first, sm_s, scale, False, D, D0, D1, DV, DV0, DV1, KIND, CAUSAL, PRECISION, BLOCK_N,
+            m, total, o0, o1, whole0, whole1, new, values, tl.maximum(low, start), high, start, ring_rows, MASK, mask_row,
+            query, first, sm_s, scale, False, D, D0, D1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
         )  # fmt: skip
 
     seen = total > 0
     total = tl.where(seen, total, 1.0)
-    out = (bh * SPLITS + split) * n_rows + row
+    out = (bh * (splits + whole_splits) + split) * n_rows + row
     v0, v1 = _columns(DV0, DV1)
     tl.store(OUT + out[:, None] * DV + v0[None, :], o0 / total[:, None], mask=real[:, None] & (v0 < DV)[None, :])
     if DV0 < DV:
@@ -235,18 +238,17 @@ def _traced(kernel: Any) -> Any:
     return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 
+def _is_alike(mask: Tensor | None) -> bool:
+    """Whether an expanded mask says the same for all queries of a sequence."""
+    return mask is None or all(
+        size == 1 or stride == 0 for size, stride in zip(mask.shape[1:3], mask.stride()[1:3], strict=False)
+    )
+
+
 def _parts(width: int) -> tuple[int, int]:
     """Two powers of two, of 16 at least, that hold a row of ``width`` columns: 80 is 64 + 16."""
     most = max(16, 2 ** (width.bit_length() - 1))
     return most, max(16, 2 ** max(0, width - most - 1).bit_length())
-
-
-def launch_for(rows: int, width: int, heads: int, extent: int) -> Launch:
-    """How to launch for ``rows`` query rows of each of ``heads`` KV heads (all batches), T columns, ``extent`` rows."""
-    block_m = min(64, max(16, triton.next_power_of_2(rows)))
-    block_n = 64 if block_m > 16 or width > 128 else 128
-    shares = max(1, 264 // max(1, heads * triton.cdiv(rows, block_m)))  # two programs on each of 132 processors
-    return Launch(block_m, block_n, 4, 3, min(64, triton.next_power_of_2(shares), max(1, triton.cdiv(extent, block_n))))
 
 
 def _lengths(start: Length, floor: Length) -> tuple[Tensor | None, int, int]:
@@ -283,12 +285,23 @@ def decode_attention(
         mask = mask.expand(batch, query_heads, queries, extent - first)
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     if launch is None:
-        heads = k_new.shape[1]
-        launch = launch_for(query_heads // heads * queries, pruned.shape[-1], batch * heads, extent)
+        launch = _launch(q, k_new, pruned.shape[-1] + values.shape[-1], extent)
     return _decode(
         q.contiguous(), k_new.contiguous(), pruned, channels.contiguous(), recent, values, mask, lengths,
         floor, start, first, extent, scale, is_causal, list(launch),
     )  # fmt: skip
+
+
+def _launch(q: Tensor, k_new: Tensor, width: int, extent: int) -> Launch:
+    """The launch for a call; of sizes that vary, for those that a graph is made with."""
+    (batch, query_heads, queries, _), heads = (_hint(size) for size in q.shape), _hint(k_new.shape[1])
+    tokens = extent if isinstance(extent, int) else max(LONG, _hint(extent))
+    return launch_for(query_heads // heads * queries, width, batch * heads, tokens)
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """A number that is typical of a size, with no guard on it."""
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 @triton_op("think_compile::decode_attention", mutates_args={})
@@ -312,24 +325,26 @@ def _decode(
     how = Launch(*launch)
     (batch, query_heads, queries, d), heads, width, dv = q.shape, k_new.shape[1], pruned.shape[-1], values.shape[-1]
     rows, all_heads = query_heads // heads * queries, batch * heads
-    out = q.new_empty((all_heads, how.splits, rows, dv), dtype=torch.float32)
-    most, total = (q.new_empty((all_heads, how.splits, rows), dtype=torch.float32) for _ in range(2))
+    whole_splits = min(how.splits, -(-(_hint(recent.shape[2]) + _hint(queries)) // WHOLE_SHARE))
+    splits = how.splits + whole_splits
+    out = q.new_empty((all_heads, splits, rows, dv), dtype=torch.float32)
+    most, total = (q.new_empty((all_heads, splits, rows), dtype=torch.float32) for _ in range(2))
     result = q.new_empty((batch, query_heads, queries, dv))
     kind = 0 if mask is None else 1 if mask.dtype == torch.uint8 else 2
     strides = (0, 0, 0, 0) if mask is None else mask.stride()
-    grid = (all_heads, triton.cdiv(rows, how.block_m), how.splits)
+    grid = (all_heads, triton.cdiv(rows, how.block_m), splits)
     _traced(_share)[grid](
         q, k_new, pruned, channels, recent, values, mask, lengths, out, most, total,
         floor, start, first, extent, scale * _LOG2E, queries, heads, pruned.shape[2], values.shape[2], recent.shape[2],
-        *strides,
+        how.splits, whole_splits, *strides,
         GROUP=query_heads // heads, D=d, D0=_parts(d)[0], D1=_parts(d)[1],
         T=width, T0=_parts(width)[0], T1=_parts(width)[1], DV=dv, DV0=_parts(dv)[0], DV1=_parts(dv)[1],
-        ON_DEVICE=lengths is not None, KIND=kind, CAUSAL=is_causal,
+        ON_DEVICE=lengths is not None, KIND=kind, CAUSAL=is_causal, ALIKE=_is_alike(mask),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        BLOCK_M=how.block_m, BLOCK_N=how.block_n, SPLITS=how.splits, num_warps=how.warps, num_stages=how.stages,
+        BLOCK_M=how.block_m, BLOCK_N=how.block_n, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
-    block_s, block_v = triton.next_power_of_2(how.splits), triton.next_power_of_2(dv)
+    block_s, block_v = triton.next_power_of_2(splits), triton.next_power_of_2(dv)
     _traced(_merge)[(all_heads, rows)](
-        out, most, total, result, rows, DV=dv, BLOCK_V=block_v, SPLITS=how.splits, BLOCK_S=block_s
+        out, most, total, result, rows, DV=dv, BLOCK_V=block_v, SPLITS=splits, BLOCK_S=block_s
     )
     return result

@@ -21,10 +21,6 @@ from torch import Tensor
 
 Length = int | Tensor
 
-# Up to this many new tokens a call multiplies with the narrow keys; a longer one is bound by arithmetic, not by
-# reading the cache, and attends to the zero-filled keys with the stock attention instead.
-MAX_NARROW_QUERIES = 16
-
 
 class Packed(NamedTuple):
     """What a first call leaves of a layer's keys."""
@@ -332,21 +328,3 @@ def dense_attention(
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-
-
-def attend(
-    q: Tensor,
-    k_new: Tensor,
-    packed: Packed,
-    values: Tensor,
-    start: Length,
-    floor: Length,
-    extent: int,
-    mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    first: int = 0,
-) -> Tensor:
-    """Attention over pruned keys by whichever of the two ways suits the number of new tokens."""
-    way = pruned_attention if q.shape[2] <= MAX_NARROW_QUERIES else dense_attention
-    return way(q, k_new, packed, values, start, floor, extent, mask, scale, is_causal, first)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from think_compile.kernels import reference as ref
+from think_compile.kernels.attend import attend
 
 GROWTH_ROWS = 16
 
@@ -211,7 +212,7 @@ def attend_growing(
     extent = start + k_new.shape[2]
     first = first if read is None else extent - read
     scale = default_scale(q, scale)
-    return ref.attend(q, k_new, packed, values, start, floor, extent, mask, scale, is_causal, first)
+    return attend(q, k_new, packed, values, start, floor, extent, mask, scale, is_causal, first)
 
 
 def append_keys_growing(k_new: Tensor, pruned: Tensor, channels: Tensor, recent: Tensor, start: int) -> Tensor:
@@ -239,7 +240,7 @@ def attend_fixed(
     start = torch.as_tensor(start, device=q.device)
     ref.append_rows(values, v_new, start)
     packed, floor = ref.Packed(pruned, channels, recent), torch.minimum(progress[0], start)
-    return ref.attend(q, k_new, packed, values, start, floor, extent, mask, default_scale(q, scale), is_causal)
+    return attend(q, k_new, packed, values, start, floor, extent, mask, default_scale(q, scale), is_causal)
 
 
 def append_keys_fixed(

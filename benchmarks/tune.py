@@ -1,0 +1,169 @@
+"""Writes think_compile/kernels/launches.json: how the decode kernel is launched for the shapes measured here.
+
+Each shape is timed with a grid of tiles, warps, stages and shares; the fastest launch is a row of the table, and
+:func:`think_compile.kernels.launch.launch_for` takes the nearest row. To be run on the device that the table is for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.measure import captured_ms, copies_for, device_name, versions
+from think_compile.kernels import decode
+from think_compile.kernels.launch import TABLE, Launch, query_tile
+
+RECENT = 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A later call: ``batch`` sequences of ``tokens`` tokens; the rest is the layer's."""
+
+    batch: int
+    tokens: int
+    query_heads: int = 32
+    heads: int = 8
+    d: int = 128
+    kept: int = 64
+    dv: int = 128
+    queries: int = 1
+    mask: str = "none"
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a KV head."""
+        return self.query_heads // self.heads * self.queries
+
+    @property
+    def n_bytes(self) -> int:
+        """What one call reads of keys and values."""
+        return self.batch * self.heads * self.tokens * (self.kept + self.dv) * self.dtype.itemsize
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.batch * self.heads * self.tokens * (self.d + self.dv) * self.dtype.itemsize
+
+
+def arguments(shape: Shape, device: str = "cuda", spare: int = 64) -> tuple[Any, ...]:
+    """Fresh random arguments of :func:`decode.decode_attention`, the lengths on the device."""
+    b, h, s = shape.batch, shape.heads, shape.tokens
+    with torch.device(device):
+        make = lambda *size: torch.randn(*size, dtype=shape.dtype)  # noqa: E731
+        q, k_new = make(b, shape.query_heads, shape.queries, shape.d), make(b, h, shape.queries, shape.d)
+        channels = torch.rand(b, h, shape.d).topk(shape.kept).indices.sort().values
+        rows, ring = make(b, h, s + spare, shape.kept), make(b, h, RECENT + 1, shape.d)
+        values = make(b, h, s + spare, shape.dv)
+        start, floor = torch.tensor(s - shape.queries), torch.tensor(s - shape.queries - RECENT)
+        mask = None
+        if shape.mask != "none":
+            mask = (torch.arange(s + spare) < s).expand(b, 1, shape.queries, -1)
+            if shape.mask == "float":
+                mask = torch.zeros(mask.shape, dtype=shape.dtype).masked_fill(~mask, torch.finfo(shape.dtype).min)
+    extent = s + spare
+    return q, k_new, rows, channels, ring, values, start, floor, extent, mask, shape.d**-0.5, False
+
+
+SHAPES = [
+    *(Shape(b, s) for b, s in ((1, 1024), (1, 8192), (1, 32768), (1, 131072), (8, 1024), (8, 8192), (8, 32768))),
+    Shape(16, 32768),
+    *(Shape(b, s, heads=32) for b, s in ((1, 8192), (4, 16384))),
+    *(Shape(b, s, kept=128) for b, s in ((1, 8192), (1, 131072), (8, 32768))),  # ratio 0
+    *(Shape(b, s, kept=80) for b, s in ((1, 32768), (8, 8192), (8, 32768))),
+    *(Shape(b, s, kept=32) for b, s in ((1, 32768), (8, 8192))),
+    *(Shape(b, s, query_heads=16, heads=8, d=256, kept=128, dv=256) for b, s in ((1, 32768), (8, 8192))),
+    *(Shape(b, s, query_heads=28, heads=4) for b, s in ((1, 32768), (8, 8192))),
+    *(Shape(b, s, query_heads=9, heads=3, d=64, kept=32, dv=64) for b, s in ((1, 2048), (8, 8192))),
+    *(Shape(b, s, queries=8) for b, s in ((1, 32768), (8, 8192))),
+    *(Shape(b, s, queries=32) for b, s in ((1, 32768), (8, 8192))),
+]
+TILES = [*itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4))]
+PROGRAMS = (1, 2, 3, 4)  # of one multiprocessor
+
+
+def launches(shape: Shape, tiles: Any = TILES) -> list[Launch]:
+    """The launches that are tried for a shape."""
+    block_m = query_tile(shape.rows)
+    blocks = shape.batch * shape.heads * -(-shape.rows // block_m)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    wanted = {max(1, round(processors * n / blocks)) for n in PROGRAMS} | {1, 2, 4, 8, 16, 32, 64}
+    most = max(1, min(128, 8 * processors // blocks, shape.tokens // 64))
+    shares = sorted(n for n in wanted if n <= most)
+    return [Launch(block_m, n, w, s, k) for n, w, s in tiles for k in shares]
+
+
+def _compile(job: tuple[Shape, Launch]) -> str | None:
+    """Compiles in a process of its own; what does not fit the device is said."""
+    shape, launch = job
+    small = Shape(**{**vars(shape), "batch": 1, "tokens": 512})
+    try:
+        decode.decode_attention(*arguments(small), launch=launch)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def fitting_tiles(shapes: list[Shape], processes: int = 12) -> dict[Shape, list[tuple[int, int, int]]]:
+    """Compiles every variant into Triton's cache, in parallel; the tiles that work for each shape."""
+    jobs = [(shape, Launch(query_tile(shape.rows), *tile, 2)) for shape in shapes for tile in TILES]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        errors = pool.map(_compile, jobs, chunksize=1)
+    fitting: dict[Shape, list[tuple[int, int, int]]] = {shape: [] for shape in shapes}
+    for (shape, launch), error in zip(jobs, errors, strict=True):
+        if error is None:
+            fitting[shape].append((launch.block_n, launch.warps, launch.stages))
+    return fitting
+
+
+def timings(shape: Shape, tiles: Any, repeats: int = 7) -> list[tuple[float, Launch]]:
+    """(milliseconds, launch), the fastest first."""
+    inputs = [arguments(shape) for _ in range(copies_for(shape.n_bytes))]
+    found = []
+    for launch in launches(shape, tiles):
+        calls = [lambda given=given, launch=launch: decode.decode_attention(*given, launch=launch) for given in inputs]
+        found.append((captured_ms(calls, repeats), launch))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def variant(shape: Shape) -> Shape:
+    """The shape that has the same compiled kernels."""
+    return Shape(**{**vars(shape), "batch": 1, "tokens": 512})
+
+
+def tune(shapes: list[Shape] = SHAPES) -> list[dict[str, Any]]:
+    """The rows of the table, printed as they come."""
+    fitting = fitting_tiles(sorted({variant(shape) for shape in shapes}, key=str))
+    rows = []
+    for shape in shapes:
+        (ms, best), *others = timings(shape, fitting[variant(shape)])
+        row = {
+            "block_m": best.block_m,
+            "width": shape.kept + shape.dv,
+            "heads": shape.batch * shape.heads,
+            "tokens": shape.tokens,
+            "launch": list(best)[1:],
+            "us": round(ms * 1e3, 1),
+            "tb_s": round(shape.n_bytes / ms / 1e9, 2),
+        }
+        rows.append(row)
+        print(shape, row, "then", [(round(t * 1e3, 1), list(launch)) for t, launch in others[:4]], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Tune, and write the table."""
+    rows = tune()
+    head = {"device": device_name("cuda"), "versions": versions()}
+    text = ",\n".join("  " + json.dumps(row) for row in rows)
+    TABLE.write_text(json.dumps(head)[:-1] + f', "rows": [\n{text}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()
