@@ -37,6 +37,7 @@ def think_compile(
     sliding: bool = ThinkConfig.sliding,
     strict: bool = ThinkConfig.strict,
     lowering: str = ThinkConfig.lowering,
+    cuda_graphs: bool = ThinkConfig.cuda_graphs,
     **inductor_options: Any,
 ) -> M:
     """Compile ``model`` in place so that its key cache is pruned (ThinK, arXiv 2407.21018); returns the same object.
@@ -51,6 +52,7 @@ def think_compile(
         sliding: also prune layers that keep a bounded window of tokens, if that is larger than ``recent``.
         strict: raise where a layer with a cache cannot be rewritten, and on internal failure.
         lowering: "inductor" or "eager".
+        cuda_graphs: on a GPU, replay steps on caches of fixed size from a captured CUDA graph.
         **inductor_options: options of ``torch._inductor.config`` for the lowering.
 
     Raises:
@@ -60,7 +62,16 @@ def think_compile(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     config = ThinkConfig(
-        ratio, recent, observe, channel_multiple, prune_generated, sliding, strict, lowering, inductor_options
+        ratio,
+        recent,
+        observe,
+        channel_multiple,
+        prune_generated,
+        sliding,
+        strict,
+        lowering,
+        cuda_graphs,
+        inductor_options,
     )
     if model in _backends:
         raise ValueError(

@@ -111,7 +111,7 @@ class Backend:
         self._give_up_what_is_read_densely(normalized, findings, example_inputs)
         if self.dry or not findings.cached:
             return self._plain(gm, example_inputs)
-        return CompiledGraph(self, gm, normalized, findings.cached)
+        return CompiledGraph(self, gm, normalized, findings.cached, self._own_tensors(example_inputs))
 
     def _parameter_names(self, normalized: Normalized, example_inputs: Sequence[Any]) -> dict[Node, str]:
         """The names, in the model, of the graph's inputs that are its parameters."""
@@ -119,6 +119,12 @@ class Backend:
         names = {} if model is None else {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
         inputs = zip(normalized.placeholders, example_inputs, strict=True)
         return {node: names[id(value)] for node, value in inputs if id(value) in names}
+
+    def _own_tensors(self, example_inputs: Sequence[Any]) -> frozenset[int]:
+        """The graph's inputs that are the model's parameters and buffers."""
+        model = self.model()
+        own = set() if model is None else {id(x) for x in (*model.parameters(), *model.buffers())}
+        return frozenset(i for i, x in enumerate(example_inputs) if id(x) in own)
 
     def _give_up_what_is_read_densely(
         self, normalized: Normalized, findings: Findings, example_inputs: Sequence[Any]
@@ -239,8 +245,15 @@ def _sentence(refused: Sequence[tuple[Attention, Refused]]) -> str:
 class CompiledGraph:
     """A graph with rewritten layers, as Dynamo calls it."""
 
-    def __init__(self, backend: Backend, gm: GraphModule, normalized: Normalized, sites: list[CachedAttention]) -> None:
-        self.backend, self.gm, self.normalized, self.sites = backend, gm, normalized, sites
+    def __init__(
+        self,
+        backend: Backend,
+        gm: GraphModule,
+        normalized: Normalized,
+        sites: list[CachedAttention],
+        own: frozenset[int],
+    ) -> None:
+        self.backend, self.gm, self.normalized, self.sites, self.own = backend, gm, normalized, sites, own
         self.own_rows = find_own_rows(normalized, sites)
         self.programs: dict[tuple[frozenset[int], int, bool], Program] = {}
         backend.graphs.add(self)
@@ -283,7 +296,7 @@ class CompiledGraph:
         config = self.backend.config
         sites = [site for site in self.sites if self._is_wanted(site, packed)]
         roots = self.own_rows.roots if self.own_rows is not None and own_rows else frozenset()
-        return Program(self.normalized, rewrite(self.normalized, sites, packed, config, roots), config)
+        return Program(self.normalized, rewrite(self.normalized, sites, packed, config, roots), config, self.own)
 
     def _is_wanted(self, site: CachedAttention, packed: frozenset[int]) -> bool:
         """Whether a layer is to be rewritten: it was not given up, or what it reads is packed already."""

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 
+from think_compile.capture import Replayed
 from think_compile.config import ThinkConfig
 from think_compile.handle import Handle, handle_for
+from think_compile.kernels.attend import MAX_KERNEL_QUERIES
 from think_compile.kernels.steps import capacity_for
 from think_compile.lower import Dims, Eager, Inductor
 from think_compile.passes import plan
@@ -34,7 +36,14 @@ Replace = Callable[[Any, Handle], None]
 class Program:
     """A rewritten graph and its lowering, for one choice of which handles are packed."""
 
-    def __init__(self, normalized: Normalized, rewritten: plan.Rewritten, config: ThinkConfig) -> None:
+    def __init__(
+        self,
+        normalized: Normalized,
+        rewritten: plan.Rewritten,
+        config: ThinkConfig,
+        own: frozenset[int] = frozenset(),
+    ) -> None:
+        """``own``: the inputs that are the model's parameters and buffers."""
         self.rewritten = rewritten
         placeholders = normalized.placeholders
         self.written = frozenset(normalized.written)
@@ -49,6 +58,8 @@ class Program:
         dims = [_dims(what, placeholders) for what in rewritten.inputs]
         graph = rewritten.graph_module
         self.lowered = Eager(graph) if config.lowering == "eager" else Inductor(graph, dims, config.inductor_options)
+        self.steps = [self._number(n) for _, n in rewritten.written_fixed]
+        self.replayed = self._replayed(own) if config.cuda_graphs and config.lowering == "inductor" else None
 
     def run(self, args: Sequence[Any], replace: Replace) -> tuple[Any, ...]:
         """The caller's outputs for the caller's inputs."""
@@ -56,11 +67,29 @@ class Program:
         with allocating():
             stores = self._reserved(args, counts)
             stores |= {index: args[index].store.map_batch(torch.clone) for index in self.rewritten.copied}
-            values = self.lowered([fetch(args, stores) for fetch in self.fetchers])
+            lowered = self.lowered if self.replayed is None or self._is_long(args) else self.replayed
+            values = lowered([fetch(args, stores) for fetch in self.fetchers])
             made = _Made(args, stores, counts, values, lambda size: self._number(size)(args))
             for index, what in self.rewritten.replaced:
                 replace(args[index], made.output(what))
             return tuple(made.output(what) for what in self.rewritten.outputs)
+
+    def _replayed(self, own: frozenset[int]) -> Replayed | None:
+        """Replays of the graph, if all it writes to are fixed caches in their places."""
+        new = (*self.rewritten.outputs, *(what for _, what in self.rewritten.replaced))
+        stays = all(isinstance(what, plan.Returned | plan.Constant | plan.SameHandle) for what in new)
+        if not self.steps or self.rewritten.appended or self.rewritten.copied or not stays:
+            return None
+        in_place = own | self.written
+        placed = [
+            isinstance(what, plan.FromStore) or (isinstance(what, plan.Passed) and what.index in in_place)
+            for what in self.rewritten.inputs
+        ]
+        return Replayed(self.lowered, [i for i, is_placed in enumerate(placed) if is_placed])
+
+    def _is_long(self, args: Sequence[Any]) -> bool:
+        """Whether a call is a chunk of a prompt: launching it costs little, and keeping its memory much."""
+        return any(number(args) > MAX_KERNEL_QUERIES for number in self.steps)
 
     def _reserved(self, args: Sequence[Any], counts: dict[int, int]) -> dict[int, Any]:
         """Stores with room for the call's tokens, which begin in the rows where the graph takes them to begin."""

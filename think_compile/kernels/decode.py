@@ -238,11 +238,11 @@ def _traced(kernel: Any) -> Any:
     return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 
-def _is_alike(mask: Tensor | None) -> bool:
-    """Whether an expanded mask says the same for all queries of a sequence."""
-    return mask is None or all(
-        size == 1 or stride == 0 for size, stride in zip(mask.shape[1:3], mask.stride()[1:3], strict=False)
-    )
+def _strides(mask: Tensor | None) -> tuple[int, ...]:
+    """A mask's strides, 0 along the axes of size 1, which stand for all batches, heads, queries or keys."""
+    if mask is None:
+        return 0, 0, 0, 0
+    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
 
 
 def _parts(width: int) -> tuple[int, int]:
@@ -280,10 +280,8 @@ def decode_attention(
     ``pruned``, ``recent`` and ``values`` are the stores' own tensors, which are contiguous.
     """
     lengths, floor, start = _lengths(start, floor)
-    batch, query_heads, queries, _ = q.shape
     if mask is not None:
-        mask = mask.expand(batch, query_heads, queries, extent - first)
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        mask = mask[(None,) * (4 - mask.dim())]
     if launch is None:
         launch = _launch(q, k_new, pruned.shape[-1] + values.shape[-1], extent)
     return _decode(
@@ -330,8 +328,8 @@ def _decode(
     out = q.new_empty((all_heads, splits, rows, dv), dtype=torch.float32)
     most, total = (q.new_empty((all_heads, splits, rows), dtype=torch.float32) for _ in range(2))
     result = q.new_empty((batch, query_heads, queries, dv))
-    kind = 0 if mask is None else 1 if mask.dtype == torch.uint8 else 2
-    strides = (0, 0, 0, 0) if mask is None else mask.stride()
+    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+    strides = _strides(mask)
     grid = (all_heads, triton.cdiv(rows, how.block_m), splits)
     _traced(_share)[grid](
         q, k_new, pruned, channels, recent, values, mask, lengths, out, most, total,
@@ -339,7 +337,7 @@ def _decode(
         how.splits, whole_splits, *strides,
         GROUP=query_heads // heads, D=d, D0=_parts(d)[0], D1=_parts(d)[1],
         T=width, T0=_parts(width)[0], T1=_parts(width)[1], DV=dv, DV0=_parts(dv)[0], DV1=_parts(dv)[1],
-        ON_DEVICE=lengths is not None, KIND=kind, CAUSAL=is_causal, ALIKE=_is_alike(mask),
+        ON_DEVICE=lengths is not None, KIND=kind, CAUSAL=is_causal, ALIKE=strides[1] == 0 and strides[2] == 0,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         BLOCK_M=how.block_m, BLOCK_N=how.block_n, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip

@@ -152,6 +152,7 @@ class Rewritten:
         appended: inputs whose growing handles take the call's new tokens, with (input index, axis) or the number
             that tells how many those are.
         copied: inputs whose fixed handles are written on a copy, since the model does not write to them.
+        written_fixed: (input index, number of tokens) of the fixed handles that a call writes to.
     """
 
     graph_module: GraphModule
@@ -160,3 +161,4 @@ class Rewritten:
     replaced: list[tuple[int, Output]]
     appended: list[tuple[int, Any]]
     copied: list[int]
+    written_fixed: list[tuple[int, Any]]

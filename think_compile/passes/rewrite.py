@@ -82,6 +82,7 @@ class _Rewriter(Draft):
         self.made: dict[int, Output] = {}  # output index of the normalized graph -> how it is made
         self.appended: list[tuple[int, Any]] = []
         self.copied: list[int] = []
+        self.written_fixed: list[tuple[int, Any]] = []
 
     def run(self, sites: Sequence[CachedAttention]) -> Rewritten:
         for readers in _by_cache(sites):
@@ -97,7 +98,8 @@ class _Rewriter(Draft):
         graph_module = GraphModule(self.normalized.graph_module, self.graph)
         self.graph.lint()
         order = self.graph.find_nodes(op="placeholder")
-        return Rewritten(graph_module, [self.inputs[n] for n in order], outputs, replaced, self.appended, self.copied)
+        inputs = [self.inputs[n] for n in order]
+        return Rewritten(graph_module, inputs, outputs, replaced, self.appended, self.copied, self.written_fixed)
 
     def _result(self, node: Node) -> int:
         self.results.append(node)
@@ -265,6 +267,7 @@ class _Rewriter(Draft):
     def _leave_fixed(self, site: CachedAttention) -> None:
         assert site.past is not None
         for tensor, index in zip((site.keys, site.values), site.past, strict=True):
+            self.written_fixed.append((index, site.query_tokens))
             in_place = index in self.normalized.written
             if not in_place:
                 self.copied.append(index)

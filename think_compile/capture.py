@@ -1,0 +1,129 @@
+"""Replays of a lowered graph: one CUDA graph for all steps of a decode on a fixed cache.
+
+A call whose tensors lie where those of an earlier call lay replays what was captured of it: parameters and stores are
+read and written in place, the other inputs are copied to where the capture expects them, and the outputs are copies,
+so that the next replay does not change what a caller holds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+MAX_CAPTURES = 8  # of one graph; the oldest is let go for a ninth
+LARGE = 16 * 2**20  # bytes; an input of that size is read in place, and another address is another capture
+
+Lowered = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+class Replayed:
+    """A lowered graph whose inputs ``in_place`` are parameters or caches, which lie where they lie."""
+
+    def __init__(self, lowered: Lowered, in_place: Sequence[int]) -> None:
+        self.lowered, self.in_place = lowered, frozenset(in_place)
+        self.captures: list[Capture] = []
+        self.seen: Signature | None = None  # of the last call that was not replayed
+        self.refused = ""
+
+    def __call__(self, values: Sequence[Any]) -> Sequence[Any]:
+        if self.refused:
+            return self.lowered(values)
+        for capture in self.captures:
+            if capture.fits(values):
+                return capture.replay(values)
+        signature = Signature(values, self.in_place)
+        if signature != self.seen:  # a graph runs once as it is, which also compiles it, before it is captured
+            self.seen = signature
+            return self.lowered(values)
+        return self._capture(values, signature)
+
+    def _capture(self, values: Sequence[Any], signature: Signature) -> Sequence[Any]:
+        self.refused = obstacle(values)
+        if not self.refused:
+            try:
+                capture = Capture(self.lowered, values, signature)
+            except Exception as error:
+                self.refused = f"capturing failed with {type(error).__name__}: {error}"
+        if self.refused:
+            log.warning("steps are launched one by one and not replayed from a CUDA graph: %s", self.refused)
+            return self.lowered(values)
+        log.info("captured a CUDA graph")
+        self.captures = [capture, *self.captures][:MAX_CAPTURES]
+        return capture.replay(values)
+
+
+class Signature:
+    """What a capture depends on: where inputs that are read in place lie, and what the others look like."""
+
+    def __init__(self, values: Sequence[Any], in_place: frozenset[int]) -> None:
+        self.placed = [
+            i for i, x in enumerate(values) if isinstance(x, Tensor) and (i in in_place or x.nbytes >= LARGE)
+        ]
+        self.pointers = [values[i].data_ptr() for i in self.placed]
+        placed = set(self.placed)
+        self.others = [i for i in range(len(values)) if i not in placed]
+        self.looks = [_look(values[i]) for i in self.others]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Signature):
+            return NotImplemented
+        return (self.placed, self.pointers, self.looks) == (other.placed, other.pointers, other.looks)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def matches(self, values: Sequence[Any]) -> bool:
+        """Whether the signature of ``values`` is this one."""
+        same = torch._C._tensors_data_ptrs_at_indices_equal(values, self.pointers, self.placed)  # type: ignore[arg-type]
+        return same and self.looks == [_look(values[i]) for i in self.others]
+
+
+def _look(value: Any) -> Any:
+    return (value.shape, value.stride()) if isinstance(value, Tensor) else value
+
+
+def obstacle(values: Sequence[Any]) -> str:
+    """Why a call with these inputs cannot be captured; empty: it can."""
+    devices = {x.device for x in values if isinstance(x, Tensor)}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        return f"inputs are on {', '.join(sorted(map(str, devices)))}"
+    return ""
+
+
+class Capture:
+    """One CUDA graph, and the tensors through which inputs and outputs pass."""
+
+    def __init__(self, lowered: Lowered, values: Sequence[Any], signature: Signature) -> None:
+        self.signature = signature
+        self.copied = [i for i in signature.others if isinstance(values[i], Tensor)]
+        self.inputs = [values[i].clone() for i in self.copied]
+        given = list(values)
+        for i, tensor in zip(self.copied, self.inputs, strict=True):
+            given[i] = tensor
+        self.graph = torch.cuda.CUDAGraph()
+        device = next(x.device for x in values if isinstance(x, Tensor))
+        with torch.cuda.device(device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.outputs = list(lowered(given))
+        self._refuse_aliases(values)
+
+    def _refuse_aliases(self, values: Sequence[Any]) -> None:
+        """What is an input, or a part of one, would come back as a copy."""
+        inputs = {x.untyped_storage().data_ptr() for x in values if isinstance(x, Tensor)}
+        if any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in inputs for x in self.outputs):
+            raise RuntimeError("an output is an input")
+
+    def fits(self, values: Sequence[Any]) -> bool:
+        """Whether replaying does what the lowered graph would do with ``values``."""
+        return self.signature.matches(values)
+
+    def replay(self, values: Sequence[Any]) -> list[Any]:
+        """The outputs of a call with ``values``."""
+        if self.copied:
+            torch._foreach_copy_(self.inputs, [values[i] for i in self.copied])
+        self.graph.replay()
+        return [x.clone() if isinstance(x, Tensor) else x for x in self.outputs]
