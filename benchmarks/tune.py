@@ -145,8 +145,8 @@ def tune(shapes: list[Shape] = SHAPES) -> list[dict[str, Any]]:
         (ms, best), *others = timings(shape, fitting[variant(shape)])
         row = {
             "block_m": best.block_m,
-            "width": shape.kept + shape.dv,
-            "heads": shape.batch * shape.heads,
+            "bytes": (shape.kept + shape.dv) * shape.dtype.itemsize,
+            "blocks": shape.batch * shape.heads * -(-shape.rows // best.block_m),
             "tokens": shape.tokens,
             "launch": list(best)[1:],
             "us": round(ms * 1e3, 1),

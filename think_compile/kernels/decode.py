@@ -136,7 +136,8 @@ def _part(low, high, i, parts, BLOCK_N: tl.constexpr):
 @triton.jit(do_not_specialize=["floor", "start", "first", "extent", "splits", "whole_splits"])
 def _share(
     Q, K_NEW, PRUNED, CHANNELS, RECENT, VALUES, MASK, LENGTHS, OUT, MOST, TOTAL,
-    floor, start, first, extent, scale, queries, heads, capacity, value_rows, ring_rows, splits, whole_splits, sm_b, sm_h, sm_n, sm_s,
+    floor, start, first, extent, scale, queries, heads, capacity, value_rows, ring_rows, splits, whole_splits,
+    sm_b, sm_h, sm_n, sm_s,
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     T: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     ON_DEVICE: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
@@ -199,8 +200,9 @@ def _share(
             mask_row, query, first, sm_s, scale, True, D, D0, D1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
         )  # fmt: skip
         m, total, o0, o1 = _walk(
-            m, total, o0, o1, whole0, whole1, new, values, tl.maximum(low, start), high, start, ring_rows, MASK, mask_row,
-            query, first, sm_s, scale, False, D, D0, D1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
+            m, total, o0, o1, whole0, whole1, new, values, tl.maximum(low, start), high, start, ring_rows, MASK,
+            mask_row, query, first, sm_s, scale, False, D, D0, D1, DV, DV0, DV1,
+            KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
         )  # fmt: skip
 
     seen = total > 0
@@ -283,18 +285,19 @@ def decode_attention(
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
     if launch is None:
-        launch = _launch(q, k_new, pruned.shape[-1] + values.shape[-1], extent)
+        launch = _launch(q, k_new, pruned.shape[-1], values.shape[-1], extent)
     return _decode(
         q.contiguous(), k_new.contiguous(), pruned, channels.contiguous(), recent, values, mask, lengths,
         floor, start, first, extent, scale, is_causal, list(launch),
     )  # fmt: skip
 
 
-def _launch(q: Tensor, k_new: Tensor, width: int, extent: int) -> Launch:
+def _launch(q: Tensor, k_new: Tensor, kept: int, dv: int, extent: int) -> Launch:
     """The launch for a call; of sizes that vary, for those that a graph is made with."""
-    (batch, query_heads, queries, _), heads = (_hint(size) for size in q.shape), _hint(k_new.shape[1])
+    (batch, query_heads, queries, d), heads = (_hint(size) for size in q.shape), _hint(k_new.shape[1])
     tokens = extent if isinstance(extent, int) else max(LONG, _hint(extent))
-    return launch_for(query_heads // heads * queries, width, batch * heads, tokens)
+    narrow, whole = ((width + dv) * q.dtype.itemsize for width in (kept, d))
+    return launch_for(query_heads // heads * queries, narrow, whole, batch * heads, tokens)
 
 
 def _hint(size: int | torch.SymInt) -> int:
