@@ -8,24 +8,25 @@ so that the next replay does not change what a caller holds.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from think_compile.lower import Inductor
 
 log = logging.getLogger(__name__)
 
 MAX_CAPTURES = 8  # of one graph; the oldest is let go for a ninth
 LARGE = 16 * 2**20  # bytes; an input of that size is read in place, and another address is another capture
 
-Lowered = Callable[[Sequence[Any]], Sequence[Any]]
-
 
 class Replayed:
     """A lowered graph whose inputs ``in_place`` are parameters or caches, which lie where they lie."""
 
-    def __init__(self, lowered: Lowered, in_place: Sequence[int]) -> None:
+    def __init__(self, lowered: Inductor, in_place: Sequence[int]) -> None:
         self.lowered, self.in_place = lowered, frozenset(in_place)
         self.captures: list[Capture] = []
         self.seen: Signature | None = None  # of the last call that was not replayed
@@ -48,8 +49,8 @@ class Replayed:
         if not self.refused:
             try:
                 capture = Capture(self.lowered, values, signature)
-            except Exception as error:
-                self.refused = f"capturing failed with {type(error).__name__}: {error}"
+            except NotCaptured as error:
+                self.refused = str(error)
         if self.refused:
             log.warning("steps are launched one by one and not replayed from a CUDA graph: %s", self.refused)
             return self.lowered(values)
@@ -92,30 +93,61 @@ def obstacle(values: Sequence[Any]) -> str:
     devices = {x.device for x in values if isinstance(x, Tensor)}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         return f"inputs are on {', '.join(sorted(map(str, devices)))}"
+    if any(isinstance(x, Tensor) and 0 in x.stride() and x.numel() > 1 for x in values):
+        return "an input is expanded"
     return ""
+
+
+class NotCaptured(Exception):
+    """A call was not captured, for the reason that is given."""
+
+
+@contextmanager
+def _mended(device: torch.device) -> Iterator[None]:
+    """Torch leaves the random generator unusable when a capture fails: put it back to where it was."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    seed, offset = generator.initial_seed(), generator.get_offset()
+    try:
+        yield
+    except Exception as error:
+        generator.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
+        generator.manual_seed(seed).set_offset(offset)
+        raise NotCaptured(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
 class Capture:
     """One CUDA graph, and the tensors through which inputs and outputs pass."""
 
-    def __init__(self, lowered: Lowered, values: Sequence[Any], signature: Signature) -> None:
+    def __init__(self, lowered: Inductor, values: Sequence[Any], signature: Signature) -> None:
+        """Raises :class:`NotCaptured`; nothing of the graph has run then."""
         self.signature = signature
         self.copied = [i for i in signature.others if isinstance(values[i], Tensor)]
-        self.inputs = [values[i].clone() for i in self.copied]
+        self.inputs = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in self._of(values)
+        ]
         given = list(values)
         for i, tensor in zip(self.copied, self.inputs, strict=True):
             given[i] = tensor
+        if not lowered.is_compiled_for(given):
+            raise NotCaptured("it would be compiled anew")
         self.graph = torch.cuda.CUDAGraph()
         device = next(x.device for x in values if isinstance(x, Tensor))
-        with torch.cuda.device(device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.device(device),
+            _mended(device),
+            torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
+        ):
             self.outputs = list(lowered(given))
         self._refuse_aliases(values)
 
+    def _of(self, values: Sequence[Any]) -> list[Tensor]:
+        return [values[i] for i in self.copied]
+
     def _refuse_aliases(self, values: Sequence[Any]) -> None:
         """What is an input, or a part of one, would come back as a copy."""
-        inputs = {x.untyped_storage().data_ptr() for x in values if isinstance(x, Tensor)}
+        inputs = {x.untyped_storage().data_ptr() for x in (*values, *self.inputs) if isinstance(x, Tensor)}
         if any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in inputs for x in self.outputs):
-            raise RuntimeError("an output is an input")
+            raise NotCaptured("an output is an input")
 
     def fits(self, values: Sequence[Any]) -> bool:
         """Whether replaying does what the lowered graph would do with ``values``."""
@@ -124,6 +156,6 @@ class Capture:
     def replay(self, values: Sequence[Any]) -> list[Any]:
         """The outputs of a call with ``values``."""
         if self.copied:
-            torch._foreach_copy_(self.inputs, [values[i] for i in self.copied])
+            torch._foreach_copy_(self.inputs, self._of(values))
         self.graph.replay()
         return [x.clone() if isinstance(x, Tensor) else x for x in self.outputs]

@@ -96,6 +96,10 @@ class Inductor:
             raise CompilationFailed(error) from error
         return self.variants[0].run(*args)
 
+    def is_compiled_for(self, args: Sequence[Any]) -> bool:
+        """Whether a call with ``args`` runs what was compiled before."""
+        return any(variant.accepts(args) for variant in self.variants)
+
     def _compile(self, args: Sequence[Any]) -> _Variant:
         from torch._inductor.compile_fx import compile_fx
 

@@ -59,7 +59,7 @@ class Program:
         graph = rewritten.graph_module
         self.lowered = Eager(graph) if config.lowering == "eager" else Inductor(graph, dims, config.inductor_options)
         self.steps = [self._number(n) for _, n in rewritten.written_fixed]
-        self.replayed = self._replayed(own) if config.cuda_graphs and config.lowering == "inductor" else None
+        self.replayed = self._replayed(self.lowered, own) if config.cuda_graphs else None
 
     def run(self, args: Sequence[Any], replace: Replace) -> tuple[Any, ...]:
         """The caller's outputs for the caller's inputs."""
@@ -74,18 +74,19 @@ class Program:
                 replace(args[index], made.output(what))
             return tuple(made.output(what) for what in self.rewritten.outputs)
 
-    def _replayed(self, own: frozenset[int]) -> Replayed | None:
+    def _replayed(self, lowered: Eager | Inductor, own: frozenset[int]) -> Replayed | None:
         """Replays of the graph, if all it writes to are fixed caches in their places."""
         new = (*self.rewritten.outputs, *(what for _, what in self.rewritten.replaced))
         stays = all(isinstance(what, plan.Returned | plan.Constant | plan.SameHandle) for what in new)
-        if not self.steps or self.rewritten.appended or self.rewritten.copied or not stays:
+        in_their_places = self.steps and stays and not self.rewritten.appended and not self.rewritten.copied
+        if isinstance(lowered, Eager) or not in_their_places:
             return None
         in_place = own | self.written
         placed = [
             isinstance(what, plan.FromStore) or (isinstance(what, plan.Passed) and what.index in in_place)
             for what in self.rewritten.inputs
         ]
-        return Replayed(self.lowered, [i for i, is_placed in enumerate(placed) if is_placed])
+        return Replayed(lowered, [i for i, is_placed in enumerate(placed) if is_placed])
 
     def _is_long(self, args: Sequence[Any]) -> bool:
         """Whether a call is a chunk of a prompt: launching it costs little, and keeping its memory much."""
