@@ -100,9 +100,9 @@ class Backend:
         names = self._parameter_names(normalized, example_inputs)
         sites = [with_full_path(site, names) for site in find_attention(normalized.graph_module)]
         if not sites:
-            for part in broken_attention(normalized):
+            for part, why in broken_attention(normalized):
                 layer = full_path(module_path(part), part, names)
-                self._refuse_graph(Refused(Reason.GRAPH_BREAK, where(part)), layer)
+                self._refuse_graph(Refused(why, where(part)), layer)
             return self._plain(gm, example_inputs)
         findings = find_caches(normalized, sites, self.config.recent if self.config.sliding else None)
         self._refuse_unswappable(findings, example_inputs)
@@ -211,7 +211,7 @@ class Backend:
         nothing = not any(record.reason is None for record in self.ledger.layers.values())
         if self.config.strict and (problems or nothing):
             raise NothingRewritten(f"strict=True, and {_sentence(problems or findings.refused)}")
-        if nothing:
+        if nothing and not self.given_up:
             self.warn_once(f"nothing was rewritten: {_sentence(findings.refused)}")
 
     def check_attention_was_seen(self) -> None:
@@ -221,7 +221,7 @@ class Backend:
         self.checked = True
         if self.ledger.layers:
             return
-        text = "nothing was rewritten: no attention was found in the model's graphs"
+        text = "nothing was rewritten: no attention with a cache was found in the graphs of the first call"
         if self.config.strict:
             raise NothingRewritten(f"strict=True, and {text}")
         self.warn_once(text)

@@ -233,8 +233,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"think_compile: {len(self.rewritten)} layers rewritten, {len(self.refused)} left as they were"]
         lines += [_line(record) for record in (*self.rewritten, *self.refused)]
-        if len(lines) == 1 and self.graphs:
-            lines.append("  no attention was found in the model's graphs")
+        if len(lines) == 1:
+            lines.append("  no attention with a cache was found" if self.graphs else "  the model was not called yet")
         if self.dense_bytes:
             lines.append(_bytes_line("keys", self.stored_key_bytes, self.dense_key_bytes))
             lines.append(_bytes_line("values", self.stored_value_bytes, self.dense_value_bytes))

@@ -1,34 +1,56 @@
-"""Attention that a graph break cuts in two: its logits leave the graph, or come into it from another one.
+"""Attention of which only a part is recognised: a graph break cuts it in two, or something is mixed within.
 
 Part of pass 2. Such a layer cannot be rewritten, and is to be named all the same.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
 from think_compile.passes import layout as lay
+from think_compile.passes.attention import module_path
 from think_compile.passes.join import JOINS
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.product import product_of
 from think_compile.passes.readers import made_of
+from think_compile.passes.refusal import Reason
 from think_compile.passes.region import DROPOUTS, SOFTMAXES
 
 
-def broken_attention(normalized: Normalized) -> list[Node]:
-    """What the graph holds of such attentions: the softmax, or the product with keys that are cached."""
+def broken_attention(normalized: Normalized) -> list[tuple[Node, Reason]]:
+    """What the graph holds of such attentions, the softmax or the product with keys that are cached; one of a layer."""
     products = [product for node in normalized.graph_module.graph.nodes if (product := product_of(node)) is not None]
     kept = {lay.walk_back(output)[0] for output in normalized.outputs if isinstance(output, Node)}
-    found = []
+    found: dict[Any, tuple[Node, Reason]] = {}
     for product in products:
-        for operand in (product.left, product.right):
+        for operand, other in ((product.left, product.right), (product.right, product.left)):
             softmax, (root, _) = _softmax_behind(operand), lay.walk_back(operand, scaled=True)
             if softmax is not None and _comes_from_outside(softmax.args[0]):
-                found.append(softmax)
-            elif root.target in JOINS and root in kept:
-                found.append(product.node)
-    return list(dict.fromkeys(found))
+                found.setdefault(module_path(softmax) or softmax, (softmax, Reason.GRAPH_BREAK))
+            elif root.target in JOINS and root in kept and not _is_made_of_softmax(other):
+                reason = Reason.UNKNOWN_ATTENTION if _meets_softmax(product.node) else Reason.GRAPH_BREAK
+                found.setdefault(module_path(product.node) or product.node, (product.node, reason))
+    return list(found.values())
+
+
+def _is_made_of_softmax(node: Node) -> bool:
+    return any(source.target in SOFTMAXES for source in (node, *made_of(node)))
+
+
+def _meets_softmax(node: Node) -> bool:
+    """Whether a softmax of this graph reads what is made of ``node``."""
+    seen, ahead = {node}, [node]
+    while ahead:
+        for user in ahead.pop().users:
+            if user.target in SOFTMAXES:
+                return True
+            if user not in seen:
+                seen.add(user)
+                ahead.append(user)
+    return False
 
 
 def _softmax_behind(node: Node) -> Node | None:

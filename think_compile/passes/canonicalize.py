@@ -98,7 +98,8 @@ def _where(graph_module: GraphModule, node: Node) -> Node | None:
     if not (_is_tensor(row) and _is_tensor(base)) or row.meta["val"].dtype != base.meta["val"].dtype:
         return None
     hit, chain = lay.walk_back(condition)
-    dim, position = _hit_axis(hit, chain, base), _position(hit)
+    dim = _hit_axis(hit, chain, base)
+    position = None if dim is None else _position(hit)
     if dim is None or position is None or not _same_shape(base, row, but=dim):
         return None
     if not (lay.same_size(row.meta["val"].shape[dim], 1) and _same_shape(base, node)):

@@ -158,7 +158,8 @@ def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than:
 
 def _named(normalized: Normalized, site: Attention, refused: Refused) -> Refused:
     """Mixed channels by their more telling name, if what is cached is projected before it is keys."""
-    is_latent = refused.reason is Reason.CHANNEL_MIXING and made_of_cache(normalized, site.k, projected=True)
+    may_be = refused.reason in (Reason.CHANNEL_MIXING, Reason.NOT_CACHED)
+    is_latent = may_be and made_of_cache(normalized, site.k, projected=True)
     return Refused(Reason.LATENT, refused.detail) if is_latent else refused
 
 
@@ -262,6 +263,8 @@ def _check_pair(site: CachedAttention) -> None:
     if not agree(keys.window, values.window):
         raise Refused(Reason.VALUES_NOT_CACHED, "they are bounded in another way than the keys")
     for tensor in (keys, values):
+        if lay.is_unknown(_new_tokens(tensor)):
+            raise Refused(Reason.UNKNOWN_ROOT, f"how many rows it writes is read from a tensor: {where(tensor.root)}")
         if not lay.equal_size(_new_tokens(tensor), site.query_tokens):
             raise Refused(Reason.CROSS_ATTENTION, f"{site.query_tokens} queries, {_new_tokens(tensor)} new keys")
 
@@ -306,7 +309,7 @@ def _root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None
         return root, chain, None
     behind, before = lay.walk_back(root.args[0], scaled=scaled)
     _, start, _, step = lay.slice_bounds(root)
-    if lay.value_of(start) == 0 and step == 1 and behind.target in WRITES:
+    if lay.same_size(lay.value_of(start), 0) and step == 1 and behind.target in WRITES:
         return behind, [*before, root, *chain], root
     return root, chain, None
 

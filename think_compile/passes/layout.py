@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, guard_or_false, statically_known_true
 
 aten = torch.ops.aten
 Size = Any  # int or torch.SymInt
@@ -84,6 +84,11 @@ def same_size(a: Size, b: Size) -> bool:
 def equal_size(a: Size, b: Size) -> bool:
     """Whether two sizes are equal in this call; if that is not known, the caller's graph is guarded on the answer."""
     return bool(a == b) if isinstance(a, int) and isinstance(b, int) else guard_or_false(a == b)
+
+
+def is_unknown(size: Size) -> bool:
+    """Whether a size is read from a tensor, so that no trace knows it."""
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
 def source_axes(shape: Sequence[Size]) -> Axes:
@@ -175,7 +180,7 @@ def slice_keeps_all(node: Node, first: int = 1) -> bool:
     dim, start, end, step = slice_bounds(node, first)
     size = node.args[0].meta["val"].shape[dim]
     end = value_of(end)
-    return value_of(start) == 0 and step == 1 and (_is_everything(end) or same_size(end, size))
+    return same_size(value_of(start), 0) and step == 1 and (_is_everything(end) or same_size(end, size))
 
 
 def _is_everything(end: Any) -> bool:

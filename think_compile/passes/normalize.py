@@ -48,7 +48,7 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     """Export ``gm``, a graph that Dynamo hands to a backend, with plain tensors in place of tensor subclasses.
 
     Raises:
-        Refused: torch cannot export it, because of a control-flow operation in it.
+        Refused: torch cannot export it, because of a control-flow operation or an inference mode in it.
     """
     depth = _transform_depth()
     try:
@@ -59,6 +59,8 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
         names = sorted({name for node in gm.graph.nodes if (name := _transform(node.target))})
         if names:
             raise Refused(Reason.HIGHER_ORDER, f"{', '.join(names)}: {str(error).splitlines()[0]}") from error
+        if gm.graph.find_nodes(op="call_function", target=torch.autograd.grad_mode._enter_inference_mode):
+            raise Refused(Reason.INFERENCE_MODE, str(error).splitlines()[0]) from error
         raise
 
 

@@ -28,17 +28,23 @@ class Reason(enum.Enum):
     CROSS_ATTENTION = "the keys are not one for each query (cross-attention, or a full window that is shifted)"
     NO_JOIN_SEEN = "the keys come into the graph whole (cross-attention, or a graph break before the attention)"
     GRAPH_BREAK = "a graph break cuts the attention in two"
+    UNKNOWN_ATTENTION = "between the product with the keys and that with the values heads or tokens are mixed"
     UNKNOWN_LAYOUT = "the cache's axes cannot be told apart"
     UNKNOWN_ROOT = "how the cache is joined from its past and the new keys is not understood"
     PAST_ESCAPES = "the past cache is read by something other than the join"
     HEADS_DIFFER = "keys and values have different heads"
     OPTION = "the attention operation is called with an option that an attention to packed keys has not"
-    TRANSFORMED = "the keys are changed between the cache and the attention (rotated once they are cached, say)"
+    TRANSFORMED = (
+        "the attention does not read the keys as they are cached (rotated once they are, say, or a part of them)"
+    )
     DROPOUT = "attention dropout is on"
     NOT_FLOATING = "queries or keys are not floating point"
     REQUIRES_GRAD = "gradients are on, and a pruned cache has none"
     HELD_OUTSIDE = "the cache is written in place to a tensor held neither by the model nor by what the call was given"
     GIVEN_UP = "a later call could not read the packed cache, so that new ones are left dense"
+    INFERENCE_MODE = (
+        "the model enters torch.inference_mode inside its call, and torch cannot export what is written there"
+    )
     HIGHER_ORDER = "the graph holds a control-flow operation or a vmap, and torch cannot export it to ATen operations"
     AMBIGUOUS = "more than one reading of this attention as a cached one is possible"
 

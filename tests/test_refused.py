@@ -1,0 +1,146 @@
+"""Refusals that show in a whole model only: the right reason, the plain model's numbers, no failure."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from think_compile import explain, report, think_compile
+from think_compile.passes.refusal import Reason
+
+WIDTH, HEADS, D, ROOM = 32, 2, 16, 24
+
+
+class Attending(nn.Module):
+    """One attention; what differs is said by the subclasses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * HEADS * D)
+        self.mix = nn.Conv2d(HEADS, HEADS, 1)
+        self.down, self.up = nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH)
+
+    def heads(self, x):
+        return (part.unflatten(-1, (HEADS, D)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+
+
+class MixesHeads(Attending):
+    def forward(self, x, past=None):
+        q, k, v = self.heads(x)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        return self.mix((q @ k.mT / 4).softmax(-1)) @ v, (k, v)
+
+
+class CachesLatents(Attending):
+    def forward(self, x, past=None):
+        latent = self.down(x)
+        if past is not None:
+            latent = torch.cat([past, latent], 1)
+        q, _, _ = self.heads(x)
+        k, v = (y.unflatten(-1, (HEADS, D)).transpose(1, 2) for y in (self.up(latent), self.up(latent).tanh()))
+        return F.scaled_dot_product_attention(q, k, v), latent
+
+
+class Inferring(Attending):
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.v = torch.zeros(2, HEADS, ROOM, D), torch.zeros(2, HEADS, ROOM, D)
+
+    @torch.inference_mode()
+    def forward(self, x, past=None):
+        start = 0 if past is None else past
+        q, k, v = self.heads(x)
+        end = start + x.shape[1]
+        self.k[:, :, start:end], self.v[:, :, start:end] = k, v
+        return F.scaled_dot_product_attention(q, self.k[:, :, :end], self.v[:, :, :end]), end
+
+
+class Chooses(Attending):
+    """A ``where`` that is no write to a cache, whose condition is an input."""
+
+    def forward(self, x, past=None):
+        q, k, v = self.heads(x)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        kept = torch.where(past[2] if past is not None else x[0, 0, 0] > 9, x, x + 1)
+        return F.scaled_dot_product_attention(q, k, v), (k, v, kept[0, 0, 0] > 9)
+
+
+class HalfTheBatch(Attending):
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.v = torch.zeros(4, HEADS, ROOM, D), torch.zeros(4, HEADS, ROOM, D)
+
+    def forward(self, x, past=None):
+        start = 0 if past is None else past
+        q, k, v = self.heads(x)
+        end = start + x.shape[1]
+        self.k[:2, :, start:end], self.v[:2, :, start:end] = k, v
+        return F.scaled_dot_product_attention(q, self.k[:2, :, :end], self.v[:2, :, :end]), end
+
+
+def calls(model, lengths=(6, 1, 1)):
+    torch.manual_seed(1)
+    outputs, past = [], None
+    with torch.no_grad():
+        for length in lengths:
+            out, past = model(torch.randn(2, length, WIDTH), past)
+            outputs.append(out)
+    return torch.cat(outputs, 2)
+
+
+def both(kind):
+    """The outputs of the plain model and of the wrapped one, and the latter's report."""
+    torch.manual_seed(0)
+    plain, ours = kind(), kind()
+    ours.load_state_dict(plain.state_dict())
+    ours = think_compile(ours, 0.5, recent=2, observe=4, channel_multiple=1, lowering="eager")
+    return calls(plain), calls(ours), report(ours)
+
+
+@pytest.mark.filterwarnings("ignore::think_compile.ThinkWarning")
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (MixesHeads, Reason.UNKNOWN_ATTENTION),
+        (CachesLatents, Reason.LATENT),
+        (Inferring, Reason.INFERENCE_MODE),
+        (HalfTheBatch, Reason.TRANSFORMED),
+    ],
+)
+def test_left_alone_by_its_name(kind, reason):
+    plain, ours, found = both(kind)
+    assert torch.equal(plain, ours)
+    assert not found.rewritten
+    assert {record.reason for record in found.refused} == {reason}, str(found)
+
+
+def test_a_choice_that_writes_no_cache():
+    _, _, found = both(Chooses)
+    assert len(found.rewritten) == 1 and not found.refused
+
+
+def test_a_model_that_was_not_called():
+    wrapped = think_compile(MixesHeads(), 0.5)
+    assert "was not called" in str(report(wrapped))
+
+
+class WritesUnknownRows(Attending):
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.v = torch.zeros(2, HEADS, ROOM, D), torch.zeros(2, HEADS, ROOM, D)
+
+    def forward(self, x, at):
+        q, k, v = self.heads(x)
+        start = at[0]
+        self.k[:, :, start : start + x.shape[1]], self.v[:, :, start : start + x.shape[1]] = k, v
+        seen = torch.arange(ROOM) <= at[0] + torch.arange(x.shape[1])[:, None]
+        return F.scaled_dot_product_attention(q, self.k, self.v, seen)
+
+
+@pytest.mark.filterwarnings("ignore::think_compile.ThinkWarning")
+def test_rows_whose_number_is_read_from_a_tensor():
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        found = explain(WritesUnknownRows(), (torch.randn(2, 1, WIDTH), torch.tensor([5])), lowering="eager")
+    assert {record.reason for record in found.refused} == {Reason.UNKNOWN_ROOT}, str(found)
