@@ -26,8 +26,9 @@ from think_compile.passes.own_rows import find_own_rows
 from think_compile.passes.readers import reads_any
 from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.rewrite import rewrite
+from think_compile.passes.room import find_starts
 from think_compile.report import Ledger, Report, refused_graph, refused_record, rewritten_record
-from think_compile.runtime import Program, packed_inputs
+from think_compile.runtime import CacheFull, Program, packed_inputs
 from think_compile.store import Store
 
 log = logging.getLogger(__name__)
@@ -254,7 +255,7 @@ class CompiledGraph:
         own: frozenset[int],
     ) -> None:
         self.backend, self.gm, self.normalized, self.sites, self.own = backend, gm, normalized, sites, own
-        self.own_rows = find_own_rows(normalized, sites)
+        self.own_rows, self.starts = find_own_rows(normalized, sites), find_starts(normalized, sites)
         self.programs: dict[tuple[frozenset[int], int, bool], Program] = {}
         backend.graphs.add(self)
         self.plain: Callable[..., Any] | None = None  # after an internal failure: the graph as the model wrote it
@@ -263,7 +264,7 @@ class CompiledGraph:
         if self.plain is None:
             try:
                 return self._run(args)
-            except (LostWrite, torch.OutOfMemoryError):
+            except (CacheFull, LostWrite, torch.OutOfMemoryError):
                 raise  # the caller's own, and nothing that the plain graph would do better
             except Exception as error:
                 self.backend.excuse(error.error if isinstance(error, CompilationFailed) else error)
@@ -296,7 +297,9 @@ class CompiledGraph:
         config = self.backend.config
         sites = [site for site in self.sites if self._is_wanted(site, packed)]
         roots = self.own_rows.roots if self.own_rows is not None and own_rows else frozenset()
-        return Program(self.normalized, rewrite(self.normalized, sites, packed, config, roots), config, self.own)
+        return Program(
+            self.normalized, rewrite(self.normalized, sites, packed, config, roots), config, self.own, self.starts
+        )
 
     def _is_wanted(self, site: CachedAttention, packed: frozenset[int]) -> bool:
         """Whether a layer is to be rewritten: it was not given up, or what it reads is packed already."""

@@ -33,6 +33,10 @@ from think_compile.store import (
 Replace = Callable[[Any, Handle], None]
 
 
+class CacheFull(ValueError):
+    """A call would write behind the end of a cache of fixed size; it was not run."""
+
+
 class Program:
     """A rewritten graph and its lowering, for one choice of which handles are packed."""
 
@@ -42,8 +46,9 @@ class Program:
         rewritten: plan.Rewritten,
         config: ThinkConfig,
         own: frozenset[int] = frozenset(),
+        starts: Callable[..., Any] | None = None,
     ) -> None:
-        """``own``: the inputs that are the model's parameters and buffers."""
+        """``own``: the inputs that are the model's parameters and buffers; ``starts``: see :mod:`.passes.room`."""
         self.rewritten = rewritten
         placeholders = normalized.placeholders
         self.written = frozenset(normalized.written)
@@ -59,12 +64,14 @@ class Program:
         graph = rewritten.graph_module
         self.lowered = Eager(graph) if config.lowering == "eager" else Inductor(graph, dims, config.inductor_options)
         self.steps = [self._number(n) for _, n in rewritten.written_fixed]
+        self.starts = starts
         self.replayed = self._replayed(self.lowered, own) if config.cuda_graphs else None
 
     def run(self, args: Sequence[Any], replace: Replace) -> tuple[Any, ...]:
         """The caller's outputs for the caller's inputs."""
         counts = {index: number(args) for index, number in self.new_tokens}
         with allocating():
+            self._take_room(args)
             stores = self._reserved(args, counts)
             stores |= {index: args[index].store.map_batch(torch.clone) for index in self.rewritten.copied}
             lowered = self.lowered if self.replayed is None or self._is_long(args) else self.replayed
@@ -73,6 +80,28 @@ class Program:
             for index, what in self.rewritten.replaced:
                 replace(args[index], made.output(what))
             return tuple(made.output(what) for what in self.rewritten.outputs)
+
+    def _take_room(self, args: Sequence[Any]) -> None:
+        """Count the rows that a call writes into fixed caches; raises if they are more than there are."""
+        written = zip((index for index, _ in self.rewritten.written_fixed), self.steps, strict=True)
+        stores = [(args[index].store, number(args)) for index, number in written]
+        keys = [(store, n) for store, n in stores if isinstance(store, FixedKeys)]
+        if any(store.written is None or store.written + n > store.rows.capacity for store, n in keys):
+            self._ask_for_room(args, keys)
+        for store, n in keys:
+            store.written = None if store.written is None else store.written + n
+
+    def _ask_for_room(self, args: Sequence[Any], keys: list[tuple[FixedKeys, int]]) -> None:
+        if self.starts is None:
+            return
+        start = int(self.starts(*args))
+        for store, n in keys:
+            if start + n > store.rows.capacity:
+                raise CacheFull(
+                    f"a cache of {store.rows.capacity} tokens was to take {n} more behind {start}; nothing was "
+                    "written. Make it for more tokens (max_cache_len)."
+                )
+            store.written = start
 
     def _replayed(self, lowered: Eager | Inductor, own: frozenset[int]) -> Replayed | None:
         """Replays of the graph, if all it writes to are fixed caches in their places."""
@@ -202,7 +231,8 @@ class _Made:
         n = 4 if what.fixed else 3
         pruned, channels, recent, *progress = (t.contiguous() for t in self.values[what.position :][:n])
         if what.fixed:
-            return FixedKeys(Rows(pruned), channels, recent, progress[0], what.spec)
+            written = None if what.written is None else self.number(what.written)
+            return FixedKeys(Rows(pruned), channels, recent, progress[0], what.spec, written)
         length = self.number(what.length)
         return GrowingKeys(Rows(pruned), channels, recent, length, max(0, length - what.spec.recent), what.spec)
 

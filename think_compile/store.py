@@ -277,13 +277,17 @@ class GrowingValues(Store):
 
 @dataclass(eq=False)
 class FixedKeys(Store):
-    """Pruned keys of a cache of fixed size; ``progress`` is [floor, length written], on the device."""
+    """Pruned keys of a cache of fixed size; ``progress`` is [floor, length written], on the device.
+
+    ``written`` is no less than the length written, as far as the host knows; None: it does not.
+    """
 
     rows: Rows  # [B, H, C, T]
     channels: Tensor  # [B, H, T]
     recent: Tensor  # [B, H, R, D]
     progress: Tensor  # [2] int64
     spec: LayerSpec
+    written: int | None = None
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -318,6 +322,7 @@ class FixedKeys(Store):
         """Forget every token; the next call writes from position 0 and chooses its channels anew."""
         for tensor in (self.rows.tensor, self.recent, self.progress):
             tensor.zero_()
+        self.written = 0
 
 
 @dataclass(eq=False)

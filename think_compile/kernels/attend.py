@@ -37,11 +37,16 @@ def attend(
     is_causal: bool,
     first: int = 0,
 ) -> Tensor:
-    """Attention over pruned keys, arguments as of :func:`.reference.pruned_attention`, by whichever way suits."""
+    """Attention over pruned keys by whichever way suits, arguments as of :func:`.reference.pruned_attention`.
+
+    A ``floor`` on the device may lie above ``start``, of a cache that is written from an earlier row again.
+    """
     if q.is_cuda and q.shape[2] <= MAX_KERNEL_QUERIES and kernel_takes(q, k_new, packed, values, mask, scale):
         from think_compile.kernels.decode import decode_attention
 
         return decode_attention(q, k_new, *packed, values, start, floor, extent, mask, scale, is_causal, first)
+    if isinstance(floor, Tensor):
+        floor = torch.minimum(floor, torch.as_tensor(start, device=q.device))
     way = ref.pruned_attention if q.shape[2] <= MAX_NARROW_QUERIES else ref.dense_attention
     return way(q, k_new, packed, values, start, floor, extent, mask, scale, is_causal, first)
 

@@ -135,7 +135,7 @@ def _part(low, high, i, parts, BLOCK_N: tl.constexpr):
 # A length that changes with each token must not make a new variant of the kernel each time.
 @triton.jit(do_not_specialize=["floor", "start", "first", "extent", "splits", "whole_splits"])
 def _share(
-    Q, K_NEW, PRUNED, CHANNELS, RECENT, VALUES, MASK, LENGTHS, OUT, MOST, TOTAL,
+    Q, K_NEW, PRUNED, CHANNELS, RECENT, VALUES, MASK, FLOOR, START, OUT, MOST, TOTAL,
     floor, start, first, extent, scale, queries, heads, capacity, value_rows, ring_rows, splits, whole_splits,
     sm_b, sm_h, sm_n, sm_s,
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -146,8 +146,8 @@ def _share(
     """One share of the positions of one KV head, for BLOCK_M of its rows (query head of the group, query)."""
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     if ON_DEVICE:
-        floor = tl.load(LENGTHS)
-        start = tl.load(LENGTHS + 1)
+        start = tl.load(START)
+        floor = tl.minimum(tl.load(FLOOR), start)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n_rows = GROUP * queries
     real = row < n_rows
@@ -253,12 +253,9 @@ def _parts(width: int) -> tuple[int, int]:
     return most, max(16, 2 ** max(0, width - most - 1).bit_length())
 
 
-def _lengths(start: Length, floor: Length) -> tuple[Tensor | None, int, int]:
-    """The two as one tensor, or as numbers."""
-    if isinstance(start, Tensor) or isinstance(floor, Tensor):
-        assert isinstance(start, Tensor) and isinstance(floor, Tensor)
-        return torch.stack([floor, start]), 0, 0
-    return None, floor, start
+def _on_device(length: Length) -> tuple[Tensor | None, int]:
+    """A length as (where it lies, what it is): one of the two counts."""
+    return (length, 0) if isinstance(length, Tensor) else (None, length)
 
 
 def decode_attention(
@@ -279,16 +276,16 @@ def decode_attention(
 ) -> Tensor:
     """:func:`.reference.pruned_attention` by the kernel; [B, Hq, N, Dv] in q's dtype.
 
-    ``pruned``, ``recent`` and ``values`` are the stores' own tensors, which are contiguous.
+    ``pruned``, ``recent`` and ``values`` are the stores' own tensors, which are contiguous. ``start`` and ``floor``
+    are both numbers or both 0-d int64 tensors; a floor above the start counts as the start.
     """
-    lengths, floor, start = _lengths(start, floor)
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
     if launch is None:
         launch = _launch(q, k_new, pruned.shape[-1], values.shape[-1], extent)
     return _decode(
-        q.contiguous(), k_new.contiguous(), pruned, channels.contiguous(), recent, values, mask, lengths,
-        floor, start, first, extent, scale, is_causal, list(launch),
+        q.contiguous(), k_new.contiguous(), pruned, channels.contiguous(), recent, values, mask,
+        *_on_device(floor), *_on_device(start), first, extent, scale, is_causal, list(launch),
     )  # fmt: skip
 
 
@@ -314,8 +311,9 @@ def _decode(
     recent: Tensor,
     values: Tensor,
     mask: Tensor | None,
-    lengths: Tensor | None,
+    floor_at: Tensor | None,
     floor: int,
+    start_at: Tensor | None,
     start: int,
     first: int,
     extent: int,
@@ -335,12 +333,12 @@ def _decode(
     strides = _strides(mask)
     grid = (all_heads, triton.cdiv(rows, how.block_m), splits)
     _traced(_share)[grid](
-        q, k_new, pruned, channels, recent, values, mask, lengths, out, most, total,
+        q, k_new, pruned, channels, recent, values, mask, floor_at, start_at, out, most, total,
         floor, start, first, extent, scale * _LOG2E, queries, heads, pruned.shape[2], values.shape[2], recent.shape[2],
         how.splits, whole_splits, *strides,
         GROUP=query_heads // heads, D=d, D0=_parts(d)[0], D1=_parts(d)[1],
         T=width, T0=_parts(width)[0], T1=_parts(width)[1], DV=dv, DV0=_parts(dv)[0], DV1=_parts(dv)[1],
-        ON_DEVICE=lengths is not None, KIND=kind, CAUSAL=is_causal, ALIKE=strides[1] == 0 and strides[2] == 0,
+        ON_DEVICE=start_at is not None, KIND=kind, CAUSAL=is_causal, ALIKE=strides[1] == 0 and strides[2] == 0,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         BLOCK_M=how.block_m, BLOCK_N=how.block_n, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip

@@ -142,6 +142,15 @@ def begins_at_first_row(start: Tensor | int, consecutive: bool) -> Tensor | bool
     return start[0] == 0 if consecutive else (start == torch.arange(start.shape[0], device=start.device)).all()
 
 
+def highest_start(starts: list[Tensor | int]) -> Tensor | int:
+    """The highest first row of several calls; each as in :func:`start_of`, or its first element."""
+    first = [start.flatten()[0] if isinstance(start, Tensor) else start for start in starts]
+    if all(isinstance(start, int) for start in first):
+        return max(first)
+    device = next(start.device for start in first if isinstance(start, Tensor))
+    return torch.stack([torch.as_tensor(start, device=device) for start in first]).max()
+
+
 def all_hold(answers: list[Tensor | bool]) -> Tensor | bool:
     """Whether all are true."""
     tensors = [answer for answer in answers if isinstance(answer, Tensor)]
@@ -240,8 +249,8 @@ def attend_fixed(
     """Write the new values into a fixed cache from ``start`` on and attend to its first ``extent`` rows."""
     start = torch.as_tensor(start, device=q.device)
     ref.append_rows(values, v_new, start)
-    packed, floor = ref.Packed(pruned, channels, recent), torch.minimum(progress[0], start)
-    return attend(q, k_new, packed, values, start, floor, extent, mask, default_scale(q, scale), is_causal)
+    packed = ref.Packed(pruned, channels, recent)
+    return attend(q, k_new, packed, values, start, progress[0], extent, mask, default_scale(q, scale), is_causal)
 
 
 def append_keys_fixed(

@@ -13,28 +13,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from think_compile.kernels import steps
 from think_compile.kernels.canonical import CANONICAL, TOKEN
 from think_compile.passes.kv_cache import CachedAttention, CacheTensor
 from think_compile.passes.layout import same_size
 from think_compile.passes.normalize import Normalized
+from think_compile.passes.question import question
 
 aten = torch.ops.aten
-MAX_NODES = 300  # of a mask's computation, which is run once more
-_COSTLY = {
-    aten.linear.default,
-    aten.matmul.default,
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.einsum.default,
-    aten.embedding.default,
-    aten.convolution.default,
-    aten.scaled_dot_product_attention.default,
-}
 _SDPA = aten.scaled_dot_product_attention.default
 
 
@@ -57,10 +45,9 @@ def find_own_rows(normalized: Normalized, sites: Sequence[CachedAttention]) -> O
     eligible = [site for site in eligible if site.keys.root not in refused]
     if not eligible:
         return None
-    nodes = _ancestors([node for site in eligible for node in (site.keys.join.start, site.attention.mask)])
-    if len(nodes) > MAX_NODES or any(node.target in _COSTLY for node in nodes):
-        return None
-    return OwnRows(eligible, _question(normalized, eligible, nodes))
+    about = [node for site in eligible for node in (site.keys.join.start, site.attention.mask)]
+    asked = question(normalized, about, lambda graph, at: _all_hold(graph, at, eligible))
+    return None if asked is None else OwnRows(eligible, asked)
 
 
 def _is_eligible(site: CachedAttention) -> bool:
@@ -91,26 +78,10 @@ def _is_plain(tensor: CacheTensor) -> bool:
     return len(values) == 1 and not tensor.scales and tensor.join.blank
 
 
-def _ancestors(nodes: Sequence[Any]) -> set[Node]:
-    found: set[Node] = set()
-    waiting = [node for node in nodes if isinstance(node, Node)]
-    while waiting and len(found) <= MAX_NODES:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += node.all_input_nodes
-    return found
-
-
-def _question(normalized: Normalized, sites: Sequence[CachedAttention], nodes: set[Node]) -> GraphModule:
-    """A graph of the caller's inputs that answers for all sites at once."""
-    graph, copies = Graph(), dict[Node, Node]()
-    for node in normalized.graph_module.graph.nodes:
-        if node.op == "placeholder" or node in nodes:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+def _all_hold(graph: Graph, at: Callable[[Any], Any], sites: Sequence[CachedAttention]) -> Node:
+    """The answer for all sites at once."""
     starts = dict.fromkeys((site.keys.join.start, site.keys.join.consecutive) for site in sites)
     masks = dict.fromkeys(site.attention.mask for site in sites if site.attention.mask is not None)
-    asked = [graph.call_function(steps.begins_at_first_row, (copies.get(at, at), known)) for at, known in starts]
-    asked += [graph.call_function(steps.hides_other_rows, (copies[mask],)) for mask in masks]
-    graph.output(graph.call_function(steps.all_hold, (asked,)))
-    return GraphModule(normalized.graph_module, graph)
+    asked = [graph.call_function(steps.begins_at_first_row, (at(start), known)) for start, known in starts]
+    asked += [graph.call_function(steps.hides_other_rows, (at(mask),)) for mask in masks]
+    return graph.call_function(steps.all_hold, (asked,))

@@ -82,13 +82,17 @@ class Constant:
 
 @dataclass(frozen=True)
 class NewKeys:
-    """Packed keys of ``length`` tokens from outputs ``position`` and on: (pruned, channels, recent[, progress])."""
+    """Packed keys of ``length`` tokens from outputs ``position`` and on: (pruned, channels, recent[, progress]).
+
+    ``written``: of a fixed cache how many rows hold tokens, if that is known.
+    """
 
     position: int
     length: Any
     fixed: bool
     layout: Layout
     spec: steps.LayerSpec
+    written: Any = None
 
 
 @dataclass(frozen=True)

@@ -145,15 +145,15 @@ class _Rewriter(Draft):
             k_new, v_new = self._new_rows(site.keys), self._new_rows(site.values)
             arguments = (self._joined_queries(readers, k_new), k_new, v_new, self.mask(site, k_new))
             arguments += (layer_spec(site, self.config), self.number(site.keys.size(TOKEN)))
-            self._keep(site, self.graph.call_function(steps.first_call_own_rows, arguments))
+            self._keep(site, self.graph.call_function(steps.first_call_own_rows, arguments), site.query_tokens)
 
-    def _keep(self, site: CachedAttention, stored: Node) -> None:
-        """What a first call stores becomes the caches that the caller takes."""
+    def _keep(self, site: CachedAttention, stored: Node, written: Any = None) -> None:
+        """What a first call stores becomes the caches that the caller takes; ``written``: rows of tokens, if known."""
         spec = layer_spec(site, self.config)
         parts = [self.graph.call_function(operator.getitem, (stored, i)) for i in range(5 if site.fixed else 4)]
         positions = [self._result(part) for part in parts]
         for index, layout in site.keys.outputs.items():
-            self.made[index] = NewKeys(positions[0], _length_kept(site.keys), site.fixed, layout, spec)
+            self.made[index] = NewKeys(positions[0], _length_kept(site.keys), site.fixed, layout, spec, written)
         for index, layout in site.values.outputs.items():
             self.made[index] = NewValues(positions[-1], _length_kept(site.values), site.fixed, layout)
 
