@@ -1,20 +1,40 @@
-"""The one place that knows of Hugging Face's ``generate``: settings that wrapping a model must change and give back."""
+"""The one place that knows of Hugging Face's ``generate``: what wrapping a model changes there, and gives back.
+
+``generate`` would compile the model's call again for static caches, and makes a growing cache unless told otherwise,
+whose steps no CUDA graph can replay. On a GPU it makes a cache of fixed size here, in one of a few sizes, so that a
+second prompt finds everything compiled.
+"""
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 _switched_off: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_rounding: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose static caches get one of a few sizes
+_static: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that get a static cache where the user chose none
+
+PREPARE, MAKE_STATIC = "_prepare_cache_for_generation", "_prepare_static_cache"
+SMALLEST = 256  # tokens
 
 
-def on_wrap(model: nn.Module) -> None:
-    """``generate`` would compile the model's call again for static caches; ours is compiled already."""
+def on_wrap(model: nn.Module, *, static_cache: bool) -> None:
+    """Change what ``generate`` does; ``static_cache``: also which cache it makes on a GPU."""
     settings = getattr(model, "generation_config", None)
-    if settings is not None and not getattr(settings, "disable_compile", False):
+    if settings is None:
+        return
+    if not getattr(settings, "disable_compile", False):
         settings.disable_compile = True
         _switched_off.add(model)
+    _rounding.add(model)
+    _around(type(model), MAKE_STATIC, _make_static)
+    if static_cache:
+        _static.add(model)
+        _around(type(model), PREPARE, _prepare)
 
 
 def on_restore(model: nn.Module) -> None:
@@ -22,3 +42,54 @@ def on_restore(model: nn.Module) -> None:
     if model in _switched_off:
         _switched_off.discard(model)
         model.generation_config.disable_compile = False  # type: ignore[union-attr]
+    _rounding.discard(model)
+    _static.discard(model)
+
+
+def _around(cls: type, name: str, ours: Callable[..., Any]) -> None:
+    """Have ``ours`` called with a method and its arguments, once, where the method is defined.
+
+    Not on the model, whose attributes are copied and pickled with it.
+    """
+    owner = next((base for base in cls.__mro__ if name in vars(base)), None)
+    if owner is None or hasattr(vars(owner)[name], "think_compile"):
+        return
+    plain = vars(owner)[name]
+
+    @functools.wraps(plain)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return ours(plain, self, *args, **kwargs)
+
+    method.think_compile = True  # type: ignore[attr-defined]
+    setattr(owner, name, method)
+
+
+def rounded(tokens: int) -> int:
+    """The size of cache that ``tokens`` get: at most an eighth more, so that sizes, and what they compile, are few."""
+    step = max(SMALLEST, 1 << max(0, tokens.bit_length() - 4))
+    return -(-tokens // step) * step
+
+
+def _make_static(plain: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if model in _rounding and "max_cache_len" in kwargs:
+        kwargs["max_cache_len"] = rounded(kwargs["max_cache_len"])
+    return plain(model, *args, **kwargs)
+
+
+def _prepare(
+    plain: Callable[..., Any], model: nn.Module, settings: Any, model_kwargs: Any, mode: Any, *args: Any, **kwargs: Any
+) -> Any:
+    if model in _static and _is_open(model, settings, model_kwargs, mode):
+        settings.cache_implementation = "static"  # of this call: it has settings of its own
+    return plain(model, settings, model_kwargs, mode, *args, **kwargs)
+
+
+def _is_open(model: Any, settings: Any, model_kwargs: Any, mode: Any) -> bool:
+    """Whether the user left open which cache ``generate`` makes, and a static one does what a growing one would."""
+    given = any(model_kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+    chosen = settings.cache_implementation is not None or settings.use_cache is False or given
+    one_token_a_step = (
+        getattr(mode, "value", mode) in ("greedy_search", "sample") and settings.num_return_sequences == 1
+    )
+    fits = getattr(model, "_can_compile_fullgraph", False) and not model.config.is_encoder_decoder
+    return model.device.type == "cuda" and fits and one_token_a_step and not chosen

@@ -38,6 +38,7 @@ def think_compile(
     strict: bool = ThinkConfig.strict,
     lowering: str = ThinkConfig.lowering,
     cuda_graphs: bool = ThinkConfig.cuda_graphs,
+    static_cache: bool = ThinkConfig.static_cache,
     **inductor_options: Any,
 ) -> M:
     """Compile ``model`` in place so that its key cache is pruned (ThinK, arXiv 2407.21018); returns the same object.
@@ -53,6 +54,7 @@ def think_compile(
         strict: raise where a layer with a cache cannot be rewritten, and on internal failure.
         lowering: "inductor" or "eager".
         cuda_graphs: on a GPU, replay steps on caches of fixed size from a captured CUDA graph.
+        static_cache: on a GPU, ``generate`` uses a cache of fixed size unless told otherwise.
         **inductor_options: options of ``torch._inductor.config`` for the lowering.
 
     Raises:
@@ -71,6 +73,7 @@ def think_compile(
         strict,
         lowering,
         cuda_graphs,
+        static_cache,
         inductor_options,
     )
     if model in _backends:
@@ -92,7 +95,7 @@ def _install(model: nn.Module, backend: Backend) -> Backend:
         return compiled(reference(), args, kwargs)
 
     model._compiled_call_impl = compiled_call
-    adapter.on_wrap(model)
+    adapter.on_wrap(model, static_cache=backend.config.static_cache)
     return backend
 
 

@@ -74,6 +74,7 @@ class ThinkConfig:
         strict: raise when an attention layer with a cache cannot be rewritten, and on internal failure,
             instead of leaving it as it was.
         lowering: "inductor" compiles the rewritten graph, "eager" runs it op by op.
+        static_cache: on a GPU, Hugging Face's ``generate`` uses a cache of fixed size unless told otherwise.
         cuda_graphs: on a GPU, replay steps on caches of fixed size from a captured CUDA graph.
         inductor_options: options of ``torch._inductor.config`` for the lowering.
     """
@@ -87,6 +88,7 @@ class ThinkConfig:
     strict: bool = False
     lowering: str = "inductor"
     cuda_graphs: bool = True
+    static_cache: bool = True
     inductor_options: Mapping[str, Any] = field(default_factory=dict)  # kept as a read-only, hashable mapping
 
     def __post_init__(self) -> None:
@@ -98,6 +100,7 @@ class ThinkConfig:
         _check_bool("sliding", self.sliding)
         _check_bool("strict", self.strict)
         _check_bool("cuda_graphs", self.cuda_graphs)
+        _check_bool("static_cache", self.static_cache)
         if self.lowering not in LOWERINGS:
             raise ValueError(f"lowering must be one of {LOWERINGS}, got {self.lowering!r}.")
         if self.inductor_options and self.lowering != "inductor":

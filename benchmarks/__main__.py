@@ -1,0 +1,73 @@
+"""``python -m benchmarks NAME``: runs one benchmark, prints its rows and keeps them in benchmarks/results/."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import RESULTS, save
+
+app = typer.Typer(add_completion=False, help=__doc__)
+Out = Annotated[Path, typer.Option(help="where the rows are kept")]
+
+
+def _keep(name: str, rows: Iterable[dict[str, Any]], folder: Path, device: str = "cuda") -> None:
+    """Print each row as it comes; what is there is kept even if a later row fails."""
+    console, kept = Console(width=160), []
+    try:
+        for row in rows:
+            console.print(row)
+            kept.append(row)
+            save(name, kept, device, folder)
+    finally:
+        if kept:
+            console.print(_table(name, kept))
+
+
+def _table(name: str, rows: list[dict[str, Any]]) -> Table:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = Table(*columns, title=name)
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in columns))
+    return table
+
+
+@app.command()
+def kernel(out: Out = RESULTS) -> None:
+    """One layer's attention of a decode step, beside the dense backends."""
+    from benchmarks import kernel
+
+    _keep("kernel", kernel.run(), out)
+
+
+@app.command()
+def decode(
+    out: Out = RESULTS,
+    setting: Annotated[
+        list[str] | None, typer.Option(help="BATCHxCONTEXT, for example 8x32768; may be repeated")
+    ] = None,
+    baselines: Annotated[bool, typer.Option(help="also what users run today")] = True,
+) -> None:
+    """A decode step through the wrapped model, beside Hugging Face's caches and the floor that bytes set."""
+    from benchmarks import decode
+
+    settings = tuple(decode.Setting(*map(int, text.split("x"))) for text in setting or []) or decode.SETTINGS
+    ways = decode.OURS + decode.BASELINES if baselines else decode.OURS[:1]
+    _keep("decode", decode.run(settings, ways), out)
+
+
+@app.command()
+def plot() -> None:
+    """Draw benchmarks/results/decode.svg from what ``decode`` kept."""
+    from benchmarks.plot import draw
+
+    typer.echo(draw())
+
+
+if __name__ == "__main__":
+    app()

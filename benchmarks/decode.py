@@ -1,0 +1,169 @@
+"""Milliseconds of a decode step through the real wrapped model, beside what users run today.
+
+A step takes the token that the step before chose, on the device; ``ms`` is a step of a run of many, as a server that
+streams would see it, ``ms_synchronized`` one of a loop that waits for each token, as ``generate`` does.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import models
+from benchmarks.measure import read_bandwidth
+from think_compile import ThinkConfig, report, restore, think_compile
+
+RUNS, STEPS = 5, 20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``batch`` sequences that hold ``context`` tokens each."""
+
+    batch: int
+    context: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.context:,} tokens"
+
+
+SETTINGS = (Setting(1, 8192), Setting(8, 32768), Setting(1, 131072))
+
+
+@dataclass
+class Row:
+    """One way of decoding in one setting."""
+
+    way: str
+    batch: int
+    context: int
+    ms: float
+    ms_synchronized: float
+    tokens_per_s: float
+    first_step_s: float
+    peak_gib: float
+
+
+def timed(way: str, setting: Setting, model: Any, cache: Any) -> Row:
+    """Time the decode steps of a model behind a cache."""
+    torch.cuda.reset_peak_memory_stats()
+    tokens = torch.zeros(setting.batch, 1, dtype=torch.long, device="cuda")
+    begin = time.perf_counter()
+    tokens = models.step(model, tokens, cache)
+    torch.cuda.synchronize()
+    first = time.perf_counter() - begin
+    for _ in range(5):
+        tokens = models.step(model, tokens, cache)
+    ms = statistics.median(_run(model, tokens, cache, synchronize=False) for _ in range(RUNS))
+    waiting = _run(model, tokens, cache, synchronize=True)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return Row(way, setting.batch, setting.context, *_rounded(ms, waiting, setting.batch / ms * 1e3, first, peak))
+
+
+def _rounded(*numbers: float) -> list[float]:
+    return [round(x, 3) for x in numbers]
+
+
+def _run(model: Any, tokens: Any, cache: Any, *, synchronize: bool) -> float:
+    """Milliseconds of a step, the mean of a run."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(STEPS):
+        tokens = models.step(model, tokens, cache)
+        if synchronize:
+            torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / STEPS * 1e3
+
+
+@torch.no_grad()
+def check(ratio: float = 0.5, tokens: int = 2048, steps: int = 4) -> float:
+    """The error of the wrapped model over the plain one's, both in bf16 against fp32; raises where it is no rounding."""
+    torch._dynamo.reset()
+    plain = models.llama(2, vocabulary=4096)
+    exact = copy.deepcopy(plain).float()
+    ours = think_compile(copy.deepcopy(plain), ratio)
+    cache = models.pruned_past(ours, 2, tokens, ThinkConfig(ratio))
+    worst = 0.0
+    for i in range(steps):
+        ids = torch.full((2, 1), 7 + i, device="cuda")
+        pasts = models.densified(cache, plain), models.densified(cache, exact)
+        logits = [_logits(m, ids, past) for m, past in zip((plain, exact, ours), (*pasts, cache), strict=True)]
+        natural, error = ((logits[j] - logits[1]).abs().max().item() for j in (0, 2))
+        worst = max(worst, error / natural)
+    if not worst < 3:
+        raise RuntimeError(f"the wrapped model's error is {worst:.1f} times the plain one's: nothing is timed")
+    return round(worst, 2)
+
+
+def _logits(model: Any, ids: Any, cache: Any) -> Any:
+    return model(input_ids=ids, use_cache=True, **{models.CACHE: cache}).logits.float()
+
+
+Way = Callable[[Any, Setting], Row]
+
+
+def wrapped(ratio: float) -> Way:
+    """The wrapped model, replayed from CUDA graphs."""
+
+    def way(model: Any, setting: Setting) -> Row:
+        think_compile(model, ratio)
+        try:
+            cache = models.pruned_past(model, setting.batch, setting.context, ThinkConfig(ratio))
+            row = timed(f"think_compile, ratio {ratio}", setting, model, cache)
+            assert not report(model).refused
+            return row
+        finally:
+            restore(model)
+
+    return way
+
+
+def eager_growing(model: Any, setting: Setting) -> Row:
+    """Hugging Face's default: a growing cache, nothing compiled."""
+    return timed("HF DynamicCache, eager", setting, model, models.growing_past(model, setting.batch, setting.context))
+
+
+def compiled_static(model: Any, setting: Setting) -> Row:
+    """Hugging Face's static cache under ``torch.compile(mode="reduce-overhead")``."""
+    cache = models.fixed_past(model, setting.batch, setting.context)
+    model.compile(mode="reduce-overhead")
+    try:
+        return timed("HF StaticCache, torch.compile", setting, model, cache)
+    finally:
+        model._compiled_call_impl = None
+
+
+OURS: tuple[Way, ...] = (wrapped(0.5), wrapped(0.0))
+BASELINES: tuple[Way, ...] = (compiled_static, eager_growing)
+
+
+def floors(model: Any, setting: Setting, bandwidth: float) -> list[dict[str, Any]]:
+    """What reading weights and cache once takes."""
+    kept = ThinkConfig(0.5).kept_channels(model.config.head_dim)
+    rows = []
+    for way, channels in (("bytes floor, ratio 0.5", kept), ("bytes floor, dense", None)):
+        n_bytes = models.weight_bytes(model) + models.cache_bytes(model.config, *asdict(setting).values(), channels)
+        rows.append({"way": way, **asdict(setting), "ms": round(n_bytes / bandwidth * 1e3, 3)})
+    return rows
+
+
+def run(settings: tuple[Setting, ...] = SETTINGS, ways: tuple[Way, ...] = OURS + BASELINES) -> Iterator[dict[str, Any]]:
+    """The rows, as they are measured; the first is the check."""
+    yield {"check": "error over the plain model's in bf16", "ratio": check()}
+    bandwidth = read_bandwidth()
+    model = models.llama()
+    for setting in settings:
+        yield from floors(model, setting, bandwidth)
+        for way in ways:
+            torch._dynamo.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+            yield asdict(way(model, setting))

@@ -1,0 +1,84 @@
+"""One layer's attention of a decode step: the Triton kernel and the dense backends, microseconds and bandwidth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.measure import captured_ms, copies_for, read_bandwidth
+from benchmarks.tune import Shape, arguments
+from think_compile.kernels import reference as ref
+from think_compile.kernels.decode import decode_attention
+
+SHAPES = (
+    Shape(16, 32768),
+    Shape(1, 32768),
+    Shape(8, 8192),
+    Shape(8, 32768),
+    Shape(1, 131072),
+    Shape(8, 8192, kept=80),
+    Shape(8, 8192, kept=80, mask="float"),
+    Shape(8, 8192, query_heads=28, heads=4, d=256, kept=128, dv=256, mask="float"),
+    Shape(8, 8192, kept=128),
+)
+
+
+def check(shape: Shape) -> None:
+    """Raise unless the kernel's error against fp64 is what the reference's in the same dtype is, a few times over."""
+    small = Shape(**{**vars(shape), "batch": 1, "tokens": 3000})
+    q, k_new, rows, channels, ring, values, *rest = arguments(small)
+    got = decode_attention(q, k_new, rows, channels, ring, values, *rest)
+    same = ref.pruned_attention(q, k_new, ref.Packed(rows, channels, ring), values, *rest)
+    wide = ref.Packed(rows.double(), channels, ring.double())
+    *lengths, mask, scale, causal = rest
+    mask = mask.double() if mask is not None and mask.is_floating_point() else mask
+    exact = ref.pruned_attention(q.double(), k_new.double(), wide, values.double(), *lengths, mask, scale, causal)
+    error, natural = ((x.double() - exact).abs().max().item() for x in (got, same))
+    if not error <= 4 * natural + 1e-3:
+        raise RuntimeError(f"{shape}: the kernel is off by {error:.1e}, the reference by {natural:.1e}: not timed")
+
+
+def pruned_us(shape: Shape) -> float:
+    """Microseconds of the kernel."""
+    inputs = [arguments(shape) for _ in range(copies_for(shape.n_bytes))]
+    return captured_ms([lambda given=given: decode_attention(*given) for given in inputs]) * 1e3
+
+
+def dense_us(shape: Shape) -> dict[str, float]:
+    """Microseconds of the stock attention by each backend, over whole keys."""
+    make = lambda tokens, width: torch.randn(  # noqa: E731
+        shape.batch, shape.heads, tokens, width, device="cuda", dtype=shape.dtype
+    )
+    q = torch.randn(shape.batch, shape.query_heads, shape.queries, shape.d, device="cuda", dtype=shape.dtype)
+    caches = [(make(shape.tokens, shape.d), make(shape.tokens, shape.dv)) for _ in range(copies_for(shape.dense_bytes))]
+
+    def call(k: Any, v: Any) -> Callable[[], Any]:
+        return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    found = {}
+    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        try:
+            with sdpa_kernel(backend):
+                found[name] = round(captured_ms([call(k, v) for k, v in caches]) * 1e3, 1)
+        except RuntimeError:
+            continue
+    return found
+
+
+def run(shapes: tuple[Shape, ...] = SHAPES) -> Iterator[dict[str, Any]]:
+    """A row for each shape."""
+    bandwidth = read_bandwidth()
+    for shape in shapes:
+        check(shape)
+        dense, us = dense_us(shape), pruned_us(shape)
+        row = {name: value for name, value in vars(shape).items() if name != "dtype"}
+        row |= {"us": round(us, 1), "dense_us": dense, "of_best_dense": round(us / min(dense.values()), 3)}
+        row |= {
+            "tb_per_s": round(shape.n_bytes / us / 1e6, 2),
+            "of_read_bandwidth": round(shape.n_bytes / us / 1e-6 / bandwidth, 3),
+        }
+        yield row

@@ -1,0 +1,124 @@
+"""The model and the caches that are timed: the shape of Llama-3.1-8B, random weights, a past written directly.
+
+What a past holds does not matter for time and memory, so it is drawn and not computed: a prefill of 8 x 32,768 tokens
+would take longer than all that is measured.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from think_compile import ThinkConfig
+from think_compile.handle import handle_for
+from think_compile.kernels.canonical import CANONICAL
+from think_compile.kernels.steps import LayerSpec
+from think_compile.store import FixedKeys, FixedValues, Rows
+
+SPARE = 256  # rows of a fixed cache behind its past
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
+def llama(
+    layers: int = 32, *, vocabulary: int = 128256, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
+) -> LlamaForCausalLM:
+    """A model of the shape of Llama-3.1-8B with random weights."""
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=vocabulary,
+        max_position_embeddings=2**18,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters but the embedding, of which a step reads a row."""
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    return sum(p.nbytes for p in model.parameters() if p is not embedding)
+
+
+def cache_bytes(config: LlamaConfig, batch: int, tokens: int, key_channels: int | None = None) -> int:
+    """Bytes of a bf16 cache of that many tokens; ``key_channels``: stored of each key (None: all)."""
+    width = config.head_dim + (config.head_dim if key_channels is None else key_channels)
+    return 2 * config.num_hidden_layers * batch * config.num_key_value_heads * tokens * width
+
+
+def _drawn(model: LlamaForCausalLM, *shape: int) -> Tensor:
+    return torch.randn(*shape, device=model.device, dtype=model.dtype)
+
+
+def growing_past(model: LlamaForCausalLM, batch: int, tokens: int) -> DynamicCache:
+    """A dense growing cache of ``tokens`` random tokens."""
+    cache, config = DynamicCache(config=model.config), model.config
+    for i in range(config.num_hidden_layers):
+        rows = [_drawn(model, batch, config.num_key_value_heads, tokens, config.head_dim) for _ in range(2)]
+        cache.update(*rows, i)
+    return cache
+
+
+def _begun(layer: Any, model: LlamaForCausalLM, batch: int, tokens: int) -> None:
+    """Bring a static layer to where ``tokens`` tokens are written, whatever those are."""
+    row = _drawn(model, batch, model.config.num_key_value_heads, 1, model.config.head_dim)
+    layer.lazy_initialization(row, row)
+    layer.cumulative_length.fill_(tokens)
+
+
+def fixed_past(model: LlamaForCausalLM, batch: int, tokens: int) -> StaticCache:
+    """A dense cache of fixed size that holds ``tokens`` random tokens."""
+    cache = StaticCache(config=model.config, max_cache_len=tokens + SPARE)
+    for layer in cache.layers:
+        _begun(layer, model, batch, tokens)
+        layer.keys.normal_()
+        layer.values.normal_()
+    return cache
+
+
+def pruned_past(model: LlamaForCausalLM, batch: int, tokens: int, config: ThinkConfig) -> StaticCache:
+    """The same as the wrapped model leaves it behind a prompt: handles on pruned keys; layer by layer."""
+    cache = StaticCache(config=model.config, max_cache_len=tokens + SPARE)
+    heads, d = model.config.num_key_value_heads, model.config.head_dim
+    spec = LayerSpec(config.kept_channels(d), d, config.recent, config.observe, config.prune_generated)
+    for layer in cache.layers:
+        _begun(layer, model, batch, tokens)
+        layer.keys = layer.values = None
+        channels = torch.rand(batch, heads, d, device=model.device).topk(spec.keep).indices.sort().values
+        rows = _drawn(model, batch, heads, tokens + SPARE, spec.keep)
+        ring = _drawn(model, batch, heads, spec.ring_rows(0), d)
+        progress = torch.tensor([tokens - spec.recent, tokens], device=model.device)
+        layer.keys = handle_for(FixedKeys(Rows(rows), channels, ring, progress, spec, tokens), CANONICAL)
+        values = _drawn(model, batch, heads, tokens + SPARE, d)
+        layer.values = handle_for(FixedValues(Rows(values)), CANONICAL)
+    return cache
+
+
+def densified(cache: StaticCache, model: LlamaForCausalLM) -> StaticCache:
+    """A plain static cache, for ``model``, of what a pruned one stands for: dropped channels are zero."""
+    first = cache.layers[0]
+    batch, _, capacity, _ = first.keys.shape
+    plain = StaticCache(config=model.config, max_cache_len=capacity)
+    for layer, pruned in zip(plain.layers, cache.layers, strict=True):
+        _begun(layer, model, batch, int(pruned.cumulative_length))
+        layer.keys.copy_(pruned.keys.dense())
+        layer.values.copy_(pruned.values.dense())
+    return plain
+
+
+@torch.no_grad()
+def step(model: Any, tokens: Tensor, cache: Any) -> Tensor:
+    """The next tokens [B, 1] behind ``tokens``, greedily; nothing waits for the device."""
+    return model(input_ids=tokens, use_cache=True, **{CACHE: cache}).logits[:, -1:].argmax(-1)

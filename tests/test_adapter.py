@@ -1,0 +1,101 @@
+"""What wrapping changes in Hugging Face's ``generate``, and what it leaves."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from oracle import CACHE
+from tiny import tiny_llama
+from transformers import DynamicCache, StaticCache
+
+from think_compile import adapter, restore, think_compile
+
+IDS = torch.arange(2, 12)[None]
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """The adapter takes the model's device for a GPU."""
+    plain = adapter._is_open
+
+    class Elsewhere:
+        def __init__(self, model):
+            self.model, self.device = model, torch.device("cuda")
+
+        def __getattr__(self, name):
+            return getattr(self.model, name)
+
+    monkeypatch.setattr(adapter, "_is_open", lambda model, *rest: plain(Elsewhere(model), *rest))
+
+
+def generated(model, **options):
+    out = model.generate(IDS, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, **options)
+    return getattr(out, CACHE)
+
+
+def wrapped(**options):
+    return think_compile(tiny_llama(), 0.5, lowering="eager", **options)
+
+
+def test_a_static_cache_of_a_round_size_on_a_gpu(on_a_gpu):
+    cache = generated(wrapped())
+    assert isinstance(cache, StaticCache)
+    assert cache.layers[0].keys.shape[2] == adapter.SMALLEST
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "dynamic"},
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_who_chooses_otherwise_gets_that(on_a_gpu, options):
+    options = {"do_sample": False} | options
+    out = wrapped().generate(IDS, max_new_tokens=3, return_dict_in_generate=True, **options)
+    assert isinstance(getattr(out, CACHE), DynamicCache)
+
+
+def test_a_cache_that_is_given_is_used(on_a_gpu):
+    model = wrapped()
+    cache = DynamicCache(config=model.config)
+    assert generated(model, **{CACHE: cache}) is cache
+
+
+def test_it_can_be_turned_off(on_a_gpu):
+    assert isinstance(generated(wrapped(static_cache=False)), DynamicCache)
+
+
+def test_a_growing_cache_on_a_cpu():
+    assert isinstance(generated(wrapped()), DynamicCache)
+
+
+def test_the_user_s_own_settings_stay_as_they_are(on_a_gpu):
+    model = wrapped()
+    generated(model)
+    assert model.generation_config.cache_implementation is None
+
+
+def test_other_models_and_restored_ones_are_left_alone(on_a_gpu):
+    model = wrapped()
+    assert isinstance(generated(tiny_llama()), DynamicCache)
+    assert isinstance(generated(restore(model)), DynamicCache)
+    static = generated(model, cache_implementation="static")
+    assert static.layers[0].keys.shape[2] < adapter.SMALLEST
+
+
+def test_copies_and_pickles_of_a_wrapped_model():
+    model = wrapped()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(generated(other), DynamicCache)
+
+
+def test_sizes_are_few_and_not_much_larger():
+    sizes = [adapter.rounded(tokens) for tokens in range(1, 40_000)]
+    assert all(tokens <= size for tokens, size in enumerate(sizes, 1))
+    assert all(size <= max(adapter.SMALLEST, tokens * 1.15 + adapter.SMALLEST) for tokens, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 60
