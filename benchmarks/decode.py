@@ -85,7 +85,7 @@ def _run(model: Any, tokens: Any, cache: Any, *, synchronize: bool) -> float:
 
 @torch.no_grad()
 def check(ratio: float = 0.5, tokens: int = 2048, steps: int = 4) -> float:
-    """The error of the wrapped model over the plain one's, both in bf16 against fp32; raises where it is no rounding."""
+    """The wrapped model's error in bf16, in units of the plain one's; raises where it is no rounding."""
     torch._dynamo.reset()
     plain = models.llama(2, vocabulary=4096)
     exact = copy.deepcopy(plain).float()
