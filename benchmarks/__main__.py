@@ -62,6 +62,14 @@ def decode(
 
 
 @app.command()
+def profile(setting: Annotated[str, typer.Argument(help="BATCHxCONTEXT")] = "1x8192", out: Out = RESULTS) -> None:
+    """Where the time of a decode step goes, on the device and on the host."""
+    from benchmarks import decode, profile
+
+    _keep("profile", profile.run(decode.Setting(*map(int, setting.split("x")))), out)
+
+
+@app.command()
 def plot() -> None:
     """Draw benchmarks/results/decode.svg from what ``decode`` kept."""
     from benchmarks.plot import draw

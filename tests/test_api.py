@@ -454,7 +454,7 @@ PLACES = {
     "lowering": "think_compile.lower.Eager.__call__",
     "later call": "think_compile.kernels.steps.attend_growing",
     "first call": "think_compile.kernels.steps.first_call_growing",
-    "packed inputs": "think_compile.backend.packed_inputs",
+    "packed inputs": "think_compile.runtime.PackedInputs.of",
     "handles": "think_compile.runtime.handle_for",
 }
 

@@ -28,7 +28,7 @@ from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.rewrite import rewrite
 from think_compile.passes.room import find_starts
 from think_compile.report import Ledger, Report, refused_graph, refused_record, rewritten_record
-from think_compile.runtime import CacheFull, Program, packed_inputs
+from think_compile.runtime import CacheFull, PackedInputs, Program
 from think_compile.store import Store
 
 log = logging.getLogger(__name__)
@@ -256,6 +256,7 @@ class CompiledGraph:
     ) -> None:
         self.backend, self.gm, self.normalized, self.sites, self.own = backend, gm, normalized, sites, own
         self.own_rows, self.starts = find_own_rows(normalized, sites), find_starts(normalized, sites)
+        self.packed_inputs = PackedInputs(sites)
         self.programs: dict[tuple[frozenset[int], int, bool], Program] = {}
         backend.graphs.add(self)
         self.plain: Callable[..., Any] | None = None  # after an internal failure: the graph as the model wrote it
@@ -272,7 +273,7 @@ class CompiledGraph:
         return self.plain(*args)
 
     def _run(self, args: Sequence[Any]) -> Any:
-        packed = packed_inputs(self.sites, args, self.backend.config)
+        packed = self.packed_inputs.of(args, self.backend.config)
         own_rows = self.own_rows is not None and self.own_rows.suffice(args)
         key = packed, len(self.backend.given_up), own_rows
         if key not in self.programs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -241,13 +242,49 @@ class _Made:
         return FixedValues(Rows(values)) if what.fixed else GrowingValues(Rows(values), self.number(what.length))
 
 
-def packed_inputs(sites: Sequence[CachedAttention], args: Sequence[Any], config: ThinkConfig) -> frozenset[int]:
-    """The inputs whose handles can be used packed in this call; the others are given to the graph densely."""
-    found: set[int] = set()
-    for site in sites:
-        if site.past is not None and _usable(site, args, config):
-            found.update(site.past)
-    return frozenset(found)
+class PackedInputs:
+    """The inputs of a graph whose handles can be used packed in a call; the others are given to the graph densely.
+
+    Handles on caches of fixed size stay what they are from step to step: that they can be used is remembered.
+    """
+
+    def __init__(self, sites: Sequence[CachedAttention]) -> None:
+        self.sites = [site for site in sites if site.past is not None]
+        self.known: dict[tuple[int, int], _Known] = {}
+
+    def of(self, args: Sequence[Any], config: ThinkConfig) -> frozenset[int]:
+        """Their indices."""
+        return frozenset(index for site in self.sites if self._usable(site, args, config) for index in site.past or ())
+
+    def _usable(self, site: CachedAttention, args: Sequence[Any], config: ThinkConfig) -> bool:
+        assert site.past is not None
+        known, pair = self.known.get(site.past), [args[index] for index in site.past]
+        if known is not None and known.are(pair, config):
+            return True
+        usable = _usable(site, args, config)
+        if usable and site.fixed:
+            self.known[site.past] = _Known(pair, config)
+        return usable
+
+
+class _Known:
+    """A pair of handles, and the stores behind them, that were found usable."""
+
+    def __init__(self, pair: Sequence[Handle], config: ThinkConfig) -> None:
+        self.config = config
+        self.handles = [weakref.ref(handle) for handle in pair]
+        self.stores = [weakref.ref(handle.store) for handle in pair if handle.store is not None]
+
+    def are(self, pair: Sequence[Any], config: ThinkConfig) -> bool:
+        """Whether these are they; raises as :meth:`.handle.Handle.check_unwritten`."""
+        if config is not self.config:
+            return False
+        for handle, known, store in zip(pair, self.handles, self.stores, strict=True):
+            there = known()
+            if there is None or handle is not there or there.store is not store():
+                return False
+            there.check_unwritten()
+        return True
 
 
 def _usable(site: CachedAttention, args: Sequence[Any], config: ThinkConfig) -> bool:
