@@ -88,13 +88,18 @@ def _look(value: Any) -> Any:
     return (value.shape, value.stride()) if isinstance(value, Tensor) else value
 
 
+def _without_repeats(x: Tensor) -> tuple[slice, ...] | None:
+    """The index of an expanded tensor's first element along the axes it is expanded along; None: there is none."""
+    if 0 not in x.stride():
+        return None
+    return tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())
+
+
 def obstacle(values: Sequence[Any]) -> str:
     """Why a call with these inputs cannot be captured; empty: it can."""
     devices = {x.device for x in values if isinstance(x, Tensor)}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         return f"inputs are on {', '.join(sorted(map(str, devices)))}"
-    if any(isinstance(x, Tensor) and 0 in x.stride() and x.numel() > 1 for x in values):
-        return "an input is expanded"
     return ""
 
 
@@ -122,12 +127,13 @@ class Capture:
         """Raises :class:`NotCaptured`; nothing of the graph has run then."""
         self.signature = signature
         self.copied = [i for i in signature.others if isinstance(values[i], Tensor)]
+        self.parts = [_without_repeats(values[i]) for i in self.copied]
         self.inputs = [
             torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in self._of(values)
         ]
         given = list(values)
         for i, tensor in zip(self.copied, self.inputs, strict=True):
-            given[i] = tensor
+            given[i] = tensor.expand(values[i].shape)
         if not lowered.is_compiled_for(given):
             raise NotCaptured("it would be compiled anew")
         self.graph = torch.cuda.CUDAGraph()
@@ -141,7 +147,9 @@ class Capture:
         self._refuse_aliases(values)
 
     def _of(self, values: Sequence[Any]) -> list[Tensor]:
-        return [values[i] for i in self.copied]
+        """The inputs to be copied; of an expanded one what is not a repetition."""
+        given = zip(self.copied, self.parts, strict=True)
+        return [values[i] if part is None else values[i][part] for i, part in given]
 
     def _refuse_aliases(self, values: Sequence[Any]) -> None:
         """What is an input, or a part of one, would come back as a copy."""
