@@ -17,16 +17,7 @@ IDS = torch.arange(2, 12)[None]
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """The adapter takes the model's device for a GPU."""
-    plain = adapter._is_open
-
-    class Elsewhere:
-        def __init__(self, model):
-            self.model, self.device = model, torch.device("cuda")
-
-        def __getattr__(self, name):
-            return getattr(self.model, name)
-
-    monkeypatch.setattr(adapter, "_is_open", lambda model, *rest: plain(Elsewhere(model), *rest))
+    monkeypatch.setattr(adapter, "_on_gpu", lambda model: True)
 
 
 def generated(model, **options):
@@ -92,6 +83,17 @@ def test_copies_and_pickles_of_a_wrapped_model():
     model = wrapped()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert isinstance(generated(other), DynamicCache)
+
+
+def test_a_static_cache_on_a_cpu_keeps_its_size():
+    cache = generated(wrapped(), cache_implementation="static")
+    assert cache.layers[0].keys.shape[2] < adapter.SMALLEST
+
+
+def test_models_that_keep_latents_keep_their_caches(on_a_gpu):
+    model = wrapped()
+    model.config.kv_lora_rank = 16
+    assert isinstance(generated(model), DynamicCache)
 
 
 def test_sizes_are_few_and_not_much_larger():

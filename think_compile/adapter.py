@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 _switched_off: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_rounding: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose static caches get one of a few sizes
+_rounding: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose static caches get one of a few sizes, on a GPU
 _static: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that get a static cache where the user chose none
 
 PREPARE, MAKE_STATIC = "_prepare_cache_for_generation", "_prepare_static_cache"
@@ -71,7 +71,7 @@ def rounded(tokens: int) -> int:
 
 
 def _make_static(plain: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if model in _rounding and "max_cache_len" in kwargs:
+    if model in _rounding and "max_cache_len" in kwargs and _on_gpu(model) and _has_plain_keys(model):
         kwargs["max_cache_len"] = rounded(kwargs["max_cache_len"])
     return plain(model, *args, **kwargs)
 
@@ -92,4 +92,18 @@ def _is_open(model: Any, settings: Any, model_kwargs: Any, mode: Any) -> bool:
         getattr(mode, "value", mode) in ("greedy_search", "sample") and settings.num_return_sequences == 1
     )
     fits = getattr(model, "_can_compile_fullgraph", False) and not model.config.is_encoder_decoder
-    return model.device.type == "cuda" and fits and one_token_a_step and not chosen
+    return _on_gpu(model) and _has_plain_keys(model) and fits and one_token_a_step and not chosen
+
+
+def _on_gpu(model: Any) -> bool:
+    return model.device.type == "cuda"
+
+
+def _has_plain_keys(model: Any) -> bool:
+    """Whether the cache holds keys, and not latents, or an index beside them.
+
+    Those are not pruned, so that a static cache wins nothing; and what an index finds in a static cache depends, in
+    transformers 5.24, on the size of that.
+    """
+    config = model.config.get_text_config(decoder=True)
+    return not any(getattr(config, name, None) for name in ("kv_lora_rank", "index_topk"))

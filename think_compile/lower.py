@@ -2,7 +2,8 @@
 
 Inductor is called directly, with fake inputs under a shape environment of the graph's own: sizes that the caller's
 graph holds dynamic, and the capacities of growing stores, are symbols there. Whatever Inductor then assumes of them is
-one Python expression, checked before each call; everything else is fixed by the caller's guards.
+one Python expression, checked before each call; everything else is fixed by the caller's guards. Layers are compiled
+once, see :mod:`.regions`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from think_compile.regions import compile_by_regions
+
 log = logging.getLogger(__name__)
 
 
@@ -37,8 +40,8 @@ class Dims:
     """Which sizes of an input vary between calls: the axes of a tensor, or (``number``) the value itself.
 
     ``strided``: how the tensor lies in memory may vary as well.
-    ``named`` tells for a contiguous tensor what its varying sizes are; sizes of one name are one symbol where they
-    are equal, as the stores' are.
+    ``named`` tells for a contiguous tensor what its varying sizes are, or of a number what it is; those of one name are
+    one symbol where they are equal, as the stores' sizes and lengths are.
     """
 
     varying: tuple[int, ...] = ()
@@ -108,8 +111,12 @@ class Inductor:
         shape_env = ShapeEnv(duck_shape=False)
         mode = FakeTensorMode(shape_env=shape_env)
         fakes = _Fakes(mode, shape_env).make(args, self.dims)
-        with torch.no_grad(), tracing(TracingContext(mode)):
-            run: Any = compile_fx(self.graph_module, fakes, config_patches=self.options or None)
+
+        def compile_graph(graph_module: GraphModule, inputs: list[Any]) -> Any:
+            with torch.no_grad(), tracing(TracingContext(mode)):
+                return compile_fx(graph_module, inputs, config_patches=self.options or None)
+
+        run = compile_by_regions(self.graph_module, fakes, mode, compile_graph)
         varying = _varying(fakes, self.dims)
         fixed = [(get, value) for get, value in varying if isinstance(value, int)]
         symbolic = [(get, value) for get, value in varying if isinstance(value, SymInt)]
@@ -165,7 +172,7 @@ class _Fakes:
 
     def _one(self, arg: Any, d: Dims, name: str) -> Any:
         if d.number:
-            return self._symbol(arg, name)
+            return self._shared(d.named[0], arg, name) if d.named else self._symbol(arg, name)
         if not isinstance(arg, Tensor):
             return arg
         if d.named:
@@ -176,14 +183,17 @@ class _Fakes:
 
     def _with_named_sizes(self, arg: Tensor, d: Dims) -> Tensor:
         assert arg.is_contiguous()
-        shape = list(arg.shape)
+        shape: list[Any] = list(arg.shape)
         for axis, name in zip(d.varying, d.named, strict=True):
-            key = (name, arg.shape[axis])
-            if key not in self.named:
-                self.named[key] = self._symbol(arg.shape[axis], f"{name}_{arg.shape[axis]}")
-            shape[axis] = self.named[key]
+            shape[axis] = self._shared(name, arg.shape[axis], f"{name}_{arg.shape[axis]}")
         with self.mode:
             return torch.empty(shape, dtype=arg.dtype, device=arg.device)
+
+    def _shared(self, kind: str, value: int, name: str) -> SymInt | int:
+        """One symbol for all numbers of a kind that are equal; that they stay so is guarded."""
+        if (kind, value) not in self.named:
+            self.named[kind, value] = self._symbol(value, name)
+        return self.named[kind, value]
 
     def _symbol(self, value: int, name: str) -> SymInt | int:
         source = LocalSource(name)

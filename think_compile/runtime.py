@@ -172,17 +172,22 @@ def _from_store(index: int, name: str) -> Callable[[Sequence[Any], dict[int, Any
     return fetch
 
 
+_NUMBERS: dict[type, str] = {plan.PastLength: "length", plan.FloorOf: "floor", plan.FirstOf: "first"}
+
+
 def _dims(what: plan.Input, placeholders: Sequence[Any]) -> Dims:
     """Which sizes of a lowered graph's input vary."""
-    if isinstance(what, (plan.PastLength, plan.FloorOf, plan.FirstOf, plan.Size)):
+    if isinstance(what, plan.Size):
         return Dims(number=True)
+    if isinstance(what, plan.PastLength | plan.FloorOf | plan.FirstOf):
+        return Dims(number=True, named=(_NUMBERS[type(what)],))
     if isinstance(what, plan.FromStore):
         return Dims(
             what.varying, tuple(f"{what.name}_{axis}" if axis == 2 else f"axis_{axis}" for axis in what.varying)
         )
     value = value_of(placeholders[what.index])
     if isinstance(value, SymInt):
-        return Dims(number=True)
+        return Dims(number=True, named=("length",))
     if not isinstance(value, Tensor):
         return Dims()
     varying = tuple(axis for axis, size in enumerate(value.shape) if isinstance(size, SymInt))
