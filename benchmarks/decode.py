@@ -150,7 +150,9 @@ def floors(model: Any, setting: Setting, bandwidth: float) -> list[dict[str, Any
     kept = ThinkConfig(0.5).kept_channels(model.config.head_dim)
     rows = []
     for way, channels in (("bytes floor, ratio 0.5", kept), ("bytes floor, dense", None)):
-        n_bytes = models.weight_bytes(model) + models.cache_bytes(model.config, *asdict(setting).values(), channels)
+        n_bytes = models.weight_bytes(model) + models.cache_bytes(
+            model.config, setting.batch, setting.context, channels
+        )
         rows.append({"way": way, **asdict(setting), "ms": round(n_bytes / bandwidth * 1e3, 3)})
     return rows
 

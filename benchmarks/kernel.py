@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,30 +30,34 @@ SHAPES = (
 
 def check(shape: Shape) -> None:
     """Raise unless the kernel's error against fp64 is what the reference's in the same dtype is, a few times over."""
-    small = Shape(**{**vars(shape), "batch": 1, "tokens": 3000})
-    q, k_new, rows, channels, ring, values, *rest = arguments(small)
-    got = decode_attention(q, k_new, rows, channels, ring, values, *rest)
-    same = ref.pruned_attention(q, k_new, ref.Packed(rows, channels, ring), values, *rest)
-    wide = ref.Packed(rows.double(), channels, ring.double())
-    *lengths, mask, scale, causal = rest
-    mask = mask.double() if mask is not None and mask.is_floating_point() else mask
-    exact = ref.pruned_attention(q.double(), k_new.double(), wide, values.double(), *lengths, mask, scale, causal)
+    given = arguments(Shape(**{**vars(shape), "batch": 1, "tokens": 3000}))
+    got, same = decode_attention(**given), _reference(**given)
+    exact = _reference(**{name: _double(value) for name, value in given.items()})
     error, natural = ((x.double() - exact).abs().max().item() for x in (got, same))
     if not error <= 4 * natural + 1e-3:
         raise RuntimeError(f"{shape}: the kernel is off by {error:.1e}, the reference by {natural:.1e}: not timed")
 
 
+def _reference(pruned: Any, channels: Any, recent: Any, **given: Any) -> Any:
+    return ref.pruned_attention(packed=ref.Packed(pruned, channels, recent), **given)
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 def pruned_us(shape: Shape) -> float:
     """Microseconds of the kernel."""
     inputs = [arguments(shape) for _ in range(copies_for(shape.n_bytes))]
-    return captured_ms([lambda given=given: decode_attention(*given) for given in inputs]) * 1e3
+    return captured_ms([functools.partial(decode_attention, **given) for given in inputs]) * 1e3
 
 
 def dense_us(shape: Shape) -> dict[str, float]:
     """Microseconds of the stock attention by each backend, over whole keys."""
-    make = lambda tokens, width: torch.randn(  # noqa: E731
-        shape.batch, shape.heads, tokens, width, device="cuda", dtype=shape.dtype
-    )
+
+    def make(tokens: int, width: int) -> Any:
+        return torch.randn(shape.batch, shape.heads, tokens, width, device="cuda", dtype=shape.dtype)
+
     q = torch.randn(shape.batch, shape.query_heads, shape.queries, shape.d, device="cuda", dtype=shape.dtype)
     caches = [(make(shape.tokens, shape.d), make(shape.tokens, shape.dv)) for _ in range(copies_for(shape.dense_bytes))]
 

@@ -6,6 +6,7 @@ Each shape is timed with a grid of tiles, warps, stages and shares; the fastest 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import multiprocessing
@@ -51,7 +52,7 @@ class Shape:
         return self.batch * self.heads * self.tokens * (self.d + self.dv) * self.dtype.itemsize
 
 
-def arguments(shape: Shape, device: str = "cuda", spare: int = 64) -> tuple[Any, ...]:
+def arguments(shape: Shape, device: str = "cuda", spare: int = 64) -> dict[str, Any]:
     """Fresh random arguments of :func:`decode.decode_attention`, the lengths on the device."""
     b, h, s = shape.batch, shape.heads, shape.tokens
     with torch.device(device):
@@ -66,8 +67,16 @@ def arguments(shape: Shape, device: str = "cuda", spare: int = 64) -> tuple[Any,
             mask = (torch.arange(s + spare) < s).expand(b, 1, shape.queries, -1)
             if shape.mask == "float":
                 mask = torch.zeros(mask.shape, dtype=shape.dtype).masked_fill(~mask, torch.finfo(shape.dtype).min)
-    extent = s + spare
-    return q, k_new, rows, channels, ring, values, start, floor, extent, mask, shape.d**-0.5, False
+    given: dict[str, Any] = {
+        "q": q,
+        "k_new": k_new,
+        "pruned": rows,
+        "channels": channels,
+        "recent": ring,
+        "values": values,
+    }
+    given |= {"start": start, "floor": floor, "extent": s + spare, "mask": mask}
+    return given | {"scale": shape.d**-0.5, "is_causal": False}
 
 
 SHAPES = [
@@ -103,7 +112,7 @@ def _compile(job: tuple[Shape, Launch]) -> str | None:
     shape, launch = job
     small = Shape(**{**vars(shape), "batch": 1, "tokens": 512})
     try:
-        decode.decode_attention(*arguments(small), launch=launch)
+        decode.decode_attention(**arguments(small), launch=launch)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -127,7 +136,7 @@ def timings(shape: Shape, tiles: Any, repeats: int = 7) -> list[tuple[float, Lau
     inputs = [arguments(shape) for _ in range(copies_for(shape.n_bytes))]
     found = []
     for launch in launches(shape, tiles):
-        calls = [lambda given=given, launch=launch: decode.decode_attention(*given, launch=launch) for given in inputs]
+        calls = [functools.partial(decode.decode_attention, **given, launch=launch) for given in inputs]
         found.append((captured_ms(calls, repeats), launch))
     return sorted(found, key=lambda pair: pair[0])
 

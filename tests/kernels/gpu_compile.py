@@ -1,0 +1,63 @@
+"""Compiles the Triton kernels for an H100, which needs no GPU, and prints what each takes of one; run as a program.
+
+A process of its own, since the tests have Triton interpret its kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from think_compile.kernels import decode, restart
+from think_compile.kernels.launch import launch_for
+
+H100 = GPUTarget("cuda", 90, 32)
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def compiled(kernel, types: dict[str, str], constants: dict[str, object], **options) -> int:
+    """Bytes of shared memory that the kernel takes."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    given = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=given)
+    return triton.compile(source, target=H100, options=options).metadata.shared
+
+
+def share(dtype="bf16", group=4, d=128, kept=64, dv=128, queries=1, mask="none", on_device=True, causal=False) -> int:
+    """The kernel of a call's shares, as it is launched for 8 KV heads and 8,192 tokens."""
+    size = BYTES[dtype]
+    launch = launch_for(group * queries, (kept + dv) * size, (d + dv) * size, 8, 8192)
+    parts = {"D": d, "T": kept, "DV": dv}
+    constants = {
+        **parts,
+        **{f"{name}{i}": part for name, width in parts.items() for i, part in enumerate(decode._parts(width))},
+        **{"GROUP": group, "ON_DEVICE": on_device, "KIND": ["none", "bool", "float"].index(mask), "CAUSAL": causal},
+        **{"ALIKE": mask != "float", "PRECISION": "ieee" if dtype == "fp32" else "tf32"},
+        **{"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n},
+        **({"MASK": None} if mask == "none" else {}),
+        **({} if on_device else {"FLOOR": None, "START": None}),
+    }
+    types = dict.fromkeys(("Q", "K_NEW", "PRUNED", "RECENT", "VALUES"), f"*{dtype}")
+    types |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32") | dict.fromkeys(("CHANNELS", "FLOOR", "START"), "*i64")
+    types |= {"scale": "fp32", "MASK": "*i1" if mask == "bool" else f"*{dtype}"}
+    return compiled(decode._share, types, constants, num_warps=launch.warps, num_stages=launch.stages)
+
+
+def merge() -> int:
+    types = {"OUT": "*fp32", "MOST": "*fp32", "TOTAL": "*fp32", "RESULT": "*bf16"}
+    return compiled(decode._merge, types, {"DV": 80, "BLOCK_V": 128, "SPLITS": 33, "BLOCK_S": 64})
+
+
+def rescore() -> int:
+    types = {"Q": "*bf16", "K": "*bf16", "CHANNELS": "*i64", "START": "*i64"}
+    return compiled(restart._rescore, types, {"GROUP": 4, "D": 96, "T": 48, "BLOCK": 128})
+
+
+if __name__ == "__main__":
+    kernels = {"share": share, "merge": merge, "rescore": rescore}
+    print(json.dumps([kernels[name](**options) for name, options in json.loads(sys.argv[1])]))
