@@ -62,6 +62,27 @@ def decode(
 
 
 @app.command()
+def cpu(out: Out = RESULTS, context: int = 4096) -> None:
+    """A decode step on a CPU, beside the plain model under torch.compile."""
+    from benchmarks import cpu
+
+    _keep("cpu", cpu.run(context), out, "cpu")
+
+
+@app.command("compile")
+def compile_time(
+    out: Out = RESULTS,
+    layers: int = 32,
+    device: str = "cuda",
+    small: Annotated[bool, typer.Option(help="narrow layers, which take as long to compile")] = False,
+) -> None:
+    """How long compiling takes, with empty caches on disk and with full ones."""
+    from benchmarks import compile_time
+
+    _keep(f"compile_{device}", compile_time.run(layers, device, small), out, device)
+
+
+@app.command()
 def profile(setting: Annotated[str, typer.Argument(help="BATCHxCONTEXT")] = "1x8192", out: Out = RESULTS) -> None:
     """Where the time of a decode step goes, on the device and on the host."""
     from benchmarks import decode, profile

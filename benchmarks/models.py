@@ -24,12 +24,18 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parame
 
 
 def llama(
-    layers: int = 32, *, vocabulary: int = 128256, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
+    layers: int = 32,
+    *,
+    hidden: int = 4096,
+    inner: int = 14336,
+    vocabulary: int = 128256,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> LlamaForCausalLM:
     """A model of the shape of Llama-3.1-8B with random weights."""
     config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
+        hidden_size=hidden,
+        intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=8,

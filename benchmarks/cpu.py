@@ -1,0 +1,64 @@
+"""Milliseconds of a decode step on a CPU: the wrapped model, compiled by Inductor, and the plain model, compiled.
+
+The shape of SmolLM2-135M, float32, random weights; both behind a real prefill of the same prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.models import CACHE
+from think_compile import think_compile
+
+STEPS = 40
+
+
+def smollm(layers: int = 30) -> LlamaForCausalLM:
+    """A model of the shape of SmolLM2-135M with random weights."""
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def run(context: int = 4096, layers: int = 30) -> Iterator[dict[str, Any]]:
+    """A row for each way; times of steps in turn, so that what else the machine does falls on all alike."""
+    torch.manual_seed(0)
+    model = smollm(layers)
+    plain = copy.deepcopy(model)
+    plain.compile()
+    ways = {"torch.compile": plain}
+    ways |= {f"think_compile, ratio {ratio}": think_compile(copy.deepcopy(model), ratio) for ratio in (0.0, 0.5)}
+    ids = torch.randint(0, 49152, (1, context + STEPS + 8))
+    caches = {way: DynamicCache(config=model.config) for way in ways}
+    first = {way: _call(ways[way], ids[:, :context], caches[way]) for way in ways}
+    for way in ways:
+        torch.testing.assert_close(first[way], first["torch.compile"], rtol=1e-3, atol=1e-3)
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for at in range(context, context + STEPS + 8):
+        for way in ways:
+            begin = time.perf_counter()
+            _call(ways[way], ids[:, at : at + 1], caches[way])
+            times[way].append((time.perf_counter() - begin) * 1e3)
+    for way, ms in times.items():
+        row = {"way": way, "context": context, "layers": layers, "threads": torch.get_num_threads()}
+        yield row | {"ms": round(statistics.median(ms[8:]), 2), "fastest_ms": round(min(ms[8:]), 2)}
+
+
+def _call(model: Any, ids: Any, cache: Any) -> Any:
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits
