@@ -1,5 +1,6 @@
-"""On a CUDA GPU only: Inductor's generated kernels, and the allocator's word on the stored bytes."""
+"""On a CUDA GPU only: Inductor's generated kernels, CUDA graphs, and the allocator's word on the stored bytes."""
 
+import copy
 import gc
 import re
 
@@ -8,7 +9,9 @@ import torch
 from oracle import CACHE
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from think_compile import report, think_compile
+from think_compile import capture, report, think_compile
+from think_compile.api import _backend_of
+from think_compile.capture import NotCaptured
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,3 +86,102 @@ def assert_stored_bytes_are_allocated(model, ids, cache):
     stored = report(model).stored_bytes
     assert abs(allocated - stored) <= 0.02 * stored, (allocated, stored)
     assert report(model).stored_key_bytes <= 0.55 * report(model).dense_key_bytes
+
+
+def captures(model) -> int:
+    """How many CUDA graphs a wrapped model holds."""
+    programs = [program for graph in _backend_of(model).graphs for program in graph.programs.values()]
+    return sum(len(program.replayed.captures) for program in programs if program.replayed is not None)
+
+
+def steps_of(model, ids, cache, prompt, *, strictly=False):
+    """Logits of a prompt and of one-token calls; ``strictly``: from the fourth on nothing may wait for the device."""
+    logits = [model(ids[:, :prompt], **{CACHE: cache}, logits_to_keep=1).logits]
+    for at in range(prompt, ids.shape[1]):
+        step = ids[:, at : at + 1].contiguous()
+        torch.cuda.set_sync_debug_mode("error" if strictly and at > prompt + 3 else "default")
+        try:
+            logits.append(model(step, **{CACHE: cache}).logits)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return torch.cat(logits, 1)
+
+
+@torch.no_grad()
+def test_steps_on_a_fixed_cache_replay_one_graph():
+    """Through a window that slides, with no synchronisation, no second capture, and the numbers of plain launches."""
+    plain, prompt = llama(2), 100
+    ids = torch.randint(0, 1024, (2, prompt + 48), device="cuda")
+    runs = []
+    for options in ({}, {"cuda_graphs": False}):
+        torch._dynamo.reset()
+        model = think_compile(copy.deepcopy(plain), 0.5, **options)
+        runs.append(steps_of(model, ids, StaticCache(config=model.config, max_cache_len=256), prompt, strictly=True))
+        assert captures(model) == (0 if options else 1)
+        assert report(model).graphs == 2
+    assert torch.equal(*runs)
+
+
+@torch.no_grad()
+def test_each_cache_has_a_capture_of_its_own():
+    model, prompt = think_compile(llama(2), 0.5), 40
+    ids = torch.randint(0, 1024, (1, prompt + 8), device="cuda")
+    caches = [StaticCache(config=model.config, max_cache_len=128) for _ in range(2)]
+    first, second = (steps_of(model, ids, cache, prompt) for cache in caches)
+    assert torch.equal(first, second) and captures(model) == 2
+
+
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+@torch.no_grad()
+def test_steps_attend_with_the_kernel(kind):
+    model = think_compile(llama(1), 0.5)
+    ids = torch.randint(0, 1024, (1, 257), device="cuda")
+    cache = cache_of(kind, model.config)
+    model(ids[:, :256], **{CACHE: cache})
+    code = generated_code(lambda: model(ids[:, 256:], **{CACHE: cache}))
+    assert "_share" in code and "_merge" in code
+    assert "scaled_dot_product" not in code and "flash" not in code
+
+
+@torch.no_grad()
+def test_generate_uses_a_static_cache_and_compiles_a_second_prompt_no_more():
+    model = think_compile(llama(2), 0.5)
+    for length in (30, 50, 70):
+        ids = torch.randint(0, 1024, (1, length), device="cuda")
+        out = model.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+        assert isinstance(getattr(out, CACHE), StaticCache)
+    graphs = report(model).graphs
+    model.generate(torch.randint(0, 1024, (1, 90), device="cuda"), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert report(model).graphs == graphs and captures(model)
+
+
+def test_a_capture_that_fails_leaves_the_random_numbers_alone():
+    class Waits:
+        def is_compiled_for(self, values):
+            return True
+
+        def __call__(self, values):
+            torch.cuda.synchronize()
+
+    values = [torch.ones(4, device="cuda")]
+    torch.manual_seed(3)
+    expected = [torch.rand(2, device="cuda") for _ in range(2)]
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(2, device="cuda"), expected[0])
+    with pytest.raises(NotCaptured):
+        capture.Capture(Waits(), values, capture.Signature(values, frozenset()))
+    assert torch.equal(torch.rand(2, device="cuda"), expected[1])
+
+
+@torch.no_grad()
+def test_no_step_of_a_growing_cache_copies_it():
+    model = think_compile(llama(2), 0.5)
+    ids = torch.randint(0, 1024, (2, PROMPT + 20), device="cuda")
+    cache = cache_of("growing", model.config)
+    steps_of(model, ids[:, : PROMPT + 4], cache, PROMPT)
+    bytes_of_a_layer = report(model).stored_bytes // 2
+    for at in range(PROMPT + 4, PROMPT + 20):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(ids[:, at : at + 1], **{CACHE: cache}, logits_to_keep=1)
+        assert torch.cuda.max_memory_allocated() - before < 0.2 * bytes_of_a_layer

@@ -1,4 +1,4 @@
-"""Caches of fixed size that are full: a call that would write behind the end does not run."""
+"""Caches without room: a call that would write behind the end, or finds no memory, leaves all as it was."""
 
 import pytest
 import torch
@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from oracle import CACHE
 from tiny import tiny_llama
 from torch import nn
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from think_compile import CacheFull, report, think_compile
-from think_compile.store import FixedKeys
+from think_compile.kernels.steps import capacity_for
+from think_compile.store import FixedKeys, Rows
 
 ROOM = 12
 RULES = {"recent": 2, "observe": 4, "channel_multiple": 1, "lowering": "eager"}
@@ -68,3 +69,29 @@ def test_a_buffer_that_is_written_from_its_beginning_again():
     assert len(report(ours).rewritten) == 1 and isinstance(ours.k.store, FixedKeys)
     with pytest.raises(CacheFull, match="was to take 5 more behind 8"):
         ours(torch.randn(2, 5, 32), torch.arange(8, 13))
+
+
+@torch.no_grad()
+def test_memory_that_is_missing_while_a_cache_grows(monkeypatch):
+    model, prompt = think_compile(tiny_llama(), 0.5, **RULES), 20
+    ids = torch.randint(0, 60, (2, capacity_for(prompt) + 4))
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    outputs = []
+    for cache in caches:
+        model(ids[:, :prompt], **{CACHE: cache})
+    for at in range(prompt, ids.shape[1]):
+        outputs = [model(ids[:, at : at + 1], **{CACHE: caches[0]}).logits]
+        with monkeypatch.context() as patch:
+            patch.setattr(Rows, "copy", _out_of_memory)
+            try:
+                outputs.append(model(ids[:, at : at + 1], **{CACHE: caches[1]}).logits)
+            except torch.OutOfMemoryError:
+                failed = at
+        if len(outputs) == 1:  # again, with memory
+            outputs.append(model(ids[:, at : at + 1], **{CACHE: caches[1]}).logits)
+        assert torch.equal(*outputs)
+    assert failed == capacity_for(prompt) - 1
+
+
+def _out_of_memory(*args):
+    raise torch.OutOfMemoryError("made up")
