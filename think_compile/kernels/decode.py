@@ -176,21 +176,29 @@ def _share(
             scale, False, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
         )  # fmt: skip
 
-        # The rows behind the tokens hold nothing: read only where the mask shows them.
-        low, high = _part(end, extent, split, splits, BLOCK_N)
-        for at in range(low, high, BLOCK_N):
-            position = at + tl.arange(0, BLOCK_N)
-            ok = position < high
-            shown = tl.where(real[:, None], tl.zeros([BLOCK_M, BLOCK_N], tl.float32), float("-inf"))
-            shown = _hidden(shown, MASK, mask_row, position - first, query, ok, sm_s, KIND, CAUSAL, ALIKE)
-            # what a float mask hides counts only where it hides all
-            counts = (shown > -1e30) | ((shown > float("-inf")) & (m < -1e29)[:, None])
-            if tl.max(tl.max(counts.to(tl.int32), 1), 0) > 0:
-                m, total, o0, o1 = _walk(
-                    m, total, o0, o1, q0, q1, pruned, values, at, tl.minimum(at + BLOCK_N, high), 0, ring_rows, MASK,
-                    mask_row, query, first, sm_s, scale, False, T, T0, T1, DV, DV0, DV1,
-                    KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
-                )  # fmt: skip
+        # The rows behind the tokens hold nothing: read only where the mask shows them. (Causal queries never do.)
+        if not CAUSAL:
+            CHUNK: tl.constexpr = 1024 if ALIKE else 128
+            low, high = _part(end, extent, split, splits, CHUNK)
+            for at in range(low, high, CHUNK):
+                position = at + tl.arange(0, CHUNK)
+                if ALIKE:
+                    shown = tl.zeros([1, CHUNK], tl.float32)
+                    most = shown + tl.min(m, 0)
+                else:
+                    shown = tl.where(real[:, None], tl.zeros([BLOCK_M, CHUNK], tl.float32), float("-inf"))
+                    most = m[:, None]
+                shown = _hidden(
+                    shown, MASK, mask_row, position - first, query, position < high, sm_s, KIND, False, ALIKE
+                )
+                # what a float mask hides counts only where it hides all
+                counts = (shown > -1e30) | ((shown > float("-inf")) & (most < -1e29))
+                if tl.max(tl.max(counts.to(tl.int32), 1), 0) > 0:
+                    m, total, o0, o1 = _walk(
+                        m, total, o0, o1, q0, q1, pruned, values, at, tl.minimum(at + CHUNK, high), 0, ring_rows, MASK,
+                        mask_row, query, first, sm_s, scale, False, T, T0, T1, DV, DV0, DV1,
+                        KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
+                    )  # fmt: skip
     else:  # whole keys
         w0, w1 = _columns(D0, D1)
         whole0, whole1 = _queries(q_row, real, w0, w1, w0 < D, w1 < D)
