@@ -62,6 +62,22 @@ def decode(
 
 
 @app.command()
+def prefill(out: Out = RESULTS, context: int = 32768) -> None:
+    """The first token of a long prompt, beside the plain model under torch.compile."""
+    from benchmarks import prefill
+
+    _keep("prefill", prefill.run(context=context), out)
+
+
+@app.command()
+def memory(out: Out = RESULTS, context: int = 32768) -> None:
+    """The peak of decode steps, and the largest batch that fits."""
+    from benchmarks import memory
+
+    _keep("memory", memory.run(context), out)
+
+
+@app.command()
 def cpu(out: Out = RESULTS, context: int = 4096) -> None:
     """A decode step on a CPU, beside the plain model under torch.compile."""
     from benchmarks import cpu

@@ -1,0 +1,54 @@
+"""Gibibytes at the peak of decode steps, and how many sequences fit beside the weights."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks import models
+from think_compile import ThinkConfig, restore, think_compile
+
+STEPS, HEADROOM = 4, 2 * 2**30
+
+
+def run(context: int = 32768, layers: int = 32) -> Iterator[dict[str, Any]]:
+    """A row for the pruned and for the plain cache of fixed size: the largest batch, decoded for a few steps."""
+    model, config = models.llama(layers), ThinkConfig(0.5)
+    kept = config.kept_channels(model.config.head_dim)
+    free, total = torch.cuda.mem_get_info()
+    for way, channels in (("think_compile, ratio 0.5", kept), ("HF StaticCache, torch.compile", None)):
+        one = models.cache_bytes(model.config, 1, context + models.SPARE, channels)
+        batch = int((free - HEADROOM) // one)
+        yield {"way": way, "context": context, "batch": batch, "of_gib": round(total / 2**30, 1)} | _peak(
+            model, batch, context, config if channels else None
+        )
+
+
+@torch.no_grad()
+def _peak(model: Any, batch: int, context: int, config: ThinkConfig | None) -> dict[str, float]:
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    undo: Callable[[Any], Any] = restore
+    if config is None:
+        model.compile()
+        undo = _uncompiled
+        cache = models.fixed_past(model, batch, context)
+    else:
+        cache = models.pruned_past(think_compile(model, config.ratio), batch, context, config)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    tokens = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
+    for _ in range(STEPS):
+        tokens = models.step(model, tokens, cache)
+    torch.cuda.synchronize()
+    undo(model)
+    peak = torch.cuda.max_memory_allocated()
+    return {"weights_and_cache_gib": round(before / 2**30, 2), "peak_gib": round(peak / 2**30, 2)}
+
+
+def _uncompiled(model: Any) -> None:
+    model._compiled_call_impl = None
