@@ -21,7 +21,7 @@ def run(batch: int = 1, context: int = 32768, layers: int = 32) -> Iterator[dict
     """A row for each way; the first tokens of all are compared before anything is timed."""
     model = models.llama(layers)
     ids = torch.randint(0, model.config.vocab_size, (batch, context), device="cuda")
-    first = {}
+    first: dict[str, Any] = {}
     for way in ("torch.compile", "think_compile, ratio 0.5"):
         torch._dynamo.reset()
         if way == "torch.compile":
