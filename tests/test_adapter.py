@@ -57,8 +57,11 @@ def test_a_cache_that_is_given_is_used(on_a_gpu):
     assert generated(model, **{CACHE: cache}) is cache
 
 
-def test_it_can_be_turned_off(on_a_gpu):
-    assert isinstance(generated(wrapped(static_cache=False)), DynamicCache)
+@pytest.mark.parametrize(
+    "options", [{"static_cache": False}, {"sliding": True}], ids=lambda options: next(iter(options))
+)
+def test_it_can_be_turned_off(on_a_gpu, options):
+    assert isinstance(generated(wrapped(**options)), DynamicCache)
 
 
 def test_a_growing_cache_on_a_cpu():

@@ -95,7 +95,9 @@ def _install(model: nn.Module, backend: Backend) -> Backend:
         return compiled(reference(), args, kwargs)
 
     model._compiled_call_impl = compiled_call
-    adapter.on_wrap(model, static_cache=backend.config.static_cache)
+    config = backend.config
+    # windows in buffers of fixed size are left dense: who asks for windows to be pruned gets caches that grow
+    adapter.on_wrap(model, static_cache=config.static_cache and not config.sliding)
     return backend
 
 
