@@ -147,3 +147,17 @@ def test_numbers_of_one_kind_are_one_symbol_while_they_are_equal():
     assert len(lowered.variants) == 1
     with pytest.raises(Exception, match="size"):  # compiled anew, for numbers that differ: and those cannot be added
         lowered([x, 4, 5])
+
+
+def test_a_failure_of_the_search_compiles_the_whole(monkeypatch, caplog):
+    def fail(*args):
+        raise ZeroDivisionError("made up")
+
+    monkeypatch.setattr(regions, "_cut", fail)
+    model, inputs = Stack(), (torch.randn(3, 4), torch.rand(()))
+    with pytest.raises(ZeroDivisionError):
+        compiled_parts(model, *inputs)
+    monkeypatch.setenv("THINK_COMPILE_FALLBACK", "1")
+    outputs, kept = compiled_parts(model, *inputs)
+    assert len(kept) == 1 and torch.equal(outputs[0], model(*inputs)[0])
+    assert "made up" in caplog.text

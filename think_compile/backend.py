@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from think_compile.config import ThinkConfig
+from think_compile.config import ThinkConfig, fallback_allowed
 from think_compile.handle import Handle, LostWrite
 from think_compile.holders import Place, holders
 from think_compile.lower import CompilationFailed
@@ -42,11 +41,6 @@ class ThinkWarning(UserWarning):
 
 class NothingRewritten(RuntimeError):
     """``strict=True``, and a layer could not be rewritten."""
-
-
-def fallback_allowed() -> bool:
-    """Whether an internal failure may fall back to the plain graph; THINK_COMPILE_FALLBACK=0 forbids it."""
-    return os.environ.get("THINK_COMPILE_FALLBACK", "1") != "0"
 
 
 class Backend:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 LOWERINGS = ("inductor", "eager")
+
+
+def fallback_allowed() -> bool:
+    """Whether an internal failure may fall back to something plainer; THINK_COMPILE_FALLBACK=0 forbids it."""
+    return os.environ.get("THINK_COMPILE_FALLBACK", "1") != "0"
 
 
 def _check_int(name: str, value: Any, low: int) -> None:

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import SymInt, Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from think_compile.config import fallback_allowed
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +33,14 @@ def compile_by_regions(
     graph_module: GraphModule, fakes: Sequence[Any], mode: FakeTensorMode, compile_graph: Compile
 ) -> Callable[..., Sequence[Any]]:
     """``graph_module`` compiled for these inputs, its repeated part only once."""
-    values = _Propagation(graph_module, mode).values_for(fakes)
-    cut = _cut(graph_module.graph, values)
+    try:
+        values = _Propagation(graph_module, mode).values_for(fakes)
+        cut = _cut(graph_module.graph, values)
+    except Exception as error:
+        if not fallback_allowed():
+            raise
+        log.warning("layers are not compiled once: %s: %s", type(error).__name__, error)
+        cut = None
     if cut is None:
         return compile_graph(graph_module, list(fakes))
     log.info("%d layers of %d operations are compiled once", cut.count, cut.period)
@@ -46,7 +55,8 @@ class _Propagation(Interpreter):
         self.mode = mode
 
     def values_for(self, fakes: Sequence[Any]) -> Values:
-        with self.mode, torch.no_grad():
+        # some operations take symbolic sizes only in Python
+        with self.mode, torch.no_grad(), enable_python_dispatcher():
             self.run(*fakes)
         return self.env
 
