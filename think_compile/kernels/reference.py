@@ -137,13 +137,16 @@ def advance_ring(recent: Tensor, k_new: Tensor, start: Length) -> Tensor:
     return torch.where((positions >= start)[:, None], taken.to(recent.dtype), recent)
 
 
-def _overlay(columns: Tensor, ring: Tensor, new: Tensor, base: Tensor, floor: Length, start: Length) -> Tensor:
-    """``base`` [..., S] in position order, with the ring's [..., R] and the new tokens' [..., N] columns over it."""
-    in_ring = (columns >= floor) & (columns < start)
-    out = torch.where(in_ring, ring.index_select(-1, columns % ring.shape[-1]), base)
-    n_new = new.shape[-1]
-    in_new = (columns >= start) & (columns < start + n_new)
-    return torch.where(in_new, new.index_select(-1, (columns - start).clamp(0, n_new - 1)), out)
+def _overlay(base: Tensor, ring: Tensor, new: Tensor, first: int, floor: Length, start: Length) -> Tensor:
+    """``base`` [..., S], positions from ``first`` on, with the columns of ring [..., R] and new tokens [..., N] in it.
+
+    Only the last R + N positions can be others than ``base``'s; those that are not go to a column that is cut off.
+    """
+    size, rows, n_new = base.shape[-1], ring.shape[-1], new.shape[-1]
+    positions = start - rows + torch.arange(rows + n_new, device=base.device)
+    tail = torch.cat([ring.index_select(-1, positions[:rows] % rows), new], -1)
+    columns = torch.where((positions >= floor) & (positions >= first), positions - first, size)
+    return F.pad(base, (0, 1)).index_copy(-1, columns, tail.to(base.dtype))[..., :size]
 
 
 def zero_filled(pruned: Tensor, channels: Tensor, head_dim: int) -> Tensor:
@@ -263,8 +266,7 @@ def pruned_logits(
     narrow = narrow_rows(grouped, packed.channels) @ _wide(packed.pruned[:, :, first:extent]).mT
     ring = grouped @ _wide(packed.recent).mT
     new = grouped @ _wide(k_new).mT
-    columns = torch.arange(first, extent, device=q.device)
-    logits = _overlay(columns, ring, new, narrow, floor, start)
+    logits = _overlay(narrow, ring, new, first, floor, start)
     return logits.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
 
 
@@ -319,8 +321,7 @@ def dense_attention(
 ) -> Tensor:
     """As :func:`pruned_attention`, by the stock attention over zero-filled keys: for calls of many tokens."""
     base = zero_filled(packed.pruned[:, :, first:extent], packed.channels, q.shape[-1])
-    columns = torch.arange(first, extent, device=q.device)
-    k = _overlay(columns, packed.recent.mT, k_new.mT, base.mT, floor, start).mT
+    k = _overlay(base.mT, packed.recent.mT, k_new.mT, first, floor, start).mT
     k, v = k.to(q.dtype), values[:, :, first:extent].to(q.dtype)
     group = q.shape[1] // k.shape[1]
     if group > 1 and mask is not None:  # the fused kernels take a mask or grouped heads, not both
