@@ -1,10 +1,9 @@
 """The Triton kernel of later calls: split-KV attention over pruned keys, the ring and the call's own, and its merge.
 
 Each program takes a share of the positions and attends to it with an online softmax: the stored narrow rows with the
-queries gathered on the kept channels, then ring and new keys with the whole queries. A second kernel merges the shares.
-Lengths are numbers (growing caches) or come from device memory (fixed ones), so that one captured graph serves all
-steps. What it computes is :func:`.reference.pruned_attention`; letters as there. The rewritten graphs do not call it
-yet, and how it is launched has not been tuned on a GPU.
+queries gathered on the kept channels, or the ring and the new keys with the whole queries. A second kernel merges the
+shares. Lengths are numbers (growing caches) or read from device memory (fixed ones), so that one captured graph serves
+all steps. What it computes is :func:`.reference.pruned_attention`; letters as there.
 """
 
 from __future__ import annotations
