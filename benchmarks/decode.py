@@ -30,9 +30,6 @@ class Setting:
     batch: int
     context: int
 
-    def __str__(self) -> str:
-        return f"batch {self.batch}, {self.context:,} tokens"
-
 
 SETTINGS = (Setting(1, 8192), Setting(8, 32768), Setting(1, 131072))
 

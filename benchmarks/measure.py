@@ -51,9 +51,14 @@ def save(name: str, rows: Sequence[dict[str, Any]], device: torch.device | str, 
         "device": device_name(device),
         "versions": versions(),
     }
+    write_rows(path, head, rows)
+    return path
+
+
+def write_rows(path: Path, head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """A JSON object of ``head`` and "rows", one a line."""
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     path.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n')
-    return path
 
 
 def load(path: Path) -> dict[str, Any]:

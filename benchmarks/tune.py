@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import multiprocessing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from benchmarks.measure import captured_ms, copies_for, device_name, versions
+from benchmarks.measure import captured_ms, copies_for, device_name, versions, write_rows
 from think_compile.kernels import decode
 from think_compile.kernels.launch import TABLE, Launch, query_tile
 
@@ -55,8 +54,8 @@ class Shape:
 def arguments(shape: Shape, device: str = "cuda", spare: int = 64) -> dict[str, Any]:
     """Fresh random arguments of :func:`decode.decode_attention`, the lengths on the device."""
     b, h, s = shape.batch, shape.heads, shape.tokens
+    make = functools.partial(torch.randn, dtype=shape.dtype)
     with torch.device(device):
-        make = lambda *size: torch.randn(*size, dtype=shape.dtype)  # noqa: E731
         q, k_new = make(b, shape.query_heads, shape.queries, shape.d), make(b, h, shape.queries, shape.d)
         channels = torch.rand(b, h, shape.d).topk(shape.kept).indices.sort().values
         rows, ring = make(b, h, s + spare, shape.kept), make(b, h, RECENT + 1, shape.d)
@@ -110,9 +109,8 @@ def launches(shape: Shape, tiles: Any = TILES) -> list[Launch]:
 def _compile(job: tuple[Shape, Launch]) -> str | None:
     """Compiles in a process of its own; what does not fit the device is said."""
     shape, launch = job
-    small = Shape(**{**vars(shape), "batch": 1, "tokens": 512})
     try:
-        decode.decode_attention(**arguments(small), launch=launch)
+        decode.decode_attention(**arguments(variant(shape)), launch=launch)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -143,7 +141,7 @@ def timings(shape: Shape, tiles: Any, repeats: int = 7) -> list[tuple[float, Lau
 
 def variant(shape: Shape) -> Shape:
     """The shape that has the same compiled kernels."""
-    return Shape(**{**vars(shape), "batch": 1, "tokens": 512})
+    return replace(shape, batch=1, tokens=512)
 
 
 def tune(shapes: list[Shape] = SHAPES) -> list[dict[str, Any]]:
@@ -169,9 +167,7 @@ def tune(shapes: list[Shape] = SHAPES) -> list[dict[str, Any]]:
 def main() -> None:
     """Tune, and write the table."""
     rows = tune()
-    head = {"device": device_name("cuda"), "versions": versions()}
-    text = ",\n".join("  " + json.dumps(row) for row in rows)
-    TABLE.write_text(json.dumps(head)[:-1] + f', "rows": [\n{text}\n]}}\n')
+    write_rows(TABLE, {"device": device_name("cuda"), "versions": versions()}, rows)
 
 
 if __name__ == "__main__":

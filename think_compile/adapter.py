@@ -65,7 +65,10 @@ def _around(cls: type, name: str, ours: Callable[..., Any]) -> None:
 
 
 def rounded(tokens: int) -> int:
-    """The size of cache that ``tokens`` get: at most an eighth more, so that sizes, and what they compile, are few."""
+    """The size of cache that ``tokens`` get: a multiple of 256, beyond 2,048 of no more than an eighth of them.
+
+    So sizes, and what they compile, are few.
+    """
     step = max(SMALLEST, 1 << max(0, tokens.bit_length() - 4))
     return -(-tokens // step) * step
 

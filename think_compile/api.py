@@ -64,17 +64,17 @@ def think_compile(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     config = ThinkConfig(
-        ratio,
-        recent,
-        observe,
-        channel_multiple,
-        prune_generated,
-        sliding,
-        strict,
-        lowering,
-        cuda_graphs,
-        static_cache,
-        inductor_options,
+        ratio=ratio,
+        recent=recent,
+        observe=observe,
+        channel_multiple=channel_multiple,
+        prune_generated=prune_generated,
+        sliding=sliding,
+        strict=strict,
+        lowering=lowering,
+        cuda_graphs=cuda_graphs,
+        static_cache=static_cache,
+        inductor_options=inductor_options,
     )
     if model in _backends:
         raise ValueError(

@@ -8,7 +8,7 @@ behind it is compiled apart. A graph without one is compiled as a whole.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from think_compile.config import fallback_allowed
+from think_compile.passes.readers import PROJECTIONS
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,8 @@ def _cut(graph: Graph, values: Values) -> _Cut | None:
     repeated = _repetition(numbers)
     if repeated is None:
         return None
-    ranked = sorted(_offsets(repeated, len(body)), key=lambda cut: _cost(cut, body))
+    place = {node: i for i, node in enumerate(body)}
+    ranked = sorted(_offsets(*repeated), key=lambda cut: _cost(cut, body, place))
     return next((cut for cut in ranked[:8] if _slots(cut.layers(body), values) is not None), None)
 
 
@@ -133,24 +135,21 @@ def _longest_run(same: Tensor) -> tuple[int, int]:
     return int(bounds[longest]) + 1, int(lengths[longest])
 
 
-def _offsets(repeated: tuple[int, int, int], n_nodes: int) -> Iterator[_Cut]:
+def _offsets(first: int, period: int, length: int) -> Iterator[_Cut]:
     """The cuts of a stretch: at each node of a layer, with as many layers as fit."""
-    first, period, length = repeated
     for offset in range(period):
         count = (length - offset) // period
         if count >= 2:
             yield _Cut(first + offset, period, count)
 
 
-def _cost(cut: _Cut, body: Sequence[Node]) -> tuple[int, int, int]:
+def _cost(cut: _Cut, body: Sequence[Node], place: Mapping[Node, int]) -> tuple[int, int, bool]:
     """Layers that are lost, then values that cross from one layer to the next; of equal ones behind a product."""
-    place = {node: i for i, node in enumerate(body)}
     border = cut.start + cut.period
     crossing = 0
     for node in body[cut.start : border]:
         crossing += any(border <= place.get(user, -1) < border + cut.period for user in node.users)
-    is_product = any(word in str(body[border - 1].target) for word in ("linear", "mm", "matmul"))
-    return -cut.count, crossing - is_product, crossing
+    return -cut.count, crossing, body[border - 1].target not in PROJECTIONS
 
 
 def _slots(layers: list[list[Node]], values: Values) -> list[tuple[Node, ...]] | None:
@@ -207,7 +206,7 @@ class _Regional:
         self.result = pytree.tree_map_only(Node, self.place.__getitem__, list(nodes[-1].args[0]))
         self.returned = {self.place[node] for node in nodes[-1].all_input_nodes}
         self.is_node = [isinstance(x, Node) for x in nodes[-1].args[0]]
-        self.steps = self._before(body[: cut.start]) + self._layers(cut.layers(body)) + self._before(body[cut.end :])
+        self.steps = self._once(body[: cut.start]) + self._layers(cut.layers(body)) + self._once(body[cut.end :])
         self._free()
 
     def __call__(self, *args: Any) -> list[Any]:
@@ -221,7 +220,7 @@ class _Regional:
                 held[place] = None
         return [held[x] if is_node else x for x, is_node in zip(self.result, self.is_node, strict=True)]
 
-    def _before(self, nodes: list[Node]) -> list[_Step]:
+    def _once(self, nodes: list[Node]) -> list[_Step]:
         """A part that stands once."""
         if not nodes:
             return []

@@ -64,7 +64,7 @@ class Program:
         dims = [_dims(what, placeholders) for what in rewritten.inputs]
         graph = rewritten.graph_module
         self.lowered = Eager(graph) if config.lowering == "eager" else Inductor(graph, dims, config.inductor_options)
-        self.steps = [self._number(n) for _, n in rewritten.written_fixed]
+        self.written_fixed = [(index, self._number(n)) for index, n in rewritten.written_fixed]
         self.starts = starts
         self.replayed = self._replayed(self.lowered, own) if config.cuda_graphs else None
 
@@ -84,9 +84,7 @@ class Program:
 
     def _take_room(self, args: Sequence[Any]) -> None:
         """Count the rows that a call writes into fixed caches; raises if they are more than there are."""
-        written = zip((index for index, _ in self.rewritten.written_fixed), self.steps, strict=True)
-        stores = [(args[index].store, number(args)) for index, number in written]
-        keys = [(store, n) for store, n in stores if isinstance(store, FixedKeys)]
+        keys = [(args[index].store, number(args)) for index, number in self.written_fixed]
         if any(store.written is None or store.written + n > store.rows.capacity for store, n in keys):
             self._ask_for_room(args, keys)
         for store, n in keys:
@@ -108,7 +106,7 @@ class Program:
         """Replays of the graph, if all it writes to are fixed caches in their places."""
         new = (*self.rewritten.outputs, *(what for _, what in self.rewritten.replaced))
         stays = all(isinstance(what, plan.Returned | plan.Constant | plan.SameHandle) for what in new)
-        in_their_places = self.steps and stays and not self.rewritten.appended and not self.rewritten.copied
+        in_their_places = self.written_fixed and stays and not self.rewritten.appended and not self.rewritten.copied
         if isinstance(lowered, Eager) or not in_their_places:
             return None
         in_place = own | self.written
@@ -120,7 +118,7 @@ class Program:
 
     def _is_long(self, args: Sequence[Any]) -> bool:
         """Whether a call is a chunk of a prompt: launching it costs little, and keeping its memory much."""
-        return any(number(args) > MAX_KERNEL_QUERIES for number in self.steps)
+        return any(number(args) > MAX_KERNEL_QUERIES for _, number in self.written_fixed)
 
     def _reserved(self, args: Sequence[Any], counts: dict[int, int]) -> dict[int, Any]:
         """Stores with room for the call's tokens, which begin in the rows where the graph takes them to begin."""

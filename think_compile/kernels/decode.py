@@ -242,7 +242,7 @@ def _merge(
     tl.store(RESULT + (bh * n_rows + row) * DV + column, result.to(RESULT.dtype.element_ty), mask=column < DV)
 
 
-def _traced(kernel: Any) -> Any:
+def traced(kernel: Any) -> Any:
     """The kernel as Inductor sees it; what Triton's interpreter runs on a CPU is called as it is."""
     return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
@@ -339,7 +339,7 @@ def _decode(
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
     strides = _strides(mask)
     grid = (all_heads, triton.cdiv(rows, how.block_m), splits)
-    _traced(_share)[grid](
+    traced(_share)[grid](
         q, k_new, pruned, channels, recent, values, mask, floor_at, start_at, out, most, total,
         floor, start, first, extent, scale * _LOG2E, queries, heads, pruned.shape[2], values.shape[2], recent.shape[2],
         how.splits, whole_splits, *strides,
@@ -350,7 +350,7 @@ def _decode(
         BLOCK_M=how.block_m, BLOCK_N=how.block_n, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     block_s, block_v = triton.next_power_of_2(splits), triton.next_power_of_2(dv)
-    _traced(_merge)[(all_heads, rows)](
+    traced(_merge)[(all_heads, rows)](
         out, most, total, result, rows, DV=dv, BLOCK_V=block_v, SPLITS=splits, BLOCK_S=block_s
     )
     return result

@@ -1,7 +1,7 @@
 """How the decode kernel is launched: a table of measured shapes, of which the nearest one counts.
 
-The table, launches.json, is written by ``python -m benchmarks.tune`` on the device that it names. Elsewhere the
-same launches are right, if not the fastest.
+``python -m benchmarks.tune`` writes the table, launches.json, for the device that it runs on; the file says how the one
+that is committed came about. On other devices the same launches are right, if not the fastest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TABLE = Path(__file__).parent / "launches.json"
-SMALLEST_SHARE = 64  # rows; smaller ones cost more to merge than they save
+SMALLEST_SHARE = 64  # rows; taken to be the fewest that are worth a program of their own, not measured
 SHARED_BYTES = 200_000  # what a program may take of the 227 KB of an H100's multiprocessor
 LONG = 16384  # rows that a cache is taken to have whose length is not known while its graph is made
 

@@ -6,12 +6,12 @@ operations, choosing channels would cost each step of a captured decode as much 
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
+
+from think_compile.kernels.decode import traced
 
 
 @triton.jit
@@ -49,10 +49,6 @@ def _rescore(
             tl.store(CHANNELS + row * T + t, tl.sum(tl.where(kept & (slot == t), channel, 0), 0).to(tl.int64))
 
 
-def _traced(kernel: Any) -> Any:
-    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
-
-
 @triton_op("think_compile::rescore_restarted", mutates_args={"channels"})
 def rescore_restarted(q: Tensor, k_new: Tensor, channels: Tensor, start: Tensor) -> None:
     """Choose ``channels`` [B, H, T] anew, in place, if ``start`` (0-d, int64) is 0.
@@ -60,7 +56,7 @@ def rescore_restarted(q: Tensor, k_new: Tensor, channels: Tensor, start: Tensor)
     q [B, Hq, 1, D], k_new [B, H, 1, D].
     """
     (batch, query_heads, _, d), heads = q.shape, k_new.shape[1]
-    _traced(_rescore)[(batch * heads,)](
+    traced(_rescore)[(batch * heads,)](
         q.contiguous(), k_new.contiguous(), channels, start,
         GROUP=query_heads // heads, D=d, T=channels.shape[-1], BLOCK=triton.next_power_of_2(d),
     )  # fmt: skip

@@ -156,7 +156,7 @@ class Rewritten:
         appended: inputs whose growing handles take the call's new tokens, with (input index, axis) or the number
             that tells how many those are.
         copied: inputs whose fixed handles are written on a copy, since the model does not write to them.
-        written_fixed: (input index, number of tokens) of the fixed handles that a call writes to.
+        written_fixed: (input index, number of tokens) of the fixed key caches that a call writes to.
     """
 
     graph_module: GraphModule

@@ -12,15 +12,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from think_compile.passes.normalize import Normalized
+from think_compile.passes.readers import PROJECTIONS
 
 aten = torch.ops.aten
 MAX_NODES = 300  # of a mask's computation, which is run once more
 _COSTLY = {
-    aten.linear.default,
-    aten.matmul.default,
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
+    *PROJECTIONS,
     aten.baddbmm.default,
     aten.einsum.default,
     aten.embedding.default,

@@ -63,7 +63,7 @@ def check_past_readers(past: Node, root: Node) -> None:
         raise Refused(Reason.PAST_ESCAPES, where(reader))
 
 
-_FRESH = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
+PROJECTIONS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
 _ATTENDS = {aten.scaled_dot_product_attention.default, *SOFTMAXES}
 
 
@@ -72,9 +72,9 @@ def made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:
     todo, seen = [node], {node}
     while todo:
         node = todo.pop()
-        if node.op != "call_function" or node.target in _ATTENDS or (node.target in _FRESH and not projected):
+        if node.op != "call_function" or node.target in _ATTENDS or (node.target in PROJECTIONS and not projected):
             continue
-        sources = node.all_input_nodes[:1] if node.target in _FRESH else node.all_input_nodes
+        sources = node.all_input_nodes[:1] if node.target in PROJECTIONS else node.all_input_nodes
         fresh = [source for source in sources if source not in seen]
         seen.update(fresh)
         todo += fresh

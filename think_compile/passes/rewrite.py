@@ -266,8 +266,8 @@ class _Rewriter(Draft):
 
     def _leave_fixed(self, site: CachedAttention) -> None:
         assert site.past is not None
+        self.written_fixed.append((site.past[0], site.query_tokens))
         for tensor, index in zip((site.keys, site.values), site.past, strict=True):
-            self.written_fixed.append((index, site.query_tokens))
             in_place = index in self.normalized.written
             if not in_place:
                 self.copied.append(index)
