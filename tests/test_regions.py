@@ -132,6 +132,35 @@ def test_values_are_let_go_of():
     assert len(released) == len(set(released)) and left <= set(released)
 
 
+# ---------------------------------------------------------------------------------- writes to inputs
+
+
+def written_at_the_end(x, a, b, c):
+    """What Dynamo and functionalization leave of in-place changes: they stand behind everything."""
+    new_a, view = a + 1, b.view(3, 2)
+    y = (x * a).sin()
+    new_b = b * 2
+    y = y + view.sum()
+    z = y.cos() + c
+    a.copy_(new_a), b.copy_(new_b), c.copy_(z.sum())
+    return y * 3, c
+
+
+def test_writes_come_right_behind_the_last_readers():
+    given = [torch.randn(4), torch.randn(4), torch.randn(2, 3), torch.randn(())]
+    traced = symbolic_trace(written_at_the_end)
+    for node in traced.graph.find_nodes(op="call_method", target="copy_"):
+        node.op, node.target = "call_function", torch.ops.aten.copy_.default
+    mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    kept = []
+    run = regions.compile_by_regions(traced, [mode.from_tensor(x) for x in given], mode, lambda gm, _: kept.append(gm))
+    assert run is None
+    names = [node.name for node in kept[0].graph.nodes]
+    order = ("mul", "copy_", "sin", "sum_1", "copy__1", "add_1", "sum_2", "copy__2", "mul_2")
+    places = [names.index(name) for name in order]
+    assert places == sorted(places)
+
+
 # ---------------------------------------------------------------------------------- numbers that stand for layers
 
 

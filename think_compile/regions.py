@@ -36,6 +36,7 @@ def compile_by_regions(
     """``graph_module`` compiled for these inputs, its repeated part only once."""
     try:
         values = _Propagation(graph_module, mode).values_for(fakes)
+        _write_early(graph_module.graph, values)
         cut = _cut(graph_module.graph, values)
     except Exception as error:
         if not fallback_allowed():
@@ -64,6 +65,33 @@ class _Propagation(Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
         return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+# --------------------------------------------------------------------------------- writes to the graph's inputs
+
+
+def _write_early(graph: Graph, values: Values) -> None:
+    """Move what the graph writes to its inputs from its end to right behind their last readers, into their layers."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    sharing: dict[int, list[Node]] = {}
+    for node, value in values.items():
+        for storage in _storages(value):
+            sharing.setdefault(storage, []).append(node)
+    for write in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        last = _last_reader(write, [x for s in _storages(values[write.args[0]]) for x in sharing[s]], place)
+        if last.op not in ("placeholder", "get_attr"):
+            last.append(write)
+
+
+def _last_reader(write: Node, aliases: Sequence[Node], place: Mapping[Node, int]) -> Node:
+    """The node behind which a write changes nothing: behind all that see its target, and behind what is written."""
+    readers = [user for node in aliases for user in node.users]
+    before = [node for node in (*aliases, *readers, *_arguments(write)) if place[node] < place[write]]
+    return max(before, key=place.__getitem__)
+
+
+def _storages(value: Any) -> set[int]:
+    return {x.untyped_storage()._cdata for x in pytree.tree_leaves(value) if isinstance(x, Tensor)}
 
 
 # ------------------------------------------------------------------------------------------------- where to cut

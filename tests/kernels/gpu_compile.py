@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from think_compile.kernels import decode, restart
+from think_compile.kernels import append, decode
 from think_compile.kernels.launch import launch_for
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -53,11 +53,13 @@ def merge() -> int:
     return compiled(decode._merge, types, {"DV": 80, "BLOCK_V": 128, "SPLITS": 33, "BLOCK_S": 64})
 
 
-def rescore() -> int:
-    types = {"Q": "*bf16", "K": "*bf16", "CHANNELS": "*i64", "START": "*i64"}
-    return compiled(restart._rescore, types, {"GROUP": 4, "D": 96, "T": 48, "BLOCK": 128})
+def appended() -> int:
+    """The kernel that appends a step's key."""
+    types = dict.fromkeys(("Q", "K", "PRUNED", "RECENT"), "*bf16")
+    types |= dict.fromkeys(("CHANNELS", "PROGRESS", "START"), "*i64")
+    return compiled(append._append, types, {"GROUP": 4, "D": 96, "T": 48, "BLOCK_D": 128, "BLOCK_T": 64})
 
 
 if __name__ == "__main__":
-    kernels = {"share": share, "merge": merge, "rescore": rescore}
+    kernels = {"share": share, "merge": merge, "append": appended}
     print(json.dumps([kernels[name](**options) for name, options in json.loads(sys.argv[1])]))

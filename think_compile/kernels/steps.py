@@ -267,21 +267,15 @@ def append_keys_fixed(
 ) -> None:
     """Write the new keys into a fixed cache from ``start`` on. To be run once the call has attended."""
     start = torch.as_tensor(start, device=q.device)
-    _rescore(q, k_new, mask, channels, start, extent, spec.observe)
+    if q.is_cuda and k_new.shape[2] == 1 and has_triton() and q.dtype != torch.float64:
+        from think_compile.kernels.append import append_token
+
+        whole = spec.whole_tokens(recent.shape[2])
+        append_token(q, k_new, pruned, channels, recent, progress, start, spec.recent, whole)
+        return
+    channels.copy_(ref.rescore_restarted(q, k_new, mask, channels, start, extent, spec.observe))
     ref.append_rows(pruned, ref.narrow_rows(k_new, channels), start)
     _advance_fixed(k_new, recent, progress, start, torch.minimum(progress[0], start), spec)
-
-
-def _rescore(
-    q: Tensor, k_new: Tensor, mask: Tensor | None, channels: Tensor, start: Tensor, extent: int, observe: int
-) -> None:
-    """Choose the channels anew if a call writes from position 0."""
-    if q.is_cuda and k_new.shape[2] == 1 and has_triton() and q.dtype != torch.float64:
-        from think_compile.kernels.restart import rescore_restarted
-
-        rescore_restarted(q, k_new, channels, start)
-    else:
-        channels.copy_(ref.rescore_restarted(q, k_new, mask, channels, start, extent, observe))
 
 
 def _advance_fixed(

@@ -1,0 +1,73 @@
+"""The Triton kernel that appends a step's key to a fixed cache, against the ATen operations that it stands for."""
+
+import math
+
+import pytest
+import torch
+
+from think_compile.kernels import steps
+
+append = pytest.importorskip("think_compile.kernels.append", reason="needs triton", exc_type=ModuleNotFoundError)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CAPACITY, WINDOW = 50, 5
+
+
+def drawn(batch, query_heads, heads, d, keep, ring_rows, dtype=torch.float32):
+    """(q, k_new) and what a fixed cache stores but its values."""
+    channels = torch.rand(batch, heads, d).topk(keep).indices.sort().values
+    rows, ring = torch.randn(batch, heads, CAPACITY, keep), torch.randn(batch, heads, ring_rows, d)
+    q, k = torch.randn(batch, query_heads, 1, d), torch.randn(batch, heads, 1, d)
+    return (q.to(dtype), k.to(dtype)), (rows.to(dtype), channels, ring.to(dtype), torch.tensor([17, 20]))
+
+
+def both(new, stored, start, spec):
+    """What is stored afterwards, by the kernel and by ATen."""
+    by_kernel = [x.clone().to(DEVICE) for x in stored]
+    whole = spec.whole_tokens(stored[2].shape[2])
+    begin = torch.tensor(start, device=DEVICE)
+    append.append_token(*(x.to(DEVICE) for x in new), *by_kernel, begin, spec.recent, whole)
+    by_aten = [x.clone() for x in stored]
+    steps.append_keys_fixed(*new, None, *by_aten, torch.tensor(start), CAPACITY, spec)
+    return [x.cpu() for x in by_kernel], by_aten
+
+
+def assert_same(by_kernel, by_aten):
+    for kernel, aten in zip(by_kernel, by_aten, strict=True):
+        assert kernel.dtype == aten.dtype
+        assert torch.equal(kernel, aten)
+
+
+@pytest.mark.parametrize("start", [0, 1, 20, 40, CAPACITY - 1])
+@pytest.mark.parametrize("prune_generated", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "query_heads", "heads", "d", "keep"),
+    [(2, 4, 2, 32, 16), (1, 7, 1, 80, 50), (3, 2, 2, 16, 16), (1, 9, 3, 96, 1)],
+)
+def test_like_the_operations_in_aten(batch, query_heads, heads, d, keep, prune_generated, start):
+    spec = steps.LayerSpec(keep, d, WINDOW, 8, prune_generated)
+    assert_same(*both(*drawn(batch, query_heads, heads, d, keep, spec.ring_rows(30)), start, spec))
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_small_windows_in_half_precision(window):
+    spec = steps.LayerSpec(16, 32, window, 8, True)
+    assert_same(*both(*drawn(1, 2, 2, 32, 16, spec.ring_rows(0), torch.float16), 33, spec))
+
+
+def test_ties_and_what_is_no_number():
+    spec = steps.LayerSpec(4, 16, WINDOW, 8, True)
+    (q, k), stored = drawn(1, 1, 1, 16, 4, spec.ring_rows(0))
+    q.fill_(1), k.fill_(1)
+    k[..., 9], q[..., 12] = math.nan, math.inf
+    by_kernel, by_aten = both((q, k), stored, 0, spec)
+    assert by_kernel[1].flatten().tolist() == [0, 1, 9, 12]
+    assert_same(*([x.nan_to_num(7) for x in side] for side in (by_kernel, by_aten)))
+
+
+def test_nothing_is_written_behind_the_end():
+    spec = steps.LayerSpec(16, 32, WINDOW, 8, True)
+    new, stored = drawn(1, 2, 2, 32, 16, spec.ring_rows(0))
+    given = [x.to(DEVICE) for x in (*new, *stored)]
+    before = given[2].clone()
+    append.append_token(*given, torch.tensor(CAPACITY, device=DEVICE), WINDOW, WINDOW)
+    assert torch.equal(given[2], before)
