@@ -8,7 +8,7 @@ so that the next replay does not change what a caller holds.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,7 @@ class Replayed:
     def __init__(self, lowered: Inductor, in_place: Sequence[int]) -> None:
         self.lowered, self.in_place = lowered, frozenset(in_place)
         self.captures: list[Capture] = []
+        self.latest: Capture | None = None  # that the last call replayed
         self.seen: Signature | None = None  # of the last call that was not replayed
         self.refused = ""
 
@@ -37,7 +38,9 @@ class Replayed:
             return self.lowered(values)
         for capture in self.captures:
             if capture.fits(values):
+                self.latest = capture
                 return capture.replay(values)
+        self.latest = None
         signature = Signature(values, self.in_place)
         if signature != self.seen:  # a graph runs once as it is, which also compiles it, before it is captured
             self.seen = signature
@@ -69,7 +72,7 @@ class Signature:
         self.pointers = [values[i].data_ptr() for i in self.placed]
         placed = set(self.placed)
         self.others = [i for i in range(len(values)) if i not in placed]
-        self.looks = [_look(values[i]) for i in self.others]
+        self.looks = [look(values[i]) for i in self.others]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Signature):
@@ -81,10 +84,11 @@ class Signature:
     def matches(self, values: Sequence[Any]) -> bool:
         """Whether the signature of ``values`` is this one."""
         same_places = self.pointers == [values[i].data_ptr() for i in self.placed]
-        return same_places and self.looks == [_look(values[i]) for i in self.others]
+        return same_places and self.looks == [look(values[i]) for i in self.others]
 
 
-def _look(value: Any) -> Any:
+def look(value: Any) -> Any:
+    """What a capture depends on of an input that is copied."""
     return (value.shape, value.stride()) if isinstance(value, Tensor) else value
 
 
@@ -146,7 +150,7 @@ class Capture:
             self.outputs = list(lowered(given))
         self._refuse_aliases(values)
 
-    def _of(self, values: Sequence[Any]) -> list[Tensor]:
+    def _of(self, values: Sequence[Any] | Mapping[int, Any]) -> list[Tensor]:
         """The inputs to be copied; of an expanded one what is not a repetition."""
         given = zip(self.copied, self.parts, strict=True)
         return [values[i] if part is None else values[i][part] for i, part in given]
@@ -161,8 +165,8 @@ class Capture:
         """Whether replaying does what the lowered graph would do with ``values``."""
         return self.signature.matches(values)
 
-    def replay(self, values: Sequence[Any]) -> list[Any]:
-        """The outputs of a call with ``values``."""
+    def replay(self, values: Sequence[Any] | Mapping[int, Any]) -> list[Any]:
+        """The outputs of a call with ``values``, of which those that are copied are enough."""
         if self.copied:
             torch._foreach_copy_(self.inputs, self._of(values))
         self.graph.replay()

@@ -117,9 +117,9 @@ class Handle(torch.Tensor):
 
     def check_unwritten(self) -> None:
         """Raise if somebody wrote to a view of this packed tensor: such a view is a copy, the numbers are lost."""
-        if self.cell is None or self.is_dense or self.is_inference():
+        if self.cell is None or self.is_inference() or self._version == self.cell.version:
             return
-        if self._version != self.cell.version:
+        if not self.is_dense:
             raise LostWrite(
                 "a view of a packed cache was written to in place, which cannot reach the cache; "
                 "assign to the cache itself (cache[...] = values)"
@@ -143,6 +143,13 @@ class Handle(torch.Tensor):
             log.info("a packed cache %s becomes dense", tuple(self.shape))
             self.cell.store = Dense(Rows(_canonical(dense, self)))
         return from_canonical(self.cell.store.dense(), self.axes)
+
+    def pack_anew(self, cell: Cell | None) -> None:
+        """Take a packed store in place of the dense one, whose writes, which are in it, are counted."""
+        assert cell is not None
+        if cell is not self.cell:
+            cell.version = 0 if self.is_inference() else self._version
+            self.cell = cell
 
     def with_store(self, store: Store) -> Handle:
         """A handle in the same layout on another store."""

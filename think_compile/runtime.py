@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from think_compile.passes.kv_cache import CachedAttention, CacheTensor
 from think_compile.passes.layout import value_of
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.rewrite import layer_spec
+from think_compile.repeat import Fetch, Repeated
 from think_compile.store import (
     FixedKeys,
     FixedValues,
@@ -29,6 +30,7 @@ from think_compile.store import (
     Rows,
     Store,
     allocating,
+    writable,
 )
 
 Replace = Callable[[Any, Handle], None]
@@ -67,6 +69,7 @@ class Program:
         self.written_fixed = [(index, self._number(n)) for index, n in rewritten.written_fixed]
         self.starts = starts
         self.replayed = self._replayed(self.lowered, own) if config.cuda_graphs else None
+        self.repeated: Repeated | None = None
 
     def run(self, args: Sequence[Any], replace: Replace) -> tuple[Any, ...]:
         """The caller's outputs for the caller's inputs."""
@@ -77,10 +80,34 @@ class Program:
             stores |= {index: args[index].store.map_batch(torch.clone) for index in self.rewritten.copied}
             lowered = self.lowered if self.replayed is None or self._is_long(args) else self.replayed
             values = lowered([fetch(args, stores) for fetch in self.fetchers])
+            self._remember(args)
             made = _Made(args, stores, counts, values, lambda size: self._number(size)(args))
             for index, what in self.rewritten.replaced:
                 replace(args[index], made.output(what))
             return tuple(made.output(what) for what in self.rewritten.outputs)
+
+    def run_again(self, args: Sequence[Any]) -> tuple[Any, ...] | None:
+        """As :meth:`run`, if its last call was replayed and this one is like it; None: it is not, and nothing ran."""
+        values = None if self.repeated is None else self.repeated.values(args)
+        if self.repeated is None or values is None:
+            return None
+        with allocating():
+            self._take_room(args)
+            made = _Made(args, {}, {}, self.repeated.capture.replay(values), lambda size: self._number(size)(args))
+            return tuple(made.output(what) for what in self.rewritten.outputs)
+
+    def _remember(self, args: Sequence[Any]) -> None:
+        """Keep what a replayed call found; not where a handle was read densely, or something else takes its place."""
+        capture = None if self.replayed is None else self.replayed.latest
+        if capture is None:
+            self.repeated = None
+            return
+        passed = {i: what.index for i, what in enumerate(self.rewritten.inputs) if isinstance(what, plan.Passed)}
+        stays = all(isinstance(what, plan.SameHandle) for _, what in self.rewritten.replaced)
+        if not stays or any(isinstance(args[i], Handle) for i in passed.values()):
+            self.repeated = None
+        elif self.repeated is None or self.repeated.capture is not capture:
+            self.repeated = Repeated(args, capture, passed, self.fetchers)
 
     def _take_room(self, args: Sequence[Any]) -> None:
         """Count the rows that a call writes into fixed caches; raises if they are more than there are."""
@@ -129,7 +156,7 @@ class Program:
                 stores[index] = stores[index].moved(capacity_for(stores[index].length + counts[index]))
         return stores
 
-    def _fetcher(self, what: plan.Input) -> Callable[[Sequence[Any], dict[int, Any]], Any]:
+    def _fetcher(self, what: plan.Input) -> Fetch:
         """How to get an input of the lowered graph from the caller's inputs and the reserved stores."""
         if isinstance(what, plan.Passed):
             return _passed(what.index, what.index in self.written)
@@ -152,18 +179,18 @@ class Program:
         return lambda args: int(expr.subs({s: args[i] for s, i in self.symbols.items() if s in expr.free_symbols}))
 
 
-def _passed(index: int, written: bool) -> Callable[[Sequence[Any], dict[int, Any]], Any]:
-    def fetch(args: Sequence[Any], stores: dict[int, Any]) -> Any:
+def _passed(index: int, written: bool) -> Fetch:
+    def fetch(args: Sequence[Any], stores: Mapping[int, Any]) -> Any:
         arg = args[index]
         if not isinstance(arg, Handle):
-            return arg
+            return writable(arg) if written else arg
         return arg.densify() if written else arg.dense()
 
     return fetch
 
 
-def _from_store(index: int, name: str) -> Callable[[Sequence[Any], dict[int, Any]], Any]:
-    def fetch(args: Sequence[Any], stores: dict[int, Any]) -> Tensor:
+def _from_store(index: int, name: str) -> Fetch:
+    def fetch(args: Sequence[Any], stores: Mapping[int, Any]) -> Tensor:
         store = stores[index] if index in stores else args[index].store
         return store.rows.tensor if name == "rows" else getattr(store, name)
 

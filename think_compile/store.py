@@ -32,6 +32,15 @@ def allocating() -> AbstractContextManager[Any]:
     return stack
 
 
+def writable(tensor: Tensor) -> Tensor:
+    """The tensor, or where that can be written to in inference mode only, another on the same memory."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 class Rows:
     """A buffer [B, H, C, *] that is appended to in place, shared by the stores of one line of calls."""
 

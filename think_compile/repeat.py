@@ -1,0 +1,52 @@
+"""A step like the last: what a replayed call found is remembered, so that the next one need only be compared with it.
+
+Finding the handles that can be used, their stores and every input of the lowered graph takes the host longer than
+launching a captured graph. In a decode on fixed caches all of it stays the same from step to step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from think_compile.capture import Capture, look
+from think_compile.handle import Handle
+
+Fetch = Callable[[Sequence[Any], Mapping[int, Any]], Any]
+
+
+class Repeated:
+    """A replayed call, and how to tell that another may be replayed in the same way.
+
+    The stores of fixed caches are places: while a handle has the same store, its tensors lie where they lay.
+    """
+
+    def __init__(self, args: Sequence[Any], capture: Capture, passed: Mapping[int, int], fetchers: list[Fetch]) -> None:
+        """``passed``: for the inputs of the lowered graph that are the caller's own, which of ``args`` they are."""
+        self.capture = capture
+        self.handles = [i for i, x in enumerate(args) if isinstance(x, Handle)]
+        self.found = [(weakref.ref(args[i]), weakref.ref(args[i].store)) for i in self.handles]
+        self.placed = [passed[i] for i in capture.signature.placed if i in passed]
+        self.pointers = self._pointers(args)
+        self.others = [(i, fetchers[i]) for i in capture.signature.others]
+
+    def _pointers(self, args: Sequence[Any]) -> list[int]:
+        return list(map(Tensor.data_ptr, [args[i] for i in self.placed]))
+
+    def values(self, args: Sequence[Any]) -> dict[int, Any] | None:
+        """The inputs that the capture takes copies of, by place; None: the call differs from the remembered one.
+
+        Raises as :meth:`.handle.Handle.check_unwritten`.
+        """
+        for i, (handle, store) in zip(self.handles, self.found, strict=True):
+            known = handle()
+            if known is None or args[i] is not known or known.store is not store():
+                return None
+            known.check_unwritten()
+        if self._pointers(args) != self.pointers:
+            return None
+        values = {i: fetch(args, {}) for i, fetch in self.others}
+        return values if list(map(look, values.values())) == self.capture.signature.looks else None
