@@ -70,11 +70,17 @@ def _drawn(model: LlamaForCausalLM, *shape: int) -> Tensor:
 
 def growing_past(model: LlamaForCausalLM, batch: int, tokens: int) -> DynamicCache:
     """A dense growing cache of ``tokens`` random tokens."""
-    cache, config = DynamicCache(config=model.config), model.config
+    cache = DynamicCache(config=model.config)
+    fill(cache, model, batch, tokens)
+    return cache
+
+
+def fill(cache: Any, model: LlamaForCausalLM, batch: int, tokens: int) -> None:
+    """Put ``tokens`` random tokens into an empty growing cache of Hugging Face's."""
+    config = model.config
     for i in range(config.num_hidden_layers):
         rows = [_drawn(model, batch, config.num_key_value_heads, tokens, config.head_dim) for _ in range(2)]
         cache.update(*rows, i)
-    return cache
 
 
 def _begun(layer: Any, model: LlamaForCausalLM, batch: int, tokens: int) -> None:

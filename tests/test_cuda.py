@@ -67,10 +67,9 @@ def test_scoring_and_packing_are_fused_triton_kernels(kind):
 @torch.no_grad()
 def test_the_allocator_confirms_the_stored_bytes(kind):
     model = think_compile(llama(4), 0.5)
-    ids = torch.randint(0, 1024, (BATCH, PROMPT), device="cuda")
+    ids = torch.randint(0, 1024, (BATCH, PROMPT + 3), device="cuda")
     warm = cache_of(kind, model.config)
-    model(ids, **{CACHE: warm})  # compiles; workspaces are allocated
-    model(ids[:, :1], **{CACHE: warm})
+    steps_of(model, ids, warm, PROMPT)  # compiles, captures; workspaces are allocated
     del warm
     assert_stored_bytes_are_allocated(model, ids, cache_of(kind, model.config))
 
@@ -78,9 +77,7 @@ def test_the_allocator_confirms_the_stored_bytes(kind):
 def assert_stored_bytes_are_allocated(model, ids, cache):
     gc.collect()
     before = torch.cuda.memory_allocated()
-    model(ids, **{CACHE: cache}, logits_to_keep=1)
-    for _ in range(3):
-        model(ids[:, :1], **{CACHE: cache}, logits_to_keep=1)
+    steps_of(model, ids, cache, PROMPT)
     gc.collect()
     allocated = torch.cuda.memory_allocated() - before
     stored = report(model).stored_bytes
@@ -178,10 +175,11 @@ def test_no_step_of_a_growing_cache_copies_it():
     model = think_compile(llama(2), 0.5)
     ids = torch.randint(0, 1024, (2, PROMPT + 20), device="cuda")
     cache = cache_of("growing", model.config)
-    steps_of(model, ids[:, : PROMPT + 4], cache, PROMPT)
+    steps_of(model, ids[:, : PROMPT + 4], cache, PROMPT)  # compiles, and chooses launches on copies
     bytes_of_a_layer = report(model).stored_bytes // 2
     for at in range(PROMPT + 4, PROMPT + 20):
+        step = ids[:, at : at + 1].contiguous()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        model(ids[:, at : at + 1], **{CACHE: cache}, logits_to_keep=1)
+        model(step, **{CACHE: cache})
         assert torch.cuda.max_memory_allocated() - before < 0.2 * bytes_of_a_layer
