@@ -58,7 +58,8 @@ def decode(
 
     settings = tuple(decode.Setting(*map(int, text.split("x"))) for text in setting or []) or decode.SETTINGS
     ways = decode.OURS + decode.BASELINES if baselines else decode.OURS[:1]
-    _keep("decode", decode.run(settings, ways), out)
+    for at in settings:
+        _keep(f"decode_{at.batch}x{at.context}", decode.run((at,), ways), out)
 
 
 @app.command()
@@ -108,7 +109,7 @@ def profile(setting: Annotated[str, typer.Argument(help="BATCHxCONTEXT")] = "1x8
 
 @app.command()
 def plot() -> None:
-    """Draw benchmarks/results/decode.svg from what ``decode`` kept."""
+    """Draw benchmarks/results/decode.svg from all that ``decode`` kept."""
     from benchmarks.plot import draw
 
     typer.echo(draw())

@@ -18,19 +18,20 @@ def step_times(rows: list[dict[str, Any]], batch: int) -> dict[str, list[tuple[i
 
 
 def draw(path: Path = RESULTS / "decode.svg") -> Path:
-    """Draw what benchmarks/results/decode.json holds, a panel for each batch size."""
+    """Draw what the results of ``decode`` hold, a panel for each batch size."""
     import matplotlib.pyplot as plt
 
-    result = load(RESULTS / "decode.json")
-    batches = sorted({row["batch"] for row in result["rows"] if "batch" in row})
+    results = [load(found) for found in sorted(RESULTS.glob("decode_*.json"))]
+    rows = [row for result in results for row in result["rows"]]
+    batches = sorted({row["batch"] for row in rows if "batch" in row})
     figure, panels = plt.subplots(1, len(batches), figsize=(5 * len(batches), 4), squeeze=False)
     for panel, batch in zip(panels[0], batches, strict=True):
-        for way, points in step_times(result["rows"], batch).items():
+        for way, points in step_times(rows, batch).items():
             style = "--" if "floor" in way else "o-"
             panel.plot(*zip(*points, strict=True), style, label=way)
         panel.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms a step", title=f"batch {batch}")
         panel.legend(fontsize=7)
-    figure.suptitle(f"Llama-3.1-8B shape, bf16, {result['device']}")
+    figure.suptitle(f"Llama-3.1-8B shape, bf16, {' and '.join(sorted({result['device'] for result in results}))}")
     figure.tight_layout()
     figure.savefig(path)
     return path
