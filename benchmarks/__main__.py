@@ -59,7 +59,7 @@ def decode(
     settings = tuple(decode.Setting(*map(int, text.split("x"))) for text in setting or []) or decode.SETTINGS
     ways = decode.OURS + decode.BASELINES if baselines else decode.OURS[:1]
     for at in settings:
-        _keep(f"decode_{at.batch}x{at.context}", decode.run((at,), ways), out)
+        _keep(f"decode_{at.batch}x{at.context}", decode.run(at, ways), out)
 
 
 @app.command()

@@ -252,7 +252,7 @@ class CompiledGraph:
         self.own_rows, self.starts = find_own_rows(normalized, sites), find_starts(normalized, sites)
         self.packed_inputs = PackedInputs(sites)
         self.programs: dict[tuple[frozenset[int], int, bool], Program] = {}
-        self.latest: tuple[Program, int] | None = None  # what ran last, and how many layers were given up then
+        self.latest: tuple[frozenset[int], int, bool] | None = None  # the program that ran last
         backend.graphs.add(self)
         self.plain: Callable[..., Any] | None = None  # after an internal failure: the graph as the model wrote it
 
@@ -277,9 +277,8 @@ class CompiledGraph:
         if key not in self.programs:
             self._warn_of_unusable(packed, args)
             self.programs[key] = self._program(packed, own_rows)
-        program = self.programs[key]
-        self.latest = (program, key[1]) if self.own_rows is None else None
-        outputs = program.run(args, self.backend.replace)
+        self.latest = key if self.own_rows is None else None
+        outputs = self.programs[key].run(args, self.backend.replace)
         for output in outputs:
             if isinstance(output, Handle) and output.store is not None:
                 self.backend.stores.add(output.store)
@@ -287,10 +286,10 @@ class CompiledGraph:
 
     def _run_again(self, args: Sequence[Any]) -> tuple[Any, ...] | None:
         """The outputs, if the call is a step like the last one."""
-        if self.latest is None:
+        if self.latest is None or self.latest[1] != len(self.backend.given_up):
             return None
-        program, given_up = self.latest
-        return program.run_again(args) if given_up == len(self.backend.given_up) else None
+        program = self.programs.get(self.latest)
+        return None if program is None else program.run_again(args)
 
     def _warn_of_unusable(self, packed: frozenset[int], args: Sequence[Any]) -> None:
         past = {index for site in self.sites if site.past is not None for index in site.past}

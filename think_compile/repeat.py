@@ -18,6 +18,24 @@ from think_compile.handle import Handle
 Fetch = Callable[[Sequence[Any], Mapping[int, Any]], Any]
 
 
+class Known:
+    """Handles, and the stores behind them, as a call found them; it keeps none alive."""
+
+    def __init__(self, handles: Sequence[Handle]) -> None:
+        self.found = [
+            (weakref.ref(handle), weakref.ref(handle.store)) for handle in handles if handle.store is not None
+        ]
+
+    def are(self, given: Sequence[Any]) -> bool:
+        """Whether these are they; raises as :meth:`.handle.Handle.check_unwritten`."""
+        for one, (handle, store) in zip(given, self.found, strict=True):
+            known = handle()
+            if known is None or one is not known or known.store is not store():
+                return False
+            known.check_unwritten()
+        return True
+
+
 class Repeated:
     """A replayed call, and how to tell that another may be replayed in the same way.
 
@@ -28,7 +46,7 @@ class Repeated:
         """``passed``: for the inputs of the lowered graph that are the caller's own, which of ``args`` they are."""
         self.capture = capture
         self.handles = [i for i, x in enumerate(args) if isinstance(x, Handle)]
-        self.found = [(weakref.ref(args[i]), weakref.ref(args[i].store)) for i in self.handles]
+        self.known = Known([args[i] for i in self.handles])
         self.placed = [passed[i] for i in capture.signature.placed if i in passed]
         self.pointers = self._pointers(args)
         self.others = [(i, fetchers[i]) for i in capture.signature.others]
@@ -41,12 +59,7 @@ class Repeated:
 
         Raises as :meth:`.handle.Handle.check_unwritten`.
         """
-        for i, (handle, store) in zip(self.handles, self.found, strict=True):
-            known = handle()
-            if known is None or args[i] is not known or known.store is not store():
-                return None
-            known.check_unwritten()
-        if self._pointers(args) != self.pointers:
+        if not self.known.are([args[i] for i in self.handles]) or self._pointers(args) != self.pointers:
             return None
         values = {i: fetch(args, {}) for i, fetch in self.others}
         return values if list(map(look, values.values())) == self.capture.signature.looks else None

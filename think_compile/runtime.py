@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from think_compile.passes.kv_cache import CachedAttention, CacheTensor
 from think_compile.passes.layout import value_of
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.rewrite import layer_spec
-from think_compile.repeat import Fetch, Repeated
+from think_compile.repeat import Fetch, Known, Repeated
 from think_compile.store import (
     FixedKeys,
     FixedValues,
@@ -80,7 +79,7 @@ class Program:
             stores |= {index: args[index].store.map_batch(torch.clone) for index in self.rewritten.copied}
             lowered = self.lowered if self.replayed is None or self._is_long(args) else self.replayed
             values = lowered([fetch(args, stores) for fetch in self.fetchers])
-            self._remember(args)
+            self.repeated = self._found_by(args) if lowered is self.replayed else None
             made = _Made(args, stores, counts, values, lambda size: self._number(size)(args))
             for index, what in self.rewritten.replaced:
                 replace(args[index], made.output(what))
@@ -96,18 +95,16 @@ class Program:
             made = _Made(args, {}, {}, self.repeated.capture.replay(values), lambda size: self._number(size)(args))
             return tuple(made.output(what) for what in self.rewritten.outputs)
 
-    def _remember(self, args: Sequence[Any]) -> None:
-        """Keep what a replayed call found; not where a handle was read densely, or something else takes its place."""
+    def _found_by(self, args: Sequence[Any]) -> Repeated | None:
+        """What a replayed call found; None where a handle was read densely, or something else takes its place."""
         capture = None if self.replayed is None else self.replayed.latest
         if capture is None:
-            self.repeated = None
-            return
+            return None
         passed = {i: what.index for i, what in enumerate(self.rewritten.inputs) if isinstance(what, plan.Passed)}
         stays = all(isinstance(what, plan.SameHandle) for _, what in self.rewritten.replaced)
         if not stays or any(isinstance(args[i], Handle) for i in passed.values()):
-            self.repeated = None
-        elif self.repeated is None or self.repeated.capture is not capture:
-            self.repeated = Repeated(args, capture, passed, self.fetchers)
+            return None
+        return Repeated(args, capture, passed, self.fetchers)
 
     def _take_room(self, args: Sequence[Any]) -> None:
         """Count the rows that a call writes into fixed caches; raises if they are more than there are."""
@@ -280,7 +277,7 @@ class PackedInputs:
 
     def __init__(self, sites: Sequence[CachedAttention]) -> None:
         self.sites = [site for site in sites if site.past is not None]
-        self.known: dict[tuple[int, int], _Known] = {}
+        self.known: dict[tuple[int, int], tuple[ThinkConfig, Known]] = {}
 
     def of(self, args: Sequence[Any], config: ThinkConfig) -> frozenset[int]:
         """Their indices."""
@@ -288,33 +285,13 @@ class PackedInputs:
 
     def _usable(self, site: CachedAttention, args: Sequence[Any], config: ThinkConfig) -> bool:
         assert site.past is not None
-        known, pair = self.known.get(site.past), [args[index] for index in site.past]
-        if known is not None and known.are(pair, config):
+        before, pair = self.known.get(site.past), [args[index] for index in site.past]
+        if before is not None and before[0] is config and before[1].are(pair):
             return True
         usable = _usable(site, args, config)
         if usable and site.fixed:
-            self.known[site.past] = _Known(pair, config)
+            self.known[site.past] = config, Known(pair)
         return usable
-
-
-class _Known:
-    """A pair of handles, and the stores behind them, that were found usable."""
-
-    def __init__(self, pair: Sequence[Handle], config: ThinkConfig) -> None:
-        self.config = config
-        self.handles = [weakref.ref(handle) for handle in pair]
-        self.stores = [weakref.ref(handle.store) for handle in pair if handle.store is not None]
-
-    def are(self, pair: Sequence[Any], config: ThinkConfig) -> bool:
-        """Whether these are they; raises as :meth:`.handle.Handle.check_unwritten`."""
-        if config is not self.config:
-            return False
-        for handle, known, store in zip(pair, self.handles, self.stores, strict=True):
-            there = known()
-            if there is None or handle is not there or there.store is not store():
-                return False
-            there.check_unwritten()
-        return True
 
 
 def _usable(site: CachedAttention, args: Sequence[Any], config: ThinkConfig) -> bool:
