@@ -155,6 +155,7 @@ def _share(
     mask_row = bh // heads * sm_b
     if not ALIKE:
         mask_row += ((bh % heads) * GROUP + row // queries) * sm_h + query.to(tl.int64) * sm_n
+        mask_row = tl.where(real, mask_row, 0)  # no tile is read behind the mask's end
     pruned, values = PRUNED + bh * capacity * T, VALUES + bh * value_rows * DV
     ring, new = RECENT + bh * ring_rows * D, K_NEW + bh * queries * D
 
