@@ -92,11 +92,12 @@ def compile_time(
     layers: int = 32,
     device: str = "cuda",
     small: Annotated[bool, typer.Option(help="narrow layers, which take as long to compile")] = False,
+    cache: Annotated[list[str] | None, typer.Option(help="fixed or growing; by default both")] = None,
 ) -> None:
     """How long compiling takes, with empty caches on disk and with full ones."""
     from benchmarks import compile_time
 
-    _keep(f"compile_{device}", compile_time.run(layers, device, small), out, device)
+    _keep(f"compile_{device}", compile_time.run(layers, device, small, cache or compile_time.CACHES), out, device)
 
 
 @app.command()

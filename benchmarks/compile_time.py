@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 WAYS = ("torch.compile", "think_compile")
@@ -19,9 +19,11 @@ CACHES = ("fixed", "growing")
 PROMPT, STEPS = 64, 3
 
 
-def run(layers: int = 32, device: str = "cuda", small: bool = False) -> Iterator[dict[str, Any]]:
+def run(
+    layers: int = 32, device: str = "cuda", small: bool = False, caches: Sequence[str] = CACHES
+) -> Iterator[dict[str, Any]]:
     """The rows; ``small``: a model of narrow layers, which take as long to compile."""
-    for cache in CACHES:
+    for cache in caches:
         for way in WAYS:
             with tempfile.TemporaryDirectory() as folder:
                 for state in ("cold", "warm"):

@@ -20,16 +20,24 @@ def run(context: int = 32768, layers: int = 32) -> Iterator[dict[str, Any]]:
     kept = config.kept_channels(model.config.head_dim)
     free, total = torch.cuda.mem_get_info()
     for way, channels in (("think_compile, ratio 0.5", kept), ("HF StaticCache, torch.compile", None)):
+        torch._dynamo.reset()
         one = models.cache_bytes(model.config, 1, context + models.SPARE, channels)
-        batch = int((free - HEADROOM) // one)
-        yield {"way": way, "context": context, "batch": batch, "of_gib": round(total / 2**30, 1)} | _peak(
-            model, batch, context, config if channels else None
-        )
+        batch, peak = _largest(model, int((free - HEADROOM) // one), context, config if channels else None)
+        yield {"way": way, "context": context, "batch": batch, "of_gib": round(total / 2**30, 1)} | peak
+
+
+def _largest(model: Any, batch: int, context: int, config: ThinkConfig | None) -> tuple[int, dict[str, float]]:
+    """The largest batch up to ``batch`` that decodes, and its peak."""
+    for fewer in range(batch, 0, -1):
+        try:
+            return fewer, _peak(model, fewer, context, config)
+        except torch.OutOfMemoryError:
+            continue  # the step itself takes memory as well
+    raise RuntimeError(f"one sequence of {context} tokens does not fit")
 
 
 @torch.no_grad()
 def _peak(model: Any, batch: int, context: int, config: ThinkConfig | None) -> dict[str, float]:
-    torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
     undo: Callable[[Any], Any] = restore
@@ -42,10 +50,12 @@ def _peak(model: Any, batch: int, context: int, config: ThinkConfig | None) -> d
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     tokens = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
-    for _ in range(STEPS):
-        tokens = models.step(model, tokens, cache)
-    torch.cuda.synchronize()
-    undo(model)
+    try:
+        for _ in range(STEPS):
+            tokens = models.step(model, tokens, cache)
+        torch.cuda.synchronize()
+    finally:
+        undo(model)
     peak = torch.cuda.max_memory_allocated()
     return {"weights_and_cache_gib": round(before / 2**30, 2), "peak_gib": round(peak / 2**30, 2)}
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 from models import build
 from oracle import CACHE
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache, StaticCache
 
 from think_compile import report, think_compile
 from think_compile.api import _backend_of
-from think_compile.lower import CompilationFailed, Dims, Inductor
+from think_compile.lower import CompilationFailed, Dims, Inductor, suited
 
 
 def inductors(model):
@@ -54,3 +55,28 @@ def test_a_failure_says_that_nothing_has_run():
     lowered = Inductor(torch.fx.GraphModule({}, graph), [Dims()], {})
     with pytest.raises(CompilationFailed):
         lowered([torch.ones(2, 3)])
+
+
+def product(rows: int, device: str) -> torch.fx.GraphModule:
+    """A graph of one product with weights, traced on fake tensors: no GPU is needed."""
+    with FakeTensorMode():
+        x, weight = torch.empty(rows, 1, 8, device=device), torch.empty(4, 8, device=device)
+        return make_fx(torch.nn.functional.linear, pre_dispatch=True)(x, weight)
+
+
+@pytest.mark.parametrize(("rows", "device", "tuned"), [(1, "cuda", True), (2, "cuda", False), (1, "cpu", False)])
+def test_products_of_one_row_are_tuned_on_a_gpu(rows, device, tuned):
+    assert suited(product(rows, device)) == ({"coordinate_descent_tuning": True} if tuned else {})
+
+
+def test_a_users_options_come_first(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "think_compile.lower.suited", lambda graph: {"coordinate_descent_tuning": True, "max_fusion_size": 7}
+    )
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.compile_fx", lambda g, inputs, config_patches: seen.append(config_patches) or g
+    )
+    traced = make_fx(lambda x: (x * 2,))(torch.ones(4, 3))
+    Inductor(traced, [Dims()], {"coordinate_descent_tuning": False})([torch.ones(4, 3)])
+    assert seen == [{"coordinate_descent_tuning": False, "max_fusion_size": 7}]

@@ -26,6 +26,9 @@ from think_compile.regions import compile_by_regions
 
 log = logging.getLogger(__name__)
 
+aten = torch.ops.aten
+_WITH_WEIGHTS = {aten.linear.default, aten.mm.default, aten.addmm.default}
+
 
 class CompilationFailed(Exception):
     """Nothing has run yet; ``error`` is what went wrong."""
@@ -113,8 +116,9 @@ class Inductor:
         fakes = _Fakes(mode, shape_env).make(args, self.dims)
 
         def compile_graph(graph_module: GraphModule, inputs: list[Any]) -> Any:
+            options = suited(graph_module) | self.options
             with torch.no_grad(), tracing(TracingContext(mode)):
-                return compile_fx(graph_module, inputs, config_patches=self.options or None)
+                return compile_fx(graph_module, inputs, config_patches=options or None)
 
         run = compile_by_regions(self.graph_module, fakes, mode, compile_graph)
         varying = _varying(fakes, self.dims)
@@ -122,6 +126,17 @@ class Inductor:
         symbolic = [(get, value) for get, value in varying if isinstance(value, SymInt)]
         guards = _guards(shape_env, [value for _, value in symbolic])
         return _Variant(run, fixed, [get for get, _ in symbolic], guards, shape_env)
+
+
+def suited(graph_module: GraphModule) -> dict[str, Any]:
+    """Options of Inductor's that suit a graph, where the user has chosen none.
+
+    Products of one row, as in steps of one sequence, only read their weights: on a GPU Inductor's own kernels do that
+    at full speed once they are tuned, in one launch with what follows; cuBLAS takes two.
+    """
+    products = [node.meta.get("val") for node in graph_module.graph.nodes if node.target in _WITH_WEIGHTS]
+    one_row = [x is not None and x.is_cuda and all(size == 1 for size in x.shape[:-1]) for x in products]
+    return {"coordinate_descent_tuning": True} if one_row and all(one_row) else {}
 
 
 def _varying(fakes: Sequence[Any], dims: Sequence[Dims]) -> list[tuple[Getter, int | SymInt]]:
