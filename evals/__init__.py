@@ -1,0 +1,1 @@
+"""How the data of the offline tasks was made: ``python -m evals.build_tasks``."""
