@@ -93,7 +93,7 @@ class Slot:
     keys: Tensor | None
     count: int
     bounded: bool = False  # a window: holds the latest tokens, `count` of them
-    dense: bool = False  # a window that is always left dense
+    fixed: bool = False  # of fixed size: rows behind the tokens hold nothing
 
 
 def hf_slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
@@ -106,9 +106,9 @@ def _hf_slot(layer: object) -> Slot:
     count = int(layer.get_seq_length())
     keys = layer.keys if count else None
     bounded, static = getattr(layer, "is_sliding", False), hasattr(layer, "max_cache_len")
-    if bounded and count and not static:
-        count = keys.shape[2]
-    return Slot(layer, keys, count, bounded, bounded and static)
+    if bounded and count:
+        count = min(count, keys.shape[2])
+    return Slot(layer, keys, count, bounded, static)
 
 
 def tuple_slots(canonical: Callable[[Tensor], Tensor], *, bounded: bool = False) -> Callable:
@@ -229,7 +229,7 @@ class Oracle:
         for i, (slot, call) in enumerate(zip(after, seen, strict=True)):
             past = before[i].count if before else 0
             state = states[i] if before else None
-            if not slot.bounded or (self.sliding and not slot.dense):
+            if not slot.bounded or self.sliding:
                 self._settle(slot, state, call.by_position(new), past + new - slot.count)
         return output
 
@@ -258,7 +258,9 @@ class Oracle:
 def choose(call: Seen, slot: Slot, observe: int, ratio: float, multiple: int) -> Tensor:
     """The kept channels of one layer, from its attention call and the cache that the call left behind."""
     batch, kv_heads, _, dim = slot.keys.shape
-    count = call.k.shape[2] if slot.bounded else slot.count  # what is attended to, though it may not stay
+    # what is attended to, though it may not stay
+    beyond = slot.bounded and (not slot.fixed or call.k.shape[2] > slot.keys.shape[2])
+    count = call.k.shape[2] if beyond else slot.count
     k = call.k[:, :, :count]
     k = k[:, :: k.shape[1] // kv_heads]
     pairs = allowed_pairs(call.mask, call.is_causal, batch, call.q.shape[2], call.k.shape[2])

@@ -4,7 +4,8 @@ import pytest
 import torch
 from compare import Rules, Trio, padding, tokens
 from models import hugging_face
-from windows import CUTS, Kind, register
+from transformers import StaticCache
+from windows import BUFFER, CUTS, Kind, register
 from written_out import Style
 
 from think_compile import report, think_compile
@@ -166,3 +167,102 @@ def test_a_packed_window_read_op_by_op():
         trio.model._compiled_call_impl = call
         trio.run(tokens(2, 1), [1])
     assert all(isinstance(keys, Handle) and not keys.is_dense for keys in trio.got.raw())
+
+
+IN_BUFFERS = [
+    Kind(BUFFER, by="roll"),
+    Kind(BUFFER, by="cat", style=Style(layout="bshd")),
+    Kind(BUFFER, stock=False, by="roll", style=SOFTCAP),
+    Kind(BUFFER, stock=False, by="cat", style=Style(layout="bs(hd)")),
+    Kind(BUFFER, stock=False, by="roll", style=Style(layout="sbhd", product="einsum")),
+]
+
+
+@pytest.mark.parametrize("calls", [[*FILLING, 1, 5, 1], OVERRUN, LONG], ids=["filling", "overrun", "long"])
+@pytest.mark.parametrize("kind", IN_BUFFERS, ids=str)
+@torch.no_grad()
+def test_buffers_whose_rows_move_up(kind, calls):
+    follow(register(kind), calls)
+
+
+def filled_cache(tokens_at_most: int = 128):
+    """Makes Hugging Face's cache of fixed size, whose sliding layers are windows that move up in their buffers."""
+    config = hugging_face("gemma3").config
+    return lambda: StaticCache(config=config, max_cache_len=tokens_at_most)
+
+
+FULL_BY_STEPS = [18, *[1] * 9, 5, 1, 1]
+FULL_AT_ONCE = [40, 1, 1, 1, 30, 1]
+OVERRUN_LATER = [9, 1, 20, 1, 1, 2, 1]
+EXACTLY_FULL = [24, 1, 1, 3, 24, 1]
+
+
+@pytest.mark.parametrize(
+    ("calls", "prune_generated"),
+    [(FULL_BY_STEPS, True), (FULL_AT_ONCE, True), (OVERRUN_LATER, False), (EXACTLY_FULL, True), (FULL_AT_ONCE, False)],
+    ids=str,
+)
+@torch.no_grad()
+def test_windows_in_buffers(calls, prune_generated):
+    """24 tokens, beside full layers: filling, overrun by a call or step by step, moved up by one or many."""
+    trio = Trio("gemma3", Rules(recent=8, sliding=True, prune_generated=prune_generated), cache=filled_cache())
+    trio.run(tokens(2, sum(calls)), calls)
+    assert not report(trio.model).refused, str(report(trio.model))
+    trio.check_handles(4)
+
+
+@pytest.mark.parametrize("calls", [[30, 1, 4, 1], [10, *[1] * 16, 3]], ids=str)
+@torch.no_grad()
+def test_windows_in_buffers_with_padding(calls):
+    trio = Trio("gemma3", Rules(recent=8, sliding=True), cache=filled_cache())
+    trio.run(tokens(2, sum(calls)), calls, padding("left", 2, calls[0]))
+    trio.check_handles(4)
+
+
+@torch.no_grad()
+def test_a_buffer_that_is_reset_begins_anew():
+    """The second conversation's first call fills, or overruns, a buffer whose handle is still there."""
+    trio = Trio("gemma3", Rules(recent=8, sliding=True), cache=filled_cache())
+    trio.run(tokens(2, 32), [30, 1, 1])
+    for first in (40, 9):
+        for talk in trio.sessions:
+            talk.cache.reset()
+            talk.length = 0
+            for layer in talk.cache.layers:
+                vars(layer).pop("oracle_state", None)
+        trio.run(tokens(2, first + 20), [first, 1, 1, 17, 1])
+        trio.check_handles(4)
+
+
+@torch.no_grad()
+def test_what_a_full_buffer_takes():
+    """No more than its rows narrow, the ring, and the channels; many steps are one graph."""
+    trio = Trio("gemma3", Rules(recent=8, sliding=True), cache=filled_cache())
+    trio.run(tokens(2, 28), [26, 1, 1])
+    trio.step(tokens(2, 1))  # its ids lie otherwise in memory than those of a longer tensor
+    graphs = report(trio.model).graphs
+    for _ in range(20):
+        trio.step(tokens(2, 1))
+    assert report(trio.model).graphs == graphs
+    store = trio.got.raw()[0].store
+    assert tuple(store.rows.tensor.shape[2:]) == (24, trio.rules.kept)
+    assert store.recent.shape[2] == 9 and store.progress.tolist() == [16, 24]
+
+
+@torch.no_grad()
+def test_generation_with_windows_in_buffers():
+    model, ids = hugging_face("gemma3"), tokens(2, 20)
+    options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(ids, **options)
+    ours = think_compile(hugging_face("gemma3"), 0.0, recent=4, sliding=True, lowering="eager")
+    assert torch.equal(ours.generate(ids, **options), expected)
+    assert len(report(ours).rewritten) == 4 and not report(ours).refused
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor_with_windows_in_buffers():
+    calls = [20, *[1] * 8, 5, 1]
+    trio = Trio("gemma3", Rules(recent=8, sliding=True), cache=filled_cache(), lowering="inductor")
+    trio.run(tokens(2, sum(calls)), calls)
+    trio.check_handles(4)

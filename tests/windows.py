@@ -6,17 +6,19 @@ Each kind is a model of its own in `models`: `register(kind)` gives the name und
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import models
 import torch
 import torch.nn.functional as F
 from models import PastDecoder, PastSession
-from oracle import tuple_slots
-from torch import Tensor
+from oracle import Slot, tuple_slots
+from torch import Tensor, nn
 from written_out import LAYOUTS, InOrder, Style, WrittenOut
 
 CUTS = ("kept", "read", "past")  # what is returned; what the attention reads (and is returned); the past that is joined
+BUFFER = "buffer"  # not cut: the rows of a buffer of fixed size move up
 WIDTH = 16  # tokens that a query attends to, its own included
 
 
@@ -26,7 +28,7 @@ class Kind:
 
     cut: str = "kept"
     stock: bool = True
-    by: str = "negative"  # or "positive": from the first token that stays on
+    by: str = "negative"  # or "positive": from the first token that stays on; of a buffer "roll" or "cat"
     style: Style = field(default_factory=Style)
 
     def __str__(self) -> str:
@@ -68,16 +70,42 @@ class Windowed(WrittenOut):
         return self.attend(q, *(kept if self.kind.cut == "read" else cache), mask), kept
 
 
+class Buffered(Windowed):
+    """The last `WIDTH` tokens in tensors of that size, written in place; `length` tokens came before the call."""
+
+    def forward(self, x: Tensor, pos: Tensor, past: tuple | None, mask: Tensor, length: int):
+        q, k, v = self.project(x, pos)
+        new = self.laid(k), self.laid(v)
+        if past is None:
+            past = tuple(t.new_zeros([WIDTH if i == self.axis else n for i, n in enumerate(t.shape)]) for t in new)
+        read = [self.taken(buffer, rows, length) for buffer, rows in zip(past, new, strict=True)]
+        return self.attend(q, *read, mask), past
+
+    def taken(self, buffer: Tensor, rows: Tensor, length: int) -> Tensor:
+        """What the attention reads once the buffer has taken the call's rows."""
+        axis, n_new = self.axis, rows.shape[self.axis]
+        if length + n_new <= WIDTH:
+            return buffer.index_copy_(axis, torch.arange(n_new) + length, rows)
+        if length >= WIDTH and n_new == 1 and self.kind.by == "roll":
+            moved = buffer.roll(-1, axis)
+            moved[(slice(None),) * axis + (slice(-1, None),)] = rows
+            return buffer.copy_(moved)
+        past = buffer.narrow(axis, 0, length) if length < WIDTH else self.last(buffer, WIDTH - 1)
+        joined = torch.cat([past, rows], axis) if length else rows
+        buffer.copy_(self.last(joined, WIDTH))
+        return joined
+
+
 class WindowDecoder(PastDecoder):
     """`forward(ids, past, mask, pos) -> (logits, past)`: the past does not tell the positions."""
 
     def __init__(self, attention) -> None:
         super().__init__(attention, layers=1)
 
-    def forward(self, ids: Tensor, past: tuple | None, mask: Tensor, pos: Tensor):
+    def forward(self, ids: Tensor, past: tuple | None, mask: Tensor, pos: Tensor, *length: int):
         x, present = self.embed(ids), []
         for i, layer in enumerate(self.layers):
-            out, kv = layer.attention(layer.before(x), pos, past[i] if past is not None else None, mask)
+            out, kv = layer.attention(layer.before(x), pos, past[i] if past is not None else None, mask, *length)
             present.append(kv)
             x = layer.mlp(x + out)
         return self.head(self.norm(x)), tuple(present)
@@ -96,6 +124,28 @@ class WindowSession(InOrder, PastSession):
         return logits
 
 
+class BufferedSession(WindowSession):
+    """Tells also how many tokens came before, as a number."""
+
+    def call(self, ids: Tensor) -> Tensor:
+        total, past = self.length + ids.shape[1], min(self.length, WIDTH - 1 if self.length >= WIDTH else WIDTH)
+        mask = window_mask(self.length, total, self.length - past, self.real)
+        mask = torch.nn.functional.pad(mask, (0, max(0, WIDTH - total)))  # rows that hold nothing yet
+        logits, self.past = self.model(ids, self.past, mask, torch.arange(self.length, total), self.length)
+        return logits
+
+
+def buffered_slots(canonical: Callable[[Tensor], Tensor]) -> Callable:
+    """As of :func:`oracle.tuple_slots`, of buffers that are filled."""
+
+    def slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
+        past = arguments.get("past") if output is None else output[1]
+        length = arguments["length"][0] + (0 if output is None else arguments["ids"].shape[1])
+        return [Slot(keys, canonical(keys), min(length, WIDTH), True, True) for keys, _ in past or ()]
+
+    return slots
+
+
 def window_mask(start: int, stop: int, first: int, real: Tensor | None) -> Tensor:
     """[1 or B, 1, queries, keys] of queries from `start` and keys from `first` on, true where attended."""
     query, key = torch.arange(start, stop)[:, None], torch.arange(first, stop)[None]
@@ -106,6 +156,9 @@ def window_mask(start: int, stop: int, first: int, real: Tensor | None) -> Tenso
 def register(kind: Kind) -> str:
     """The name of the kind's model."""
     name, layout = str(kind), LAYOUTS[kind.style.layout]
-    models.OWN[name] = (WindowDecoder, functools.partial(Windowed, kind), tuple_slots(layout.canonical, bounded=True))
-    models.SESSIONS[name] = type("Session", (WindowSession,), {"layout": layout, "kind": kind})
+    attention, slots, session = Windowed, tuple_slots(layout.canonical, bounded=True), WindowSession
+    if kind.cut == BUFFER:
+        attention, slots, session = Buffered, buffered_slots(layout.canonical), BufferedSession
+    models.OWN[name] = (WindowDecoder, functools.partial(attention, kind), slots)
+    models.SESSIONS[name] = type("Session", (session,), {"layout": layout, "kind": kind})
     return name

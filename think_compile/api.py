@@ -96,7 +96,7 @@ def _install(model: nn.Module, backend: Backend) -> Backend:
 
     model._compiled_call_impl = compiled_call
     config = backend.config
-    # windows in buffers of fixed size are left dense: who asks for windows to be pruned gets caches that grow
+    # who asks for windows to be pruned gets caches that grow: windows in buffers move up with each token
     adapter.on_wrap(model, static_cache=config.static_cache and not config.sliding)
     return backend
 

@@ -127,7 +127,7 @@ class Backend:
         """A layer whose cache an earlier graph packed, and that this one cannot read packed: it is left alone now."""
         packed = {i for i, x in enumerate(example_inputs) if isinstance(x, Handle) and not x.is_dense}
         read = packed.difference(*(site.past for site in findings.cached if site.past is not None))
-        read = {i for i in read if normalized.placeholders[i].users}
+        read = {i for i in read if _is_read(normalized.placeholders[i])}
         if read:
             self.warn_once(f"{len(read)} pruned caches are read densely from now on: {_sentence(findings.refused)}")
             inputs = {normalized.placeholders[i] for i in read}
@@ -138,7 +138,7 @@ class Backend:
     def _refuse_unswappable(self, findings: Findings, example_inputs: Sequence[Any]) -> None:
         """A dense tensor that is written in place can become a handle only where its holder is known."""
         for site in list(findings.cached):
-            held = site.past if site.fixed and site.past is not None else ()
+            held = site.past if site.in_buffer and site.past is not None else ()
             if not all(isinstance(example_inputs[i], Handle) or self._holders(example_inputs[i]) for i in held):
                 findings.cached.remove(site)
                 findings.refused.append((site.attention, Refused(Reason.HELD_OUTSIDE)))
@@ -226,6 +226,11 @@ class Backend:
         if text not in self.warned and not self.dry:
             self.warned.add(text)
             warnings.warn(f"think_compile: {text}", ThinkWarning, stacklevel=2)
+
+
+def _is_read(node: Node) -> bool:
+    """Whether something reads an input, and does not only write over all of it."""
+    return any(user.target is not torch.ops.aten.copy.default or user.args[1] is node for user in node.users)
 
 
 def _sentence(refused: Sequence[tuple[Attention, Refused]]) -> str:

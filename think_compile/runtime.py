@@ -108,6 +108,8 @@ class Program:
 
     def _take_room(self, args: Sequence[Any]) -> None:
         """Count the rows that a call writes into fixed caches; raises if they are more than there are."""
+        for index in self.rewritten.filled:
+            args[index].store.written = args[index].store.rows.capacity
         keys = [(args[index].store, number(args)) for index, number in self.written_fixed]
         if any(store.written is None or store.written + n > store.rows.capacity for store, n in keys):
             self._ask_for_room(args, keys)
@@ -130,7 +132,8 @@ class Program:
         """Replays of the graph, if all it writes to are fixed caches in their places."""
         new = (*self.rewritten.outputs, *(what for _, what in self.rewritten.replaced))
         stays = all(isinstance(what, plan.Returned | plan.Constant | plan.SameHandle) for what in new)
-        in_their_places = self.written_fixed and stays and not self.rewritten.appended and not self.rewritten.copied
+        written = self.written_fixed or self.rewritten.filled
+        in_their_places = written and stays and not self.rewritten.appended and not self.rewritten.copied
         if isinstance(lowered, Eager) or not in_their_places:
             return None
         in_place = own | self.written
@@ -289,7 +292,7 @@ class PackedInputs:
         if before is not None and before[0] is config and before[1].are(pair):
             return True
         usable = _usable(site, args, config)
-        if usable and site.fixed:
+        if usable and site.in_buffer:
             self.known[site.past] = config, Known(pair)
         return usable
 
@@ -303,7 +306,7 @@ def _usable(site: CachedAttention, args: Sequence[Any], config: ThinkConfig) -> 
     values.check_unwritten()
     if not (_lies_as(keys, site.keys) and _lies_as(values, site.values)):
         return False
-    kinds = (FixedKeys, FixedValues) if site.fixed else (GrowingKeys, GrowingValues)
+    kinds = (FixedKeys, FixedValues) if site.in_buffer else (GrowingKeys, GrowingValues)
     k, v = keys.store, values.store
     if not (isinstance(k, kinds[0]) and isinstance(v, kinds[1])):
         return False

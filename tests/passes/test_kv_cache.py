@@ -567,7 +567,38 @@ def test_a_window_written_back_in_place():
         pv.copy_(v[:, :, -P:])
         return attend(q, k, v)
 
-    assert isinstance(windowed(f, *qkv(), *past()), Reason)
+    window = windowed(f, *qkv(), *past())
+    assert (window.joined, window.read, window.kept) == (None, None, P)
+
+
+def test_a_window_written_to_other_buffers():
+    """Which then are not what the next call's past is known to be, or not filled by it."""
+
+    def f(q, k, v, pk, pv, elsewhere_k, elsewhere_v):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        elsewhere_k.copy_(k[:, :, -P:])
+        elsewhere_v.copy_(v[:, :, -P:])
+        return attend(q, k, v)
+
+    assert windowed(f, *qkv(), *past(), *past()) is Reason.SLIDING_BUFFER
+
+    def g(q, k, v, pk, pv):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        pk[:, :, :W].copy_(k[:, :, -W:])
+        pv[:, :, :W].copy_(v[:, :, -W:])
+        return attend(q, k, v)
+
+    assert isinstance(windowed(g, *qkv(), *past()), Reason)
+
+
+def test_a_part_of_the_past_that_grows():
+    """Its first rows only: what the next call's past is does not tell how many those are."""
+
+    def f(q, k, v, pk, pv):
+        k, v = torch.cat([pk[:, :, :W], k], 2), torch.cat([pv[:, :, :W], v], 2)
+        return attend(q, k, v), k, v
+
+    assert windowed(f, *qkv(), *past()) is Reason.UNKNOWN_WINDOW
 
 
 def test_cross_attention_over_whole_inputs():

@@ -1,7 +1,8 @@
 """Equivalent ways of writing to a cache and of calling attention, brought into the ones that the later passes read.
 
 Part of pass 1. A write of one row, by select, scatter or a choice (where), becomes a slice_scatter or an index_copy;
-an attention without a heads axis gets one. Each is the same function of its inputs; what is not known to be stays.
+rows that move up for new ones at their end become a cat; an attention without a heads axis gets one. Each is the same
+function of its inputs; what is not known to be stays.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from think_compile.passes import layout as lay
@@ -148,6 +150,65 @@ def _counts_from_zero(node: Node) -> bool:
     return node.target is aten.arange.default
 
 
+def _rolled_index_put(graph_module: GraphModule, node: Node) -> Node | None:
+    """``x = base.roll(-n); x[:, -n:] = rows``, by an index that is a constant."""
+    base, indices, rows = node.args[:3]
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if base.target is not aten.roll.default or any(node.args[3:]) or node.kwargs or len(given) != 1:
+        return None
+    dim, index = given[0]
+    positions = _constant(graph_module, index)
+    if positions is None or positions.dtype == torch.bool or positions.dim() != 1:
+        return None
+    size, n = base.meta["val"].shape[dim], positions.numel()
+    last = torch.arange(-n, 0)
+    if not (torch.equal(positions, last) or (isinstance(size, int) and torch.equal(positions, size + last))):
+        return None
+    return _moved_up(graph_module, node, base, dim, n, rows)
+
+
+def _rolled_slice_scatter(graph_module: GraphModule, node: Node) -> Node | None:
+    """The same by a slice to the end."""
+    base, rows = node.args[:2]
+    dim, start, end, step = lay.slice_bounds(node, first=2)
+    size = base.meta["val"].shape[dim]
+    to_the_end = isinstance(end, int) and (end >= lay.EVERYTHING or (isinstance(size, int) and end == size))
+    if base.target is not aten.roll.default or step != 1 or not to_the_end or not isinstance(start, int):
+        return None
+    n = -start if start < 0 else size - start if isinstance(size, int) else 0
+    if rows.target is aten.copy.default:  # the rows as they are written
+        rows = lay.layout_input(rows) or rows
+    return _moved_up(graph_module, node, base, dim, n, rows)
+
+
+def _moved_up(graph_module: GraphModule, node: Node, roll: Node, dim: int, n: int, rows: Node) -> Node | None:
+    """All but the first ``n`` rows of what is rolled, with ``rows`` behind them."""
+    source, shifts, dims = roll.args[0], roll.args[1], roll.args[2] if len(roll.args) > 2 else []
+    rank = source.meta["val"].dim()
+    if n < 1 or list(shifts) != [-n] or [d % rank for d in dims] != [dim % rank]:
+        return None
+    while rows.meta["val"].dim() < rank:  # an assignment leaves out axes of one element in front
+        rows = _call(graph_module, node, aten.unsqueeze.default, rows, 0)
+    if not _same_shape(rows, source, but=dim % rank) or not lay.same_size(rows.meta["val"].shape[dim], n):
+        return None
+    if rows.meta["val"].dtype != source.meta["val"].dtype:
+        return None
+    kept = _call(graph_module, node, aten.slice.Tensor, source, dim, n, lay.EVERYTHING)
+    return _call(graph_module, node, aten.cat.default, [kept, rows], dim)
+
+
+def _constant(graph_module: GraphModule, node: Any) -> torch.Tensor | None:
+    """The value of a tensor that the graph holds itself, as a constant made from numbers."""
+    while isinstance(node, Node) and node.target in (aten.lift_fresh_copy.default, aten.detach.default):
+        node = node.args[0]
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    value = getattr(graph_module, str(node.target), None)
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        return None
+    return value.cpu()
+
+
 def _unbatched_attention(graph_module: GraphModule, node: Node) -> Node | None:
     """Attention of [X, N, D] tensors: X sequences of one head."""
     operands = [*node.args[:3]]
@@ -166,5 +227,7 @@ _RULES: dict[Any, Rule] = {
     aten.select_scatter.default: _select_scatter,
     aten.scatter.src: _scatter,
     aten.where.self: _where,
+    aten.index_put.default: _rolled_index_put,
+    aten.slice_scatter.default: _rolled_slice_scatter,
     aten.scaled_dot_product_attention.default: _unbatched_attention,
 }

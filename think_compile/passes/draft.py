@@ -40,6 +40,7 @@ class Draft:
         self.inputs: dict[Node, Input] = {n: Passed(i) for i, n in enumerate(self.caller_inputs)}
         self.spans: dict[int, tuple[Any, Any]] = {}
         self.stored: dict[tuple[int, str], Node] = {}
+        self.sizes: dict[Any, Node] = {}  # expressions of sizes -> the inputs that carry them
         self.firsts: dict[Any, tuple[Node, Node]] = {}  # length of bounded pasts -> (first row, next free row)
 
     # ------------------------------------------------------------------------------------------------ nodes
@@ -144,7 +145,7 @@ class Draft:
     def stored_keys(self, site: CachedAttention) -> list[Node]:
         """Inputs for the tensors of the keys' store."""
         assert site.past is not None
-        names = ("rows", "channels", "recent", "progress") if site.fixed else ("rows", "channels", "recent")
+        names = ("rows", "channels", "recent", "progress") if site.in_buffer else ("rows", "channels", "recent")
         index = site.past[0]
         return [self._stored(site, index, name) for name in names]
 
@@ -163,22 +164,44 @@ class Draft:
         """The axes of a store's tensor that vary: batch and heads as the caller's graph says, and what grows."""
         axes = [axis for axis in (0, 1) if isinstance(site.keys.size(axis), torch.SymInt)]
         growing = {"rows"} if self.config.prune_generated else {"rows", "recent"}
-        symbolic = isinstance(site.keys.size(2), torch.SymInt)
-        if (not site.fixed and name in growing) or (site.fixed and name == "rows" and symbolic):
+        symbolic = isinstance(self._buffer_rows(site) if site.placed else site.keys.size(2), torch.SymInt)
+        if (not site.in_buffer and name in growing) or (site.in_buffer and name == "rows" and symbolic):
             axes.append(2)
         return () if name == "progress" else tuple(axes)
 
     def span(self, site: CachedAttention) -> tuple[Any, Any]:
-        """(first new position, lowest position with a whole key); of a fixed cache (that, positions read)."""
+        """(first new position, lowest position with a whole key); of a fixed cache (that, positions read).
+
+        Of a window that fills a buffer (row of the first new token, row of the first that it joins).
+        """
         assert site.past is not None
         if site.fixed:
             return self.start(site), self.size(site.keys.extent)
+        if site.placed:
+            return self._joined_rows(site)
         index = site.past[0]
         if index not in self.spans:
             length = self.past_length(site)
             start = length if site.window is None else self._bounded(length, site.past)[1]
             self.spans[index] = start, self.floor(start, index)
         return self.spans[index]
+
+    def _buffer_rows(self, site: CachedAttention) -> Any:
+        layout = site.keys.join.past_layout
+        assert site.past is not None and layout is not None
+        return self.caller_inputs[site.past[0]].meta["val"].shape[token_axis(layout)]
+
+    def _joined_rows(self, site: CachedAttention) -> tuple[Any, Any]:
+        join = site.keys.join
+        if join.past_prefix is not None:
+            return self.number(join.past_prefix), 0
+        rows = self.number(self._buffer_rows(site))
+        if join.past_suffix is None or join.past_suffix.size is None:
+            return rows, 0
+        joined = self.number(join.past_suffix.size)
+        if isinstance(rows, int) and isinstance(joined, int):
+            return rows, rows - joined
+        return rows, self.graph.call_function(operator.sub, (rows, joined))
 
     def _bounded(self, length: Any, past: tuple[int, int]) -> tuple[Node, Node]:
         """(first row, next free row) of bounded caches, whose past holds ``length`` tokens."""
@@ -194,7 +217,7 @@ class Draft:
 
     def part(self, site: CachedAttention) -> tuple[Any, ...]:
         """Of a bounded cache: (row of the first token that a call joins, how many of the last it reads or None)."""
-        if site.window is None:
+        if site.window is None or site.placed:
             return ()
         start, _ = self.span(site)
         if site.window.joined is None:
@@ -220,7 +243,10 @@ class Draft:
         try:
             return self.size(size)
         except RuntimeError:
-            return self.input("size", Size(size))
+            known = size.node.expr
+            if known not in self.sizes:
+                self.sizes[known] = self.input(f"size_{len(self.sizes)}", Size(size))
+            return self.sizes[known]
 
     def past_length(self, site: CachedAttention) -> Any:
         """The past's token count: a number, the caller's own input for it, or one more input."""

@@ -16,7 +16,7 @@ from think_compile.passes import layout as lay
 from think_compile.passes.cache_layout import source_layout
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.refusal import Reason, Refused, where
-from think_compile.passes.window import Suffix, is_suffix, suffix_along
+from think_compile.passes.window import Suffix, is_prefix, is_suffix, suffix_along
 
 aten = torch.ops.aten
 
@@ -34,6 +34,7 @@ class Join:
         start: fixed: first position written, an int or int node, or the node of all positions [N].
         consecutive: fixed: the positions are known to be start, start + 1, ...
         past_suffix: what of the past is joined; None: all of it, whatever its length.
+        past_prefix: how many of the past's first rows are joined, the others being empty; None: all.
     """
 
     past: int | None = None
@@ -43,6 +44,7 @@ class Join:
     start: Any = None
     consecutive: bool = True
     past_suffix: Suffix | None = None
+    past_prefix: Any = None
     blank: bool = False
 
 
@@ -67,11 +69,20 @@ def _join_of_cat(normalized: Normalized, root: Node, layout: Layout) -> Join:
     parts = [part for part in root.args[0] if not lay.same_size(part.meta["val"].numel(), 0)]
     if len(parts) == 1:
         return Join()
-    past = _past_input(normalized, parts[0], layout)
+    past, prefix = _past_input(normalized, parts[0], layout), None
+    if past is None and is_prefix(parts[0]):
+        past, prefix = _past_input(normalized, parts[0].args[0], layout), parts[0].meta["val"].shape[dim]
     if len(parts) != 2 or past is None:
         raise Refused(Reason.UNKNOWN_ROOT, where(root))
     index, past_layout, suffix = past
-    return Join(index, past_layout, parts[1], past_suffix=suffix)
+    if prefix is not None and (suffix is not None or not _along(parts[0], dim)):
+        raise Refused(Reason.UNKNOWN_ROOT, where(root))
+    return Join(index, past_layout, parts[1], past_suffix=suffix, past_prefix=prefix)
+
+
+def _along(cut: Node, dim: int) -> bool:
+    """Whether a slice cuts axis ``dim``."""
+    return lay.slice_bounds(cut)[0] == dim % cut.meta["val"].dim()
 
 
 def _past_input(normalized: Normalized, node: Node, layout: Layout) -> tuple[int, Layout, Suffix | None] | None:
@@ -114,7 +125,7 @@ def _join_of_write(normalized: Normalized, root: Node, layout: Layout) -> Join:
         return Join(index, past_layout, **joined)
     source, _ = lay.walk_back(write.base)
     if source.target is aten.roll.default:
-        raise Refused(Reason.SLIDING_BUFFER, where(source))
+        raise Refused(Reason.UNKNOWN_WINDOW, where(source))
     if source.target not in _FRESH:
         raise Refused(Reason.UNKNOWN_ROOT, where(source))
     return Join(**joined, blank=source.target is not aten.full.default or source.args[1] == 0)

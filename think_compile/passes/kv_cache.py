@@ -18,7 +18,8 @@ from torch.fx import Node
 from think_compile.kernels.canonical import CANONICAL, HEAD, TOKEN, Layout, token_axis
 from think_compile.passes import layout as lay
 from think_compile.passes.attention import Attention
-from think_compile.passes.cache_layout import derived_layout, source_layout
+from think_compile.passes.cache_layout import source_layout
+from think_compile.passes.held import fills, outputs_holding
 from think_compile.passes.join import JOINS, WRITES, Join, join_of, same_positions
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
@@ -47,6 +48,7 @@ class CacheTensor:
         chain: the operations between ``root`` and the attention, in running order.
         in_turn: whether query heads are dealt out to the KV heads in turn, instead of in blocks of neighbours.
         window: of a cache that is not joined, read or kept as a whole, what is.
+        placed: whether it is a window that is kept in a buffer of fixed size, which it fills.
         read_elsewhere: whether something besides attention reads it too; of values, which are stored whole.
     """
 
@@ -59,6 +61,7 @@ class CacheTensor:
     chain: tuple[Node, ...]
     in_turn: bool
     window: Window | None = None
+    placed: bool = False
     read_elsewhere: bool = False
 
     @property
@@ -90,6 +93,15 @@ class CachedAttention:
     @property
     def window(self) -> Window | None:
         return self.keys.window
+
+    @property
+    def placed(self) -> bool:
+        return self.keys.placed
+
+    @property
+    def in_buffer(self) -> bool:
+        """Whether what is stored has a fixed size: a cache of fixed size, or a window that fills a buffer."""
+        return self.fixed or self.placed
 
     @property
     def query_tokens(self) -> Any:
@@ -260,7 +272,9 @@ def _check_pair(site: CachedAttention) -> None:
         raise Refused(Reason.VALUES_NOT_CACHED, "they are joined in another way than the keys")
     if keys.join.fixed and not same_positions(keys.join, values.join):
         raise Refused(Reason.VALUES_NOT_CACHED, "they are written at other positions than the keys")
-    if not agree(keys.window, values.window):
+    prefixes = keys.join.past_prefix, values.join.past_prefix
+    alike = keys.placed == values.placed and (prefixes == (None, None) or lay.equal_size(*prefixes))
+    if not agree(keys.window, values.window) or not alike:
         raise Refused(Reason.VALUES_NOT_CACHED, "they are bounded in another way than the keys")
     for tensor in (keys, values):
         if lay.is_unknown(_new_tokens(tensor)):
@@ -286,7 +300,7 @@ def _cache_tensor(
     root, chain, axes, layout = _laid_out(root, chain, arrange)
     shape = _canonical_shape(axes, root.meta["val"].shape[token_axis(layout)])
     in_turn = _copies_first(axes[HEAD]) and not lay.same_size(shape[HEAD], 1)
-    outputs, kept = _outputs_holding(normalized, root, layout, shape)
+    outputs, kept, buffers = outputs_holding(normalized, root, layout, shape)
     join = join_of(normalized, root, layout)
     if not outputs:
         raise Refused(Reason.TRANSFORMED if made_of_cache(normalized, root) else Reason.NOT_CACHED, where(root))
@@ -296,10 +310,15 @@ def _cache_tensor(
     if join.past is not None:
         check_past_readers(normalized.placeholders[join.past], root)
     window = window_of(join.past_suffix, read, kept)
-    if window is not None and (join.fixed or min(outputs) < len(normalized.written)):
+    placed = window is not None and not join.fixed and fills(normalized, join, window, root, layout, outputs, buffers)
+    in_place = min(outputs) < len(normalized.written) or bool(buffers)
+    if window is not None and (join.fixed or (in_place and not placed)):
         raise Refused(Reason.SLIDING_BUFFER, "it is written in place")
+    if join.past_prefix is not None and not placed:
+        raise Refused(Reason.UNKNOWN_WINDOW, where(root))
     extent = _extent(root, token_axis(layout), chain, prefix)
-    return CacheTensor(root, layout, shape, join, outputs, extent, tuple(chain), in_turn, window, other is not None)
+    elsewhere = other is not None
+    return CacheTensor(root, layout, shape, join, outputs, extent, tuple(chain), in_turn, window, placed, elsewhere)
 
 
 def _root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None]:
@@ -370,42 +389,3 @@ def _extent(root: Node, axis: int, chain: list[Node], prefix: Node | None) -> An
     if [atom.axis for atom in sliced] != [axis]:
         raise Refused(Reason.UNKNOWN_LAYOUT, where(prefix))
     return end if isinstance(end, Node) else prefix.meta["val"].shape[dim]
-
-
-def _outputs_holding(
-    normalized: Normalized, root: Node, layout: Layout, shape: tuple[Any, ...]
-) -> tuple[dict[int, Layout], Suffix | None]:
-    """The graph outputs that are ``root``, or its last tokens, with their layouts; and those tokens."""
-    held, kept = {}, []
-    for index, output in enumerate(normalized.outputs):
-        chain, cut = _way_to(root, output) if isinstance(output, Node) else (None, None)
-        if chain is None:
-            continue
-        if output.meta["val"].dtype != root.meta["val"].dtype:
-            raise Refused(Reason.UNKNOWN_ROOT, f"it is kept as {output.meta['val'].dtype}, and read otherwise")
-        if cut is not None and any(node.target is aten.copy.default for node in chain):
-            raise Refused(Reason.SLIDING_BUFFER, where(cut))
-        moved = lay.follow(chain, lay.source_axes(root.meta["val"].shape))
-        held[index] = derived_layout(moved, layout, shape)
-        kept.append(None if cut is None else _kept(root, chain, cut, token_axis(layout)))
-    if not all(agree(window_of(None, None, kept[0]), window_of(None, None, other)) for other in kept):
-        raise Refused(Reason.UNKNOWN_WINDOW, f"it leaves in several lengths: {where(root)}")
-    return held, kept[0] if kept else None
-
-
-def _way_to(root: Node, output: Node) -> tuple[list[Node] | None, Node | None]:
-    """The layout operations from ``root`` to ``output``, if it is made of that, and the slice among them."""
-    source, chain = lay.walk_back(output, stop=root)
-    if source is root:
-        return chain, None
-    if source.target is not aten.slice.Tensor:
-        return None, None
-    behind, before = lay.walk_back(source.args[0], stop=root)
-    return ([*before, source, *chain], source) if behind is root else (None, None)
-
-
-def _kept(root: Node, chain: list[Node], cut: Node, axis: int) -> Suffix:
-    suffix = suffix_along(cut, chain[: chain.index(cut)], root, axis)
-    if suffix is None:
-        raise Refused(Reason.UNKNOWN_WINDOW, where(cut))
-    return suffix

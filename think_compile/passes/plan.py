@@ -157,6 +157,7 @@ class Rewritten:
             that tells how many those are.
         copied: inputs whose fixed handles are written on a copy, since the model does not write to them.
         written_fixed: (input index, number of tokens) of the fixed key caches that a call writes to.
+        filled: inputs that hold the keys of windows which fill their buffer once the call is over.
     """
 
     graph_module: GraphModule
@@ -166,3 +167,4 @@ class Rewritten:
     appended: list[tuple[int, Any]]
     copied: list[int]
     written_fixed: list[tuple[int, Any]]
+    filled: list[int]

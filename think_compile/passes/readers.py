@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from think_compile.passes.kv_cache import CachedAttention
 
 aten = torch.ops.aten
-_LOOKS_AT_SHAPE = {aten.sym_size.int, aten._assert_tensor_metadata.default}
+_LOOKS_AT_SHAPE = {
+    aten.sym_size.int,
+    aten._assert_tensor_metadata.default,
+    aten.new_zeros.default,
+    aten.new_empty.default,
+    aten.zeros_like.default,
+    aten.empty_like.default,
+}
 
 
 def _readers(node: Node) -> Iterator[tuple[Node, Node]]:

@@ -22,7 +22,7 @@ class Reason(enum.Enum):
     CHANNEL_MIXING = "an operation between cache and attention mixes or splits the channels"
     LATENT = "the cache holds a latent, which a projection turns into keys (multi-head latent attention)"
     SLIDING = "the layer keeps a bounded window of tokens, so its cache is small already (sliding=True prunes it)"
-    SLIDING_BUFFER = "the layer keeps a bounded window of tokens in a buffer of fixed size, which is small already"
+    SLIDING_BUFFER = "the layer keeps a bounded window of tokens in a buffer, and not simply the last ones that fill it"
     WINDOW_TOO_SMALL = "the layer keeps a bounded window of tokens, all of them recent, whose keys stay whole"
     UNKNOWN_WINDOW = "the layer keeps a bounded window of tokens, and not simply the last ones in order"
     CROSS_ATTENTION = "the keys are not one for each query (cross-attention, or a full window that is shifted)"

@@ -83,6 +83,7 @@ class _Rewriter(Draft):
         self.appended: list[tuple[int, Any]] = []
         self.copied: list[int] = []
         self.written_fixed: list[tuple[int, Any]] = []
+        self.filled: list[int] = []
 
     def run(self, sites: Sequence[CachedAttention]) -> Rewritten:
         for readers in _by_cache(sites):
@@ -99,7 +100,8 @@ class _Rewriter(Draft):
         self.graph.lint()
         order = self.graph.find_nodes(op="placeholder")
         inputs = [self.inputs[n] for n in order]
-        return Rewritten(graph_module, inputs, outputs, replaced, self.appended, self.copied, self.written_fixed)
+        written = self.written_fixed, self.filled
+        return Rewritten(graph_module, inputs, outputs, replaced, self.appended, self.copied, *written)
 
     def _result(self, node: Node) -> int:
         self.results.append(node)
@@ -126,9 +128,11 @@ class _Rewriter(Draft):
             step = steps.first_call_fixed if site.fixed else steps.first_call_growing
             arguments.append(layer_spec(site, self.config))
             if site.window is not None:
-                step = steps.first_call_bounded
+                step = steps.first_call_filling if site.placed else steps.first_call_bounded
                 arguments += [self.number(site.window.read), self.number(site.window.kept)]
-            self._keep(site, self.graph.call_function(step, tuple(arguments)))
+            self._keep(
+                site, self.graph.call_function(step, tuple(arguments)), _length_kept(site.keys) if site.placed else None
+            )
 
     def _first_call_of_own_rows(self, readers: Sequence[CachedAttention]) -> None:
         """In the place of the attentions: the same to the new rows alone. They are all that is stored."""
@@ -150,12 +154,12 @@ class _Rewriter(Draft):
     def _keep(self, site: CachedAttention, stored: Node, written: Any = None) -> None:
         """What a first call stores becomes the caches that the caller takes; ``written``: rows of tokens, if known."""
         spec = layer_spec(site, self.config)
-        parts = [self.graph.call_function(operator.getitem, (stored, i)) for i in range(5 if site.fixed else 4)]
+        parts = [self.graph.call_function(operator.getitem, (stored, i)) for i in range(5 if site.in_buffer else 4)]
         positions = [self._result(part) for part in parts]
         for index, layout in site.keys.outputs.items():
-            self.made[index] = NewKeys(positions[0], _length_kept(site.keys), site.fixed, layout, spec, written)
+            self.made[index] = NewKeys(positions[0], _length_kept(site.keys), site.in_buffer, layout, spec, written)
         for index, layout in site.values.outputs.items():
-            self.made[index] = NewValues(positions[-1], _length_kept(site.values), site.fixed, layout)
+            self.made[index] = NewValues(positions[-1], _length_kept(site.values), site.in_buffer, layout)
 
     # ------------------------------------------------------------------------------------------- later calls
 
@@ -169,6 +173,7 @@ class _Rewriter(Draft):
             attend(reader)
         with self.behind(self.at(readers[-1].attention.node)):
             append = self._append_fixed if site.fixed else self._append_growing
+            append = self._append_filling if site.placed else append
             append(readers)
 
     def _new_rows(self, tensor: CacheTensor) -> Node:
@@ -184,6 +189,7 @@ class _Rewriter(Draft):
             arguments += [*self.stored_keys(site), self.stored_values(site), *self.span(site)]
             arguments += [self.at(attention.scale), attention.is_causal, *self.part(site)]
             step = steps.attend_fixed if site.fixed else steps.attend_growing
+            step = steps.attend_filling if site.placed else step
             out = self.in_turn(site, self.graph.call_function(step, tuple(arguments)))
             if attention.layout != CANONICAL:
                 out = self.graph.call_function(from_canonical, (out, attention.layout))
@@ -194,6 +200,9 @@ class _Rewriter(Draft):
         if site.query_tokens == 1 and isinstance(site.query_tokens, int):
             return None
         past, extent = self.span(site)[0], self.span(site)[1]
+        if site.placed:
+            joined = self.graph.call_function(operator.sub, self.span(site))
+            return self.graph.call_function(steps.causal_behind, (k_new, joined))
         if site.fixed:
             return self.graph.call_function(steps.causal_to_end, (k_new, extent))
         if site.window is not None:
@@ -217,6 +226,7 @@ class _Rewriter(Draft):
         with self.graph.inserting_before(self.at(region.logits.node)):
             k_new = self._new_rows(site.keys)
             step = written_out.logits_fixed if site.fixed else written_out.logits_growing
+            step = written_out.logits_filling if site.placed else step
             arguments = (self.queries(site, k_new), k_new, *self.stored_keys(site), *self.span(site), *self.part(site))
             logits = self._as_product(site, self.in_turn(site, self.graph.call_function(step, arguments)))
         self.replace(region.logits.node, logits)
@@ -239,8 +249,12 @@ class _Rewriter(Draft):
             if node.target is aten.copy.default:  # would bring back the tensor that is written over
                 self.at(node).replace_all_uses_with(self.at(node).args[1])
         with self.graph.inserting_before(root):
-            arguments = (self._new_rows(tensor), self.stored_values(site), self.span(site)[0], not site.fixed)
-            values = self.graph.call_function(steps.append_values, (*arguments, *self.part(site)[:1]))
+            arguments = (self._new_rows(tensor), self.stored_values(site))
+            if site.placed:
+                values = self.graph.call_function(steps.joined_values, (*arguments, *self.span(site)))
+            else:
+                arguments += (self.span(site)[0], not site.fixed, *self.part(site)[:1])
+                values = self.graph.call_function(steps.append_values, arguments)
             values = self.graph.call_function(from_canonical, (values, tensor.layout))
         values.meta["val"] = tensor.root.meta["val"]
         self.replace(tensor.root, values)
@@ -264,9 +278,20 @@ class _Rewriter(Draft):
         self.graph.call_function(steps.append_keys_fixed, tuple(arguments))
         self._leave_fixed(site)
 
+    def _append_filling(self, readers: Sequence[CachedAttention]) -> None:
+        site = readers[0]
+        new = self._new_rows(site.keys), self._new_rows(site.values)
+        stored = *self.stored_keys(site), self.stored_values(site)
+        arguments = (*new, *stored, self.span(site)[0], layer_spec(site, self.config))
+        self.graph.call_function(steps.append_filling, arguments)
+        self._leave_fixed(site)
+
     def _leave_fixed(self, site: CachedAttention) -> None:
         assert site.past is not None
-        self.written_fixed.append((site.past[0], site.query_tokens))
+        if site.placed:
+            self.filled.append(site.past[0])
+        else:
+            self.written_fixed.append((site.past[0], site.query_tokens))
         for tensor, index in zip((site.keys, site.values), site.past, strict=True):
             in_place = index in self.normalized.written
             if not in_place:
@@ -319,13 +344,13 @@ class _Rewriter(Draft):
 
 
 def _length_kept(tensor: CacheTensor) -> Any:
-    """How many tokens a call leaves in a growing cache."""
+    """How many tokens a call leaves in a growing cache, or in a window's buffer."""
     kept = None if tensor.window is None else tensor.window.kept
     return tensor.size(TOKEN) if kept is None else kept
 
 
 def _must_stay(node: Node) -> bool:
-    if node.op in ("placeholder", "output") or node.target is steps.append_keys_fixed:  # it writes in place
+    if node.op in ("placeholder", "output") or node.target in (steps.append_keys_fixed, steps.append_filling):
         return True
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 

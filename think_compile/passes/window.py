@@ -77,6 +77,14 @@ def is_suffix(node: Node) -> bool:
     return step == 1 and ((isinstance(end, int) and end >= lay.EVERYTHING) or lay.same_size(end, size))
 
 
+def is_prefix(node: Node) -> bool:
+    """Whether ``node`` is a slice from the first element of an axis."""
+    if node.target is not aten.slice.Tensor:
+        return False
+    _, start, _, step = lay.slice_bounds(node)
+    return step == 1 and lay.same_size(lay.value_of(start), 0)
+
+
 def suffix_along(node: Node, before: Sequence[Node], source: Node, axis: int) -> Suffix | None:
     """What slice ``node`` leaves of ``source``'s ``axis``, from which ``before`` leads to it; None: another slice."""
     if not is_suffix(node):
