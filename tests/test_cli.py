@@ -44,7 +44,7 @@ def plain_text(folder, prompt, new_tokens):
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@pytest.mark.oldest
+@pytest.mark.versions
 def test_generate_at_ratio_zero_streams_the_plain_text(tiny):
     result = run("generate", tiny, "--prompt", PROMPT, "--ratio", 0, "--max-new-tokens", 40, "--lowering", "eager")
     assert result.exit_code == 0, result.output
@@ -76,7 +76,7 @@ def write_config(folder, config):
     return folder / "config.json"
 
 
-@pytest.mark.oldest
+@pytest.mark.versions
 def test_explain_of_a_configuration_tells_where_each_cache_lives(tmp_path):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     config = Gemma2Config(
@@ -101,7 +101,7 @@ def test_explain_of_a_large_configuration_needs_no_room_for_weights(tmp_path):
     assert "512 query and 8 key heads, 64 of 128 channels kept" in result.stdout
 
 
-@pytest.mark.oldest
+@pytest.mark.versions
 def test_explain_of_an_encoder_and_decoder(tmp_path):
     config = T5Config(d_model=32, d_kv=32, d_ff=32, num_layers=1, num_heads=2, vocab_size=64, decoder_start_token_id=0)
     result = run("explain", "--config", write_config(tmp_path, config), "--lowering", "eager", "--prompt-tokens", 24)

@@ -19,7 +19,7 @@ ALL = [*architectures.causal(), *architectures.seq2seq()]
 
 
 def cases() -> list:
-    few, others = pytest.mark.oldest, pytest.mark.zoo
+    few, others = pytest.mark.versions, pytest.mark.zoo
     return [pytest.param(a, id=str(a), marks=few if str(a) in FEW else others) for a in ALL]
 
 
