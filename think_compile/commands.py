@@ -1,7 +1,8 @@
-"""The commands of `think-compile`: demo, generate and explain."""
+"""The commands of `think-compile`: demo, generate, explain, eval and lm-eval."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sysconfig
@@ -149,6 +150,69 @@ def explain(
         console.print(str(report), markup=False, highlight=False, soft_wrap=True)
         if strict and report.problems:
             raise tc.NothingRewritten(f"--strict, and left as it was: {report.problems[0].sentence}")
+
+
+@app.command("eval")
+def evaluate(
+    tasks: Annotated[str, typer.Option(help="Task names, separated by commas: ours, lm-eval's, paths of YAML files.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A folder, a .gguf file or a hub id; by default the demo's model.", show_default=False),
+    ] = None,
+    ratio: Annotated[str, typer.Option(help="Ratios, separated by commas.")] = f"0,{DEFAULTS.ratio}",
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "think",
+    recent: Recent = DEFAULTS.recent,
+    observe: Observe = DEFAULTS.observe,
+    channel_multiple: Multiple = DEFAULTS.channel_multiple,
+    limit: Annotated[int | None, typer.Option(min=1, help="Samples of a task.", show_default=False)] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question.", show_default=False)
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Sequences of a call, or auto.")] = "1",
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Ask as a user's turn.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder of the records; runs found there are not run again.")] = Path(
+        "eval-records"
+    ),
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    lowering: Lowering = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Scores tasks of lm-evaluation-harness through the pruned cache, beside the dense model."""
+    with one_line_errors() as console:
+        _require_lm_eval()
+        from think_compile.evals import command
+        from think_compile.evals.runner import Protocol
+
+        options = _think_options(console, lowering, recent=recent, observe=observe, channel_multiple=channel_multiple)
+        command.run_eval(
+            console,
+            source=model,
+            tasks=command.listed(tasks, "--tasks"),
+            methods=command.settings_from(methods, ratio, **options),
+            protocol=Protocol(limit, num_fewshot, apply_chat_template),
+            batch_size=command.batch_size_from(batch_size),
+            folder=output,
+            where=_load_options(device, dtype, trust_remote_code),
+        )
+
+
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def lm_eval(context: typer.Context) -> None:
+    """The command of lm-evaluation-harness, which finds the model `think` and our tasks as well."""
+    with one_line_errors():
+        _require_lm_eval()
+        from think_compile.evals.command import run_lm_eval
+
+        run_lm_eval(context.args)
+
+
+def _require_lm_eval() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ImportError("evaluating needs lm_eval: pip install 'think-compile[eval]'")
 
 
 @contextmanager

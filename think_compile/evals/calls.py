@@ -1,0 +1,188 @@
+"""Two calls of a model: one that fills a cache, which is pruned when it leaves, and one that reads it.
+
+Every evaluation here is made of these. The first call gets contexts padded on the left, the second what follows them,
+padded on the right, several of one context if need be; both get an attention mask and position ids, so that the kinds
+of calls stay few and a compiled model is compiled for few.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from think_compile import hf
+from think_compile.evals.methods import Dense
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens to be scored: ``first`` fills a cache, ``later`` reads it.
+
+    ``targets`` are what the last tokens of ``first + later`` are to be followed by.
+    """
+
+    first: Ids
+    later: Ids
+    targets: Ids
+
+    @property
+    def through_cache(self) -> int:
+        """How many targets are predicted by the second call."""
+        return min(len(self.targets), len(self.later))
+
+
+@dataclass
+class Filled:
+    """What a first call leaves: [B, P] each, and the cache of those tokens."""
+
+    cache: Any
+    mask: Tensor
+    logits: Tensor  # [B, P or 1, V]
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A piece's logits [len(targets), V], and how many of them were read through narrow keys."""
+
+    logits: Tensor
+    narrow: int
+
+
+@dataclass
+class TwoCalls:
+    """The two calls of one model under one method.
+
+    Attributes:
+        model: a Hugging Face causal LM.
+        method: what is in force on it.
+        pad: token id that fills up.
+        around: what every call runs in, beside ``no_grad``; autocast for example.
+    """
+
+    model: Any
+    method: Dense
+    pad: int = 0
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    cache_name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        parameters = inspect.signature(self.model.forward).parameters
+        names = [name for name in hf.CACHE_NAMES if name in parameters]
+        if not names:
+            raise ValueError(
+                f"{type(self.model).__name__} takes no cache: its forward has none of {', '.join(hf.CACHE_NAMES)}."
+            )
+        self.cache_name = names[0]
+        self.can_keep_last = "logits_to_keep" in parameters
+
+    def fill(self, contexts: Sequence[Ids], *, all_logits: bool = False) -> Filled:
+        """The first call, on contexts of one token or more; logits of the last token, or of all."""
+        ids, mask = _padded(contexts, self.pad, left=True, device=self.model.device)
+        cache = self.method.new_cache()
+        last = {} if all_logits or not self.can_keep_last else {"logits_to_keep": 1}
+        output = self._call(ids, mask, cache, **last)
+        self.method.note(output[self.cache_name])
+        return Filled(output[self.cache_name], mask, output.logits, ids)
+
+    def read(self, filled: Filled, continuations: Sequence[Ids]) -> Tensor:
+        """The second call, one continuation for each sequence of the cache; logits [B, N, V], padded on the right."""
+        ids, mask = _padded(continuations, self.pad, left=False, device=self.model.device)
+        return self._call(ids, torch.cat([filled.mask, mask], 1), filled.cache).logits
+
+    def _call(self, ids: Tensor, mask: Tensor, cache: Any, **options: Any) -> Any:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        options |= {self.cache_name: cache, "use_cache": True}
+        with torch.no_grad(), self.around():
+            return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
+
+    def score(self, pieces: Sequence[Piece], rows: int) -> list[Scored]:
+        """The pieces' logits, in order. Equal ``first`` share a cache; ``rows`` is the most of a second call.
+
+        All pieces have something to read, or none has.
+        """
+        contexts = list(dict.fromkeys(piece.first for piece in pieces))
+        beyond = any(len(piece.targets) > len(piece.later) for piece in pieces)
+        filled = self.fill(contexts, all_logits=beyond)
+        reads = list(dict.fromkeys((contexts.index(p.first), p.later) for p in pieces if p.later))
+        logits = dict(zip(reads, self._read_all(filled, reads, rows), strict=True))
+        pruned = self.method.prunes(filled.cache)
+        scored = []
+        for piece in pieces:
+            row = contexts.index(piece.first)
+            own = logits[row, piece.later][: len(piece.later)] if piece.later else filled.logits[row, :0]
+            head = filled.logits[row, len(piece.first) * -1 :]
+            joined = own if len(own) >= len(piece.targets) else torch.cat([head, own])
+            narrow = pruned and self.method.narrow_tokens(len(piece.first), len(piece.first)) > 0
+            scored.append(Scored(joined[-len(piece.targets) :], piece.through_cache if narrow else 0))
+        return scored
+
+    def _read_all(self, filled: Filled, reads: Sequence[tuple[int, Ids]], rows: int) -> Iterable[Tensor]:
+        """Logits [N, V] of each (sequence, continuation), in calls of at most ``rows``."""
+        whole = [row for row, _ in reads] == list(range(len(filled.mask))) and len(reads) <= rows
+        for start in range(0, len(reads), rows):
+            part = reads[start : start + rows]
+            source = filled if whole else _branch(filled, [row for row, _ in part])
+            yield from self.read(source, [later for _, later in part])
+
+
+def _branch(filled: Filled, rows: list[int]) -> Filled:
+    """Sequences of what was filled, on a cache of their own.
+
+    Raises:
+        ValueError: a layer's cache cannot be divided by sequences.
+    """
+    stuck = sorted({type(la).__name__ for la in filled.cache.layers if not hasattr(la, "batch_select_indices")})
+    if stuck:
+        raise ValueError(
+            f"requests that share a context cannot share a cache with {', '.join(stuck)}: use batch_size=1 "
+            "and tasks of one continuation for each context."
+        )
+    index = torch.tensor(rows, device=filled.mask.device)
+    cache = copy.copy(filled.cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    cache.batch_select_indices(index)
+    return Filled(cache, filled.mask[index], filled.logits, filled.ids[index])
+
+
+def _padded(rows: Sequence[Ids], pad: int, *, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, longest]."""
+    longest = max(len(row) for row in rows)
+    gaps = [longest - len(row) for row in rows]
+    pairs = list(zip(rows, gaps, strict=True))
+    ids = [[pad] * gap + list(row) if left else list(row) + [pad] * gap for row, gap in pairs]
+    mask = [[0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in pairs]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def batches(pieces: Sequence[Piece], size: int) -> Iterable[list[int]]:
+    """Indices of pieces that are scored together, the longest first.
+
+    A batch holds whole groups of equal ``first``, at most ``size`` pieces unless one group is larger.
+    """
+    groups: dict[tuple[Ids, bool], list[int]] = {}
+    for index, piece in enumerate(pieces):
+        groups.setdefault((piece.first, bool(piece.later)), []).append(index)
+
+    def length(group: list[int]) -> tuple[bool, int]:
+        longest = max(len(pieces[index].later) for index in group)
+        return longest > 0, len(pieces[group[0]].first) + longest
+
+    batch: list[int] = []
+    for group in sorted(groups.values(), key=length, reverse=True):
+        mixed = batch and bool(pieces[batch[0]].later) != bool(pieces[group[0]].later)
+        if batch and (mixed or len(batch) + len(group) > size):
+            yield batch
+            batch = []
+        batch = batch + group
+    if batch:
+        yield batch

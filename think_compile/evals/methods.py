@@ -1,0 +1,365 @@
+"""The methods side by side: the compiled one, the plain model, and rules simulated on the plain model.
+
+A simulated method keeps a dense cache. Through transformers' registry of attention functions it sees the queries and
+keys of each layer: a call without a past chooses the channels to keep by a rule, and later calls attend to keys whose
+dropped channels are zero where a method would have pruned them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import think_compile
+from think_compile import hf
+from think_compile.evals.settings import Settings
+from think_compile.handle import Handle
+from think_compile.store import FixedKeys, GrowingKeys
+
+# ------------------------------------------------------------- rules: how much each channel matters, in fp32
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a layer's first call shows of its attention.
+
+    Attributes:
+        q: queries [B, Hq, N, D], after position embedding.
+        k: keys [B, Hkv, S, D].
+        queries: [B, N], true for those that score.
+        keys: [B, S], true for those that are scored.
+        seed: of random rules; differs between layers.
+    """
+
+    q: Tensor
+    k: Tensor
+    queries: Tensor
+    keys: Tensor
+    seed: int
+
+    @property
+    def groups(self) -> int:
+        """Query heads of a KV head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+
+def energy(x: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of x^2 over the chosen positions: [B, H, S, D], [B, S] -> fp32 [B, H, D]; zero where none is chosen."""
+    weights = chosen[:, None, :, None].float()
+    return (x.float().square() * weights).sum(2) / weights.sum(2).clamp(min=1)
+
+
+def group_mean(seen: Observed) -> Tensor:
+    """think_compile and kvpress: mean query energy of the group times key energy, [B, Hkv, D].
+
+    kvpress 0.5, presses/think_press.py; ThinK (arXiv 2407.21018), section 3.2, with one set of channels per KV head.
+    """
+    q = energy(seen.q, seen.queries).unflatten(1, (-1, seen.groups)).mean(2)
+    return q * energy(seen.k, seen.keys)
+
+
+def per_query_head(seen: Observed) -> Tensor:
+    """ThinK (arXiv 2407.21018), section 3.2, as its code runs: on keys repeated to all query heads, [B, Hq, D]."""
+    return energy(seen.q, seen.queries) * energy(seen.k, seen.keys).repeat_interleave(seen.groups, 1)
+
+
+def magnitude(seen: Observed) -> Tensor:
+    """Key energy alone, [B, Hkv, D]: the norm-based pruning that ThinK (arXiv 2407.21018) compares itself with."""
+    return energy(seen.k, seen.keys)
+
+
+def at_random(seen: Observed) -> Tensor:
+    """Uniform scores [B, Hkv, D]: the same for all sequences, so that they do not depend on the batch."""
+    batch, heads, _, width = seen.k.shape
+    scores = torch.rand(heads, width, generator=torch.Generator().manual_seed(seen.seed))
+    return scores.to(seen.k.device).expand(batch, -1, -1)
+
+
+RULES: dict[str, Callable[[Observed], Tensor]] = {
+    "simulated": group_mean,
+    "kvpress": group_mean,
+    "per_query_head": per_query_head,
+    "magnitude": magnitude,
+    "random": at_random,
+}
+
+
+def best(scores: Tensor, keep: int) -> Tensor:
+    """Mask of the ``keep`` highest scores of the last axis; among equals the lower channel wins."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :keep], True)
+
+
+def valid_keys(mask: Tensor | None, k: Tensor) -> Tensor:
+    """[B, S]: keys that some query may attend to; ``mask`` is None, boolean or additive, [B or 1, H or 1, N, S]."""
+    if mask is None:
+        return torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+    if mask.dtype != torch.bool:
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    return mask.flatten(1, 2).any(1).expand(k.shape[0], -1)
+
+
+def last_valid(valid: Tensor, count: int) -> Tensor:
+    """[B, S]: the last ``count`` valid positions of each sequence."""
+    behind = valid.flip(1).long().cumsum(1).flip(1)  # valid positions from here on
+    return valid & (behind <= count)
+
+
+# ----------------------------------------------------------------------------------------------- methods in force
+
+
+class Dense:
+    """The plain model: method "dense", and what the others have in common."""
+
+    def __init__(self, model: Any, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache to be given to the model."""
+        return DynamicCache(config=self.model.config)
+
+    def prunes(self, cache: DynamicCache) -> bool:
+        """Whether a layer of a cache that was filled has dropped channels."""
+        return False
+
+    def narrow_tokens(self, first: int, past: int) -> int:
+        """Tokens whose keys are narrow for a call behind ``past`` tokens, of which the first call had ``first``."""
+        config = self.settings.config
+        return max(0, (past if config.prune_generated else first) - config.recent)
+
+    def effective_ratio(self) -> float:
+        """Share of the key channels that were really dropped, mean over the layers that were seen."""
+        return 0.0
+
+    def note(self, cache: DynamicCache) -> None:
+        """Take note of a cache that was just filled, for :meth:`told`."""
+
+    def told(self) -> dict[str, Any]:
+        """What was really done, for the results."""
+        return {"effective_ratio": self.effective_ratio()}
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+
+
+class Compiled(Dense):
+    """Method "think": the model is wrapped by think_compile."""
+
+    def __init__(self, model: Any, settings: Settings) -> None:
+        super().__init__(model, settings)
+        config = settings.config
+        options = {name: getattr(config, name) for name in ("prune_generated", "sliding", "lowering")}
+        sizes = {name: getattr(config, name) for name in ("ratio", "recent", "observe", "channel_multiple")}
+        think_compile.think_compile(model, **sizes, **options)
+        self.largest = self.report()
+
+    def prunes(self, cache: DynamicCache) -> bool:
+        """As of :class:`Dense`; asks what is stored."""
+        stores = [layer.keys.store for layer in cache.layers if isinstance(layer.keys, Handle)]
+        return any(isinstance(s, (GrowingKeys, FixedKeys)) and s.channels.shape[-1] < s.width for s in stores)
+
+    def effective_ratio(self) -> float:
+        """As of :class:`Dense`; layers that keep a cache and were left alone count as 0."""
+        report = self.report()
+        kept = [record.kept / record.head_dim for record in report.rewritten if record.kept and record.head_dim]
+        layers = len(report.rewritten) + len(report.problems)
+        return (len(kept) - sum(kept)) / layers if layers else 0.0
+
+    def report(self) -> think_compile.Report:
+        """What think_compile did to the model."""
+        return think_compile.report(self.model)
+
+    def note(self, cache: DynamicCache) -> None:
+        """As of :class:`Dense`."""
+        self.largest = max(self.largest, self.report(), key=lambda report: report.dense_bytes)
+
+    def told(self) -> dict[str, Any]:
+        """As of :class:`Dense`; bytes are those of the largest caches that were alive at a time."""
+        report = self.report()
+        sizes = ("stored_key_bytes", "dense_key_bytes", "stored_value_bytes", "dense_value_bytes")
+        return {
+            "effective_ratio": self.effective_ratio(),
+            "layers_rewritten": len(report.rewritten),
+            "layers_left_dense": [record.sentence for record in report.problems],
+            **{name: getattr(self.largest, name) for name in sizes},
+        }
+
+    def close(self) -> None:
+        """As of :class:`Dense`."""
+        think_compile.restore(self.model)
+
+
+class SimulatedLayer(DynamicLayer):
+    """A layer's dense cache that remembers which channels are kept, in step with its sequences."""
+
+    kept: Tensor | None = None  # [B, Hkv or Hq, D], once the first call has chosen them
+    first = 0  # tokens of that call
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """As of ``DynamicLayer``."""
+        super().batch_select_indices(indices)
+        self.kept = None if self.kept is None else self.kept[indices]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As of ``DynamicLayer``."""
+        super().batch_repeat_interleave(repeats)
+        self.kept = None if self.kept is None else self.kept.repeat_interleave(repeats, 0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As of ``DynamicLayer``."""
+        super().reorder_cache(beam_idx)
+        self.kept = None if self.kept is None else self.kept[beam_idx]
+
+    def reset(self) -> None:
+        """As of ``DynamicLayer``."""
+        super().reset()
+        self.kept, self.first = None, 0
+
+
+class Simulation(Dense):
+    """A rule of ``RULES`` in force on a plain model, until :meth:`close`. Layers with a bounded window stay dense.
+
+    Raises:
+        ValueError: the model's attention does not go through transformers' registry, or not through
+            ``scaled_dot_product_attention``.
+    """
+
+    def __init__(self, model: Any, settings: Settings) -> None:
+        super().__init__(model, settings)
+        if not getattr(model, "_supports_sdpa", False):
+            raise ValueError(
+                f"method {settings.method!r} is simulated in transformers' scaled_dot_product_attention, which "
+                f"{type(model).__name__} does not support; methods think and dense need no such thing."
+            )
+        self.cache: DynamicCache | None = None  # of the call that runs
+        self.before = model.config._attn_implementation
+        self.name = _free_name()
+        ALL_ATTENTION_FUNCTIONS[self.name] = self._attend
+        ALL_MASK_ATTENTION_FUNCTIONS.register(self.name, sdpa_mask)  # stays, and serves the next of this name
+        model.set_attn_implementation(self.name)
+        if model.config._attn_implementation != self.name:
+            del ALL_ATTENTION_FUNCTIONS[self.name]
+            raise ValueError(
+                f"method {settings.method!r} is simulated through transformers' registry of attention functions, "
+                f"which {type(model).__name__} does not use; methods think and dense need no such thing."
+            )
+        self.hook = model.register_forward_pre_hook(self._before_call, with_kwargs=True)
+
+    def new_cache(self) -> DynamicCache:
+        """As of :class:`Dense`."""
+        cache = super().new_cache()
+        cache.layers = [SimulatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return cache
+
+    def prunes(self, cache: DynamicCache) -> bool:
+        """As of :class:`Dense`."""
+        return any(not kept.all() for kept in _decided(cache))
+
+    def narrow_tokens(self, first: int, past: int) -> int:
+        """As of :class:`Dense`; kvpress prunes the whole first call, and nothing later."""
+        return first if self.settings.method == "kvpress" else super().narrow_tokens(first, past)
+
+    def effective_ratio(self) -> float:
+        """As of :class:`Dense`; of the cache that was read last."""
+        if self.cache is None:
+            return 0.0
+        dropped = [1 - kept.float().mean().item() for kept in _decided(self.cache)]
+        return sum(dropped) / len(self.cache.layers)
+
+    def close(self) -> None:
+        """As of :class:`Dense`."""
+        self.hook.remove()
+        self.model.set_attn_implementation(self.before)
+        del ALL_ATTENTION_FUNCTIONS[self.name]
+
+    def _before_call(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Takes note of the cache of the call that begins."""
+        cache = next((kwargs[name] for name in hf.CACHE_NAMES if kwargs.get(name) is not None), None)
+        if cache is not None and any(type(layer) is DynamicLayer for layer in cache.layers):
+            raise ValueError(
+                f"method {self.settings.method!r} needs a cache that it made: pass {hf.CACHE_NAMES[0]}=new_cache()."
+            )
+        self.cache = cache
+
+    def _attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        layer = self._layer(module)
+        past = key.shape[2] - query.shape[2]
+        if layer is not None and past == 0:
+            layer.kept, layer.first = self._choose(module, query, key, attention_mask), key.shape[2]
+        elif layer is not None:
+            key, value, module = self._pruned(layer, key, value, past, module)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    def _layer(self, module: Any) -> SimulatedLayer | None:
+        """Where the cache of an attention module is, if it is one that is pruned."""
+        index = getattr(module, "layer_idx", None)
+        if self.cache is None or index is None or index >= len(self.cache.layers):
+            return None
+        layer = self.cache.layers[index]
+        return layer if isinstance(layer, SimulatedLayer) else None
+
+    def observed(self, module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> Observed:
+        """What a layer's first call shows to the rule."""
+        valid = valid_keys(mask, key)
+        scored, length = valid, key.shape[2]
+        if self.settings.score_over == "old":
+            old = valid & (torch.arange(length, device=key.device) < self.narrow_tokens(length, length))
+            scored = torch.where(old.any(1, keepdim=True), old, valid)
+        queries = last_valid(valid, self.settings.config.observe)
+        return Observed(query, key, queries, scored, self.settings.seed * 1000 + module.layer_idx)
+
+    def _choose(self, module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        """Mask of the kept channels, [B, Hkv or Hq, D]."""
+        config, width = self.settings.config, key.shape[3]
+        exact = self.settings.method == "kvpress"
+        keep = width - int(width * config.ratio) if exact else config.kept_channels(width)
+        return best(RULES[self.settings.method](self.observed(module, query, key, mask)), keep)
+
+    def _pruned(
+        self, layer: SimulatedLayer, key: Tensor, value: Tensor, past: int, module: Any
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Keys whose dropped channels are zero where they are old, and what attends to them."""
+        kept = layer.kept
+        assert kept is not None
+        if kept.shape[0] != key.shape[0]:
+            raise ValueError(f"the channels of {kept.shape[0]} sequences were chosen, {key.shape[0]} are attended to.")
+        groups = kept.shape[1] // key.shape[1]
+        if groups > 1:  # each query head has keys of its own
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+            module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
+        old = torch.arange(key.shape[2], device=key.device) < self.narrow_tokens(layer.first, past)
+        return key.masked_fill(old[:, None] & ~kept[:, :, None], 0), value, module
+
+
+def _free_name() -> str:
+    names = (f"think_compile_simulated_{number}" for number in itertools.count())
+    return next(name for name in names if name not in ALL_ATTENTION_FUNCTIONS)
+
+
+def _decided(cache: DynamicCache) -> list[Tensor]:
+    """The masks of kept channels of the layers that have chosen."""
+    layers = [layer for layer in cache.layers if isinstance(layer, SimulatedLayer)]
+    return [layer.kept for layer in layers if layer.kept is not None]
+
+
+def apply(model: Any, settings: Settings) -> Dense:
+    """Puts a method in force on a Hugging Face causal LM; ``close()`` of what it returns undoes that.
+
+    Raises:
+        ValueError: the model is wrapped by think_compile already, or the method cannot be simulated on it.
+    """
+    kinds = {"dense": Dense, "think": Compiled}
+    return kinds.get(settings.method, Simulation)(model, settings)
