@@ -1,0 +1,77 @@
+"""The studies: what a row says, that known rows are not measured again, and that all of it can be drawn."""
+
+import pytest
+import torch
+from random_lm import random_model, word_tokenizer, words
+from typer.testing import CliRunner
+
+from evals import plots, studies
+from think_compile.evals.divergence import Divergence, Sample
+from think_compile.evals.settings import Settings
+from think_compile.evals.statistics import mean_interval
+
+
+def some_samples(count=3):
+    tokenizer = word_tokenizer()
+    return [Sample.of(tokenizer, words(60, seed), " " + words(6, 100 + seed)) for seed in range(count)]
+
+
+def small(method="simulated", ratio=0.5, **options):
+    sizes = {"recent": 4, "observe": 8, "channel_multiple": 1, "lowering": "eager"}
+    return Settings.of(method=method, ratio=ratio, **sizes | options)
+
+
+def test_a_row_tells_the_setting_and_all_samples():
+    divergence = Divergence(random_model(), some_samples())
+    row = studies.row_of(small(), divergence)
+    assert row["method"] == "simulated" and row["ratio"] == row["effective_ratio"] == 0.5
+    assert row["tokens"] == row["through_pruned"] == 18
+    assert row["kl"][0] == pytest.approx(mean_interval(row["kl_of_samples"]).mean, abs=1e-5)
+    assert row["kl"][1] <= row["kl"][0] <= row["kl"][2] and row["kl"][0] > 0.01
+
+
+def test_known_rows_are_not_measured_again():
+    known = [small(ratio=0.5).described() | {"kl": "known"}, small(method="random").described() | {"kl": "other"}]
+    wanted = [small(ratio=0.5), small(ratio=0.5, recent=8), small(method="magnitude")]
+    rows = list(studies.measured(wanted, known, lambda one: one.described() | {"kl": "measured"}))
+    assert [row["kl"] for row in rows] == ["known", "measured", "measured"]
+
+
+def test_energies_of_every_layer_relative_to_the_mean():
+    model = random_model()
+    rows = list(studies.energies(model, some_samples(2)))
+    assert [row["layer"] for row in rows] == list(range(model.config.num_hidden_layers))
+    for row in rows:
+        scores = torch.tensor(row["scores"])
+        assert scores.shape == (model.config.num_key_value_heads, model.config.head_dim)
+        torch.testing.assert_close(scores.mean(-1), torch.ones(len(scores)), atol=1e-3, rtol=0)
+        assert scores.std() > 0.05
+
+
+def test_every_study_has_settings_of_its_own():
+    for name, settings in studies.STUDIES.items():
+        assert len({str(one.described()) for one in settings}) == len(settings), name
+
+
+def test_an_unknown_study_is_refused_before_a_model_loads():
+    import typer
+
+    app = typer.Typer()
+    app.command()(studies.main)
+    result = CliRunner().invoke(app, ["ratios"])
+    assert result.exit_code == 2 and "no such study" in result.output
+
+
+def test_plots(tmp_path):
+    rows = [
+        {"method": method, "ratio": ratio, "kl": [ratio, ratio / 2, 2 * ratio], "agreement": [1 - ratio] * 3}
+        for method in ("think", "random")
+        for ratio in (0.2, 0.1)
+    ]
+    lines = plots.lines_of(rows, "ratio", lambda row: row["method"], "kl")
+    assert lines["think"] == [(0.1, [0.1, 0.05, 0.2]), (0.2, [0.2, 0.1, 0.4])] and set(lines) == {"think", "random"}
+    head = {"model": "m", "samples": 1, "task": "t", "device": "d"}
+    drawn = plots.curves(head | {"rows": rows}, "ratio", lambda row: row["method"], tmp_path / "ratio.svg")
+    assert "<svg" in drawn.read_text()
+    energy = head | {"rows": [{"layer": 0, "scores": [[2.0, 0.5], [1.5, 0.5]]}]}
+    assert "<svg" in plots.heat_map(energy, tmp_path / "energy.svg").read_text()
