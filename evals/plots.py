@@ -35,7 +35,7 @@ def curves(result: dict[str, Any], x: str, line: Callable[[Row], str], path: Pat
             means, lows, highs = zip(*values, strict=True)
             panel.plot(xs, means, "o-", label=name, markersize=3)
             panel.fill_between(xs, lows, highs, alpha=0.2)
-        panel.set(xlabel=x, ylabel=LABELS[y], **({"yscale": "symlog"} if y == "kl" else {}))
+        panel.set(xlabel=x, ylabel=LABELS[y])
         if y == "kl":
             panel.set_yscale("symlog", linthresh=0.01)
             panel.set_ylim(bottom=0)

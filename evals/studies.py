@@ -54,7 +54,7 @@ STUDIES: dict[str, list[Settings]] = {
 
 
 def samples_of(task: str, tokenizer: Any, count: int) -> list[Sample]:
-    """The first samples, evenly spread over a task of continuations."""
+    """Samples of a task of continuations, evenly spread over it."""
     docs = [json.loads(line) for line in (FOLDER / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()]
     chosen = [docs[i * len(docs) // count] for i in range(min(count, len(docs)))]
     return [Sample.of(tokenizer, prompts.context(doc), prompts.continuation(doc)) for doc in chosen]

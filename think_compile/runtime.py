@@ -108,13 +108,13 @@ class Program:
 
     def _take_room(self, args: Sequence[Any]) -> None:
         """Count the rows that a call writes into fixed caches; raises if they are more than there are."""
-        for index in self.rewritten.filled:
-            args[index].store.written = args[index].store.rows.capacity
         keys = [(args[index].store, number(args)) for index, number in self.written_fixed]
         if any(store.written is None or store.written + n > store.rows.capacity for store, n in keys):
             self._ask_for_room(args, keys)
         for store, n in keys:
             store.written = None if store.written is None else store.written + n
+        for index in self.rewritten.filled:
+            args[index].store.written = args[index].store.rows.capacity
 
     def _ask_for_room(self, args: Sequence[Any], keys: list[tuple[FixedKeys, int]]) -> None:
         if self.starts is None:

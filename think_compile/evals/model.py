@@ -23,7 +23,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from think_compile import hf
-from think_compile.config import ThinkConfig
 from think_compile.evals.calls import Ids, Piece, TwoCalls, batches
 from think_compile.evals.methods import apply
 from think_compile.evals.questions import Halves, tails
@@ -80,37 +79,11 @@ class ThinkLM(HFLM):
         self,
         pretrained: Any,
         *,
-        ratio: float = ThinkConfig.ratio,
-        recent: int = ThinkConfig.recent,
-        observe: int = ThinkConfig.observe,
-        channel_multiple: int = ThinkConfig.channel_multiple,
-        prune_generated: bool = ThinkConfig.prune_generated,
-        sliding: bool = ThinkConfig.sliding,
-        lowering: str = ThinkConfig.lowering,
-        method: str = Settings.method,
-        dense: bool = False,
-        held_back: int = Settings.held_back,
-        split: float = Settings.split,
-        score_over: str = Settings.score_over,
-        seed: int = Settings.seed,
         device: str | None = None,
         **options: Any,
     ) -> None:
-        self.settings = Settings.of(
-            dense=dense,
-            method=method,
-            ratio=ratio,
-            recent=recent,
-            observe=observe,
-            channel_multiple=channel_multiple,
-            prune_generated=prune_generated,
-            sliding=sliding,
-            lowering=lowering,
-            held_back=held_back,
-            split=split,
-            score_over=score_over,
-            seed=seed,
-        )
+        own = {name: options.pop(name) for name in ("dense", *Settings.names()) if name in options}
+        self.settings = Settings.of(**own)
         device = _available(device)
         if isinstance(pretrained, str) and pretrained.endswith(".gguf"):
             pretrained, options = _load_gguf(pretrained, device, options)

@@ -67,7 +67,7 @@ class Settings:
         Raises:
             TypeError, ValueError: an argument is unknown, has the wrong type or is out of range; says what is allowed.
         """
-        known = (*THINK_OPTIONS, *(f.name for f in dataclasses.fields(cls) if f.name != "config"))
+        known = cls.names()
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise TypeError(f"unknown argument {', '.join(unknown)}; known are dense, {', '.join(known)}.")
@@ -80,6 +80,11 @@ class Settings:
             values["method"] = "dense"
         config = ThinkConfig(**{name: values.pop(name) for name in THINK_OPTIONS if name in values})
         return cls(config=config, **values)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The options of :meth:`of`, but for ``dense``."""
+        return (*THINK_OPTIONS, *(f.name for f in dataclasses.fields(cls) if f.name != "config"))
 
     @property
     def prunes(self) -> bool:

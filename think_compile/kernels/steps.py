@@ -66,16 +66,21 @@ def first_call_bounded(
     The attention reads the last ``read`` (None: all), and those, kept or not, choose the channels with the queries
     whose own keys are among them.
     """
-    seen = k if read is None else k[:, :, -read:]
-    q = q if read is None else q[:, :, -read:]
-    length = seen.shape[2]
-    channels = ref.choose_channels(q, seen, mask, length, length - q.shape[2], keep=spec.keep, observe=spec.observe)
+    channels = choose_bounded(q, k, mask, spec, read)
     if kept is not None:
         k, v = k[:, :, -kept:], v[:, :, -kept:]
     length = k.shape[2]
     capacity = capacity_for(length)
     packed = ref.pack_rows(k, channels, length, spec.ring_rows(GROWTH_ROWS), capacity)
     return (*packed, F.pad(v, (0, 0, 0, capacity - length)))
+
+
+def choose_bounded(q: Tensor, k: Tensor, mask: Tensor | None, spec: LayerSpec, read: int | None) -> Tensor:
+    """Channels by the last ``read`` tokens (None: all) of a first call, which its attention reads."""
+    if read is not None:
+        q, k = q[:, :, -read:], k[:, :, -read:]
+    length = k.shape[2]
+    return ref.choose_channels(q, k, mask, length, length - q.shape[2], keep=spec.keep, observe=spec.observe)
 
 
 def first_call_growing(
@@ -197,23 +202,6 @@ def first_call_fixed(
     return (*packed, torch.stack([floor, length]), v.clone(memory_format=torch.contiguous_format))
 
 
-def first_call_filling(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: LayerSpec, read: int | None, kept: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`first_call_bounded`, of a buffer that the kept tokens fill: (pruned, ..., progress, values)."""
-    seen = k if read is None else k[:, :, -read:]
-    q = q if read is None else q[:, :, -read:]
-    length = seen.shape[2]
-    channels = ref.choose_channels(q, seen, mask, length, length - q.shape[2], keep=spec.keep, observe=spec.observe)
-    if kept is not None:
-        k, v = k[:, :, -kept:], v[:, :, -kept:]
-    length = k.shape[2]
-    packed = ref.pack_rows(k, channels, length, spec.ring_rows(length), length)
-    end = torch.full((), length, device=q.device)
-    progress = torch.stack([(end - spec.recent).clamp(min=0), end])
-    return (*packed, progress, v.clone(memory_format=torch.contiguous_format))
-
-
 def attend_growing(
     q: Tensor,
     k_new: Tensor,
@@ -303,62 +291,6 @@ def _advance_fixed(
     length = start + k_new.shape[2]
     whole = torch.where(start == 0, spec.recent, spec.whole_tokens(recent.shape[2]))  # from 0: a first call
     progress.copy_(torch.stack([torch.maximum(floor, length - whole), length]))
-
-
-def attend_filling(
-    q: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    mask: Tensor | None,
-    pruned: Tensor,
-    channels: Tensor,
-    recent: Tensor,
-    progress: Tensor,
-    values: Tensor,
-    start: int,
-    first: int,
-    scale: float | None,
-    is_causal: bool,
-) -> Tensor:
-    """Attend to rows [first, start) of a window's buffer and to the new tokens behind them: [B, Hq, N, Dv]."""
-    packed = _joined(k_new, pruned, channels, recent, start)
-    joined, begin = torch.cat([values[:, :, :start], v_new], 2), torch.as_tensor(start, device=q.device)
-    extent, scale = start + k_new.shape[2], default_scale(q, scale)
-    return attend(q, k_new, packed, joined, begin, progress[0], extent, mask, scale, is_causal, first)
-
-
-def _joined(k_new: Tensor, pruned: Tensor, channels: Tensor, recent: Tensor, start: int) -> ref.Packed:
-    """The first ``start`` rows with the new tokens' behind them."""
-    return ref.Packed(torch.cat([pruned[:, :, :start], ref.narrow_rows(k_new, channels)], 2), channels, recent)
-
-
-def joined_values(v_new: Tensor, values: Tensor, start: int, first: int) -> Tensor:
-    """Rows [first, start) of a window's buffer of values, with the new ones behind them."""
-    return torch.cat([values[:, :, first:start], v_new], 2)
-
-
-def append_filling(
-    k_new: Tensor,
-    v_new: Tensor,
-    pruned: Tensor,
-    channels: Tensor,
-    recent: Tensor,
-    progress: Tensor,
-    values: Tensor,
-    start: int,
-    spec: LayerSpec,
-) -> None:
-    """Move a window's buffer up, so that ``start`` rows and the new ones end where it ends. To be run last."""
-    capacity, end = pruned.shape[2], start + k_new.shape[2]
-    gone, whole = end - capacity, spec.whole_tokens(recent.shape[2])
-    rows = _joined(k_new, pruned, channels, recent, start).pruned[:, :, -capacity:]
-    kept_values = torch.cat([values[:, :, :start], v_new], 2)[:, :, -capacity:]
-    ring = ref.advance_ring(recent, k_new, start).roll(-gone, 2)  # the token in row p: ring row p % R
-    floor = (progress[0].clamp(max=start).clamp(min=end - whole) - gone).clamp(min=0)
-    pruned.copy_(rows)
-    values.copy_(kept_values)
-    recent.copy_(ring)
-    progress.copy_(torch.stack([floor, torch.full_like(floor, capacity)]))
 
 
 def start_of(positions: Tensor, proven: bool) -> Tensor:

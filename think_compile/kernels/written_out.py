@@ -76,23 +76,6 @@ def logits_fixed(
     return ref.pruned_logits(q, k_new, packed, start, torch.minimum(progress[0], start), extent)
 
 
-def logits_filling(
-    q: Tensor,
-    k_new: Tensor,
-    pruned: Tensor,
-    channels: Tensor,
-    recent: Tensor,
-    progress: Tensor,
-    start: int,
-    first: int,
-) -> Tensor:
-    """Q K^T, unscaled, over rows [first, start) of a window's buffer and the N new tokens: [B, Hq, N, columns]."""
-    rows = torch.cat([pruned[:, :, :start], ref.narrow_rows(k_new, channels)], 2)
-    packed, begin = ref.Packed(rows, channels, recent), torch.as_tensor(start, device=q.device)
-    floor = torch.minimum(progress[0], begin)
-    return ref.pruned_logits(q, k_new, packed, begin, floor, start + k_new.shape[2], first)
-
-
 def as_product(
     logits: Tensor,
     q: Tensor,

@@ -164,7 +164,7 @@ class Draft:
         """The axes of a store's tensor that vary: batch and heads as the caller's graph says, and what grows."""
         axes = [axis for axis in (0, 1) if isinstance(site.keys.size(axis), torch.SymInt)]
         growing = {"rows"} if self.config.prune_generated else {"rows", "recent"}
-        symbolic = isinstance(self._buffer_rows(site) if site.placed else site.keys.size(2), torch.SymInt)
+        symbolic = isinstance(self._buffer_rows(site) if site.filling else site.keys.size(2), torch.SymInt)
         if (not site.in_buffer and name in growing) or (site.in_buffer and name == "rows" and symbolic):
             axes.append(2)
         return () if name == "progress" else tuple(axes)
@@ -177,7 +177,7 @@ class Draft:
         assert site.past is not None
         if site.fixed:
             return self.start(site), self.size(site.keys.extent)
-        if site.placed:
+        if site.filling:
             return self._joined_rows(site)
         index = site.past[0]
         if index not in self.spans:
@@ -217,7 +217,7 @@ class Draft:
 
     def part(self, site: CachedAttention) -> tuple[Any, ...]:
         """Of a bounded cache: (row of the first token that a call joins, how many of the last it reads or None)."""
-        if site.window is None or site.placed:
+        if site.window is None or site.filling:
             return ()
         start, _ = self.span(site)
         if site.window.joined is None:

@@ -48,7 +48,7 @@ class CacheTensor:
         chain: the operations between ``root`` and the attention, in running order.
         in_turn: whether query heads are dealt out to the KV heads in turn, instead of in blocks of neighbours.
         window: of a cache that is not joined, read or kept as a whole, what is.
-        placed: whether it is a window that is kept in a buffer of fixed size, which it fills.
+        filling: whether it is a window that is kept in a buffer of fixed size, which it fills.
         read_elsewhere: whether something besides attention reads it too; of values, which are stored whole.
     """
 
@@ -61,7 +61,7 @@ class CacheTensor:
     chain: tuple[Node, ...]
     in_turn: bool
     window: Window | None = None
-    placed: bool = False
+    filling: bool = False
     read_elsewhere: bool = False
 
     @property
@@ -95,13 +95,13 @@ class CachedAttention:
         return self.keys.window
 
     @property
-    def placed(self) -> bool:
-        return self.keys.placed
+    def filling(self) -> bool:
+        return self.keys.filling
 
     @property
     def in_buffer(self) -> bool:
         """Whether what is stored has a fixed size: a cache of fixed size, or a window that fills a buffer."""
-        return self.fixed or self.placed
+        return self.fixed or self.filling
 
     @property
     def query_tokens(self) -> Any:
@@ -273,7 +273,7 @@ def _check_pair(site: CachedAttention) -> None:
     if keys.join.fixed and not same_positions(keys.join, values.join):
         raise Refused(Reason.VALUES_NOT_CACHED, "they are written at other positions than the keys")
     prefixes = keys.join.past_prefix, values.join.past_prefix
-    alike = keys.placed == values.placed and (prefixes == (None, None) or lay.equal_size(*prefixes))
+    alike = keys.filling == values.filling and (prefixes == (None, None) or lay.equal_size(*prefixes))
     if not agree(keys.window, values.window) or not alike:
         raise Refused(Reason.VALUES_NOT_CACHED, "they are bounded in another way than the keys")
     for tensor in (keys, values):
@@ -310,15 +310,15 @@ def _cache_tensor(
     if join.past is not None:
         check_past_readers(normalized.placeholders[join.past], root)
     window = window_of(join.past_suffix, read, kept)
-    placed = window is not None and not join.fixed and fills(normalized, join, window, root, layout, outputs, buffers)
+    filling = window is not None and not join.fixed and fills(normalized, join, window, root, layout, outputs, buffers)
     in_place = min(outputs) < len(normalized.written) or bool(buffers)
-    if window is not None and (join.fixed or (in_place and not placed)):
+    if window is not None and (join.fixed or (in_place and not filling)):
         raise Refused(Reason.SLIDING_BUFFER, "it is written in place")
-    if join.past_prefix is not None and not placed:
+    if join.past_prefix is not None and not filling:
         raise Refused(Reason.UNKNOWN_WINDOW, where(root))
     extent = _extent(root, token_axis(layout), chain, prefix)
     elsewhere = other is not None
-    return CacheTensor(root, layout, shape, join, outputs, extent, tuple(chain), in_turn, window, placed, elsewhere)
+    return CacheTensor(root, layout, shape, join, outputs, extent, tuple(chain), in_turn, window, filling, elsewhere)
 
 
 def _root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None]:

@@ -9,14 +9,14 @@ once with them dense.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
 
 from think_compile.config import ThinkConfig
-from think_compile.kernels import steps, written_out
+from think_compile.kernels import filling, steps, written_out
 from think_compile.kernels.canonical import CANONICAL, HEAD, TOKEN, from_canonical
 from think_compile.passes.draft import Draft
 from think_compile.passes.kv_cache import CachedAttention, CacheTensor
@@ -38,6 +38,25 @@ from think_compile.passes.plan import (
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
+_WRITE_IN_PLACE = {steps.append_keys_fixed, filling.append_filling}
+
+
+class _Later(NamedTuple):
+    """What a later call does in the place of an attention, and of a written-out one's product with its keys."""
+
+    attend: Callable[..., Any]
+    logits: Callable[..., Any]
+
+
+_GROWING = _Later(steps.attend_growing, written_out.logits_growing)
+_FIXED = _Later(steps.attend_fixed, written_out.logits_fixed)
+_FILLING = _Later(filling.attend_filling, filling.logits_filling)
+
+
+def _later(site: CachedAttention) -> _Later:
+    if site.filling:
+        return _FILLING
+    return _FIXED if site.fixed else _GROWING
 
 
 def layer_spec(site: CachedAttention, config: ThinkConfig) -> steps.LayerSpec:
@@ -128,10 +147,12 @@ class _Rewriter(Draft):
             step = steps.first_call_fixed if site.fixed else steps.first_call_growing
             arguments.append(layer_spec(site, self.config))
             if site.window is not None:
-                step = steps.first_call_filling if site.placed else steps.first_call_bounded
+                step = filling.first_call_filling if site.filling else steps.first_call_bounded
                 arguments += [self.number(site.window.read), self.number(site.window.kept)]
             self._keep(
-                site, self.graph.call_function(step, tuple(arguments)), _length_kept(site.keys) if site.placed else None
+                site,
+                self.graph.call_function(step, tuple(arguments)),
+                _length_kept(site.keys) if site.filling else None,
             )
 
     def _first_call_of_own_rows(self, readers: Sequence[CachedAttention]) -> None:
@@ -172,9 +193,12 @@ class _Rewriter(Draft):
             attend = self._attend if reader.attention.region is None else self._attend_written_out
             attend(reader)
         with self.behind(self.at(readers[-1].attention.node)):
-            append = self._append_fixed if site.fixed else self._append_growing
-            append = self._append_filling if site.placed else append
-            append(readers)
+            if site.filling:
+                self._append_filling(readers)
+            elif site.fixed:
+                self._append_fixed(readers)
+            else:
+                self._append_growing(readers)
 
     def _new_rows(self, tensor: CacheTensor) -> Node:
         return self.canonical(self.at(tensor.join.new), tensor)
@@ -188,9 +212,7 @@ class _Rewriter(Draft):
             arguments = [self.queries(site, k_new), k_new, v_new, mask]
             arguments += [*self.stored_keys(site), self.stored_values(site), *self.span(site)]
             arguments += [self.at(attention.scale), attention.is_causal, *self.part(site)]
-            step = steps.attend_fixed if site.fixed else steps.attend_growing
-            step = steps.attend_filling if site.placed else step
-            out = self.in_turn(site, self.graph.call_function(step, tuple(arguments)))
+            out = self.in_turn(site, self.graph.call_function(_later(site).attend, tuple(arguments)))
             if attention.layout != CANONICAL:
                 out = self.graph.call_function(from_canonical, (out, attention.layout))
             out = self._as(out, attention.node)
@@ -200,7 +222,7 @@ class _Rewriter(Draft):
         if site.query_tokens == 1 and isinstance(site.query_tokens, int):
             return None
         past, extent = self.span(site)[0], self.span(site)[1]
-        if site.placed:
+        if site.filling:
             joined = self.graph.call_function(operator.sub, self.span(site))
             return self.graph.call_function(steps.causal_behind, (k_new, joined))
         if site.fixed:
@@ -225,10 +247,10 @@ class _Rewriter(Draft):
         assert region is not None
         with self.graph.inserting_before(self.at(region.logits.node)):
             k_new = self._new_rows(site.keys)
-            step = written_out.logits_fixed if site.fixed else written_out.logits_growing
-            step = written_out.logits_filling if site.placed else step
             arguments = (self.queries(site, k_new), k_new, *self.stored_keys(site), *self.span(site), *self.part(site))
-            logits = self._as_product(site, self.in_turn(site, self.graph.call_function(step, arguments)))
+            logits = self._as_product(
+                site, self.in_turn(site, self.graph.call_function(_later(site).logits, arguments))
+            )
         self.replace(region.logits.node, logits)
 
     def _as_product(self, site: CachedAttention, logits: Node) -> Node:
@@ -250,8 +272,8 @@ class _Rewriter(Draft):
                 self.at(node).replace_all_uses_with(self.at(node).args[1])
         with self.graph.inserting_before(root):
             arguments = (self._new_rows(tensor), self.stored_values(site))
-            if site.placed:
-                values = self.graph.call_function(steps.joined_values, (*arguments, *self.span(site)))
+            if site.filling:
+                values = self.graph.call_function(filling.joined_values, (*arguments, *self.span(site)))
             else:
                 arguments += (self.span(site)[0], not site.fixed, *self.part(site)[:1])
                 values = self.graph.call_function(steps.append_values, arguments)
@@ -283,12 +305,12 @@ class _Rewriter(Draft):
         new = self._new_rows(site.keys), self._new_rows(site.values)
         stored = *self.stored_keys(site), self.stored_values(site)
         arguments = (*new, *stored, self.span(site)[0], layer_spec(site, self.config))
-        self.graph.call_function(steps.append_filling, arguments)
+        self.graph.call_function(filling.append_filling, arguments)
         self._leave_fixed(site)
 
     def _leave_fixed(self, site: CachedAttention) -> None:
         assert site.past is not None
-        if site.placed:
+        if site.filling:
             self.filled.append(site.past[0])
         else:
             self.written_fixed.append((site.past[0], site.query_tokens))
@@ -350,7 +372,7 @@ def _length_kept(tensor: CacheTensor) -> Any:
 
 
 def _must_stay(node: Node) -> bool:
-    if node.op in ("placeholder", "output") or node.target in (steps.append_keys_fixed, steps.append_filling):
+    if node.op in ("placeholder", "output") or node.target in _WRITE_IN_PLACE:
         return True
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
