@@ -48,15 +48,12 @@ class _Later(NamedTuple):
     logits: Callable[..., Any]
 
 
-_GROWING = _Later(steps.attend_growing, written_out.logits_growing)
-_FIXED = _Later(steps.attend_fixed, written_out.logits_fixed)
-_FILLING = _Later(filling.attend_filling, filling.logits_filling)
-
-
 def _later(site: CachedAttention) -> _Later:
     if site.filling:
-        return _FILLING
-    return _FIXED if site.fixed else _GROWING
+        return _Later(filling.attend_filling, filling.logits_filling)
+    if site.fixed:
+        return _Later(steps.attend_fixed, written_out.logits_fixed)
+    return _Later(steps.attend_growing, written_out.logits_growing)
 
 
 def layer_spec(site: CachedAttention, config: ThinkConfig) -> steps.LayerSpec:
