@@ -13,6 +13,14 @@ from benchmarks.measure import load
 from evals.studies import RESULTS
 
 Row = dict[str, Any]
+LINES = {
+    "simulated": "think_compile",
+    "think": "think_compile, compiled",
+    "kvpress": "kvpress's rule",
+    "per_query_head": "a set for each query head (no saving with groups)",
+    "magnitude": "key energy alone",
+    "random": "random channels",
+}
 LABELS = {"kl": "KL to the dense model, nats a token", "agreement": "top-1 agreement with the dense model"}
 
 
@@ -72,7 +80,7 @@ def _at_ratio(row: Row) -> str:
 def main(folder: Path = RESULTS) -> None:
     """Draw every study that is there, beside its rows."""
     axes: dict[str, Callable[[Row], str]] = {
-        "ratio": lambda row: row["method"],
+        "ratio": lambda row: LINES[row["method"]],
         "recent": _at_ratio,
         "observe": _at_ratio,
         "channel_multiple": _at_ratio,

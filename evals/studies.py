@@ -2,16 +2,18 @@
 
 Each study is a list of settings. Each is compared with the dense model by KL divergence and top-1 agreement over the
 continuations of one of the offline tasks, sample by sample; a row for each, with the samples, is kept in evals/results.
-Rows that are there already, with the same head, are not measured again. ``energy`` is what the scores look like.
+Rows that are there already, with the same head, are not measured again. The rule of think_compile is simulated, so that
+all settings share the first calls; in the study ``ratio`` the compiled path stands beside it, to show that it is the
+same. ``energy`` is what the scores look like.
 """
 
 from __future__ import annotations
 
 import datetime
-import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,36 +21,41 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor
 
 from benchmarks.measure import device_name, load, versions, write_rows
 from think_compile import demo, hf
 from think_compile.evals.calls import TwoCalls
-from think_compile.evals.divergence import Divergence, Sample
-from think_compile.evals.methods import Simulation, group_mean
-from think_compile.evals.settings import Settings
+from think_compile.evals.divergence import Distance, Divergence, Sample
+from think_compile.evals.methods import Recorder
+from think_compile.evals.rules import Observed, group_mean, last_valid
+from think_compile.evals.settings import SIMULATED, Settings
 from think_compile.evals.statistics import mean_interval
 from think_compile.evals.tasks import FOLDER, prompts
 
+Row = dict[str, Any]
+
 RESULTS = Path(__file__).parent / "results"
 RATIOS = [tenths / 10 for tenths in range(9)]
-METHODS = ("think", "kvpress", "per_query_head", "magnitude", "random")
+OBSERVE = 32
 
 
-def _think(**options: Any) -> Settings:
-    """Ours, of every width that the ratio asks for unless told otherwise, op by op: the numbers are the same."""
-    return Settings.of(**{"method": "think", "channel_multiple": 1, "lowering": "eager"} | options)
+def _settings(method: str = "simulated", **options: Any) -> Settings:
+    """Of every width that the ratio asks for, unless told otherwise."""
+    return Settings.of(**{"method": method, "channel_multiple": 1} | options)
 
 
 STUDIES: dict[str, list[Settings]] = {
-    "ratio": [_think(method=method, ratio=ratio) for method in METHODS for ratio in RATIOS],
-    "recent": [_think(ratio=ratio, recent=recent) for ratio in (0.5, 0.7) for recent in (0, 8, 16, 32, 64, 128)],
-    "observe": [_think(ratio=ratio, observe=observe) for ratio in (0.5, 0.7) for observe in (8, 16, 32, 64, 128)],
-    "score_over": [
-        _think(method="simulated", ratio=ratio, score_over=keys) for ratio in (0.3, 0.5, 0.7) for keys in ("all", "old")
+    "ratio": [
+        *(_settings(method, ratio=ratio) for method in SIMULATED for ratio in RATIOS),
+        *(_settings("think", ratio=ratio, lowering="eager") for ratio in (0.0, 0.5)),
     ],
+    "recent": [_settings(ratio=ratio, recent=recent) for ratio in (0.5, 0.7) for recent in (0, 8, 16, 32, 64, 128)],
+    "observe": [_settings(ratio=ratio, observe=observe) for ratio in (0.5, 0.7) for observe in (8, 16, 32, 64, 128)],
+    "score_over": [_settings(ratio=ratio, score_over=keys) for ratio in (0.3, 0.5, 0.7) for keys in ("all", "old")],
     "channel_multiple": [
-        _think(ratio=ratio, channel_multiple=multiple) for ratio in (0.3, 0.4, 0.5, 0.6) for multiple in (1, 8, 16, 32)
+        _settings(ratio=ratio, channel_multiple=multiple)
+        for ratio in (0.3, 0.4, 0.5, 0.6)
+        for multiple in (1, 8, 16, 32)
     ],
 }
 
@@ -60,9 +67,8 @@ def samples_of(task: str, tokenizer: Any, count: int) -> list[Sample]:
     return [Sample.of(tokenizer, prompts.context(doc), prompts.continuation(doc)) for doc in chosen]
 
 
-def row_of(settings: Settings, divergence: Divergence) -> dict[str, Any]:
+def row_of(settings: Settings, found: Distance) -> Row:
     """What is kept of one setting: means with 95% intervals over samples, and the samples."""
-    found = divergence.of(settings)
     kl, agreement = mean_interval(found.kl), mean_interval(found.agreement)
     return {
         **settings.described(),
@@ -76,48 +82,50 @@ def row_of(settings: Settings, divergence: Divergence) -> dict[str, Any]:
     }
 
 
-def measured(
-    settings: Sequence[Settings], known: Sequence[dict[str, Any]], measure: Callable[[Settings], Any]
-) -> Iterator:
-    """A row for each setting: what is known already, or measured."""
-    for one in settings:
-        told = one.described()
-        same = (row for row in known if all(row.get(name) == value for name, value in told.items()))
-        yield next(same, None) or measure(one)
+def find(rows: Iterable[Row], settings: Settings) -> Row | None:
+    """The row of a setting, if there is one."""
+    told = settings.described()
+    return next((row for row in rows if all(row.get(name) == value for name, value in told.items())), None)
 
 
-class Watching(Simulation):
-    """Keeps the channels' scores of every layer that chooses."""
+def measured(missing: Sequence[Settings], divergence: Divergence) -> Iterator[list[Row]]:
+    """Rows of settings: first of all that are simulated, at once, then of the others, one by one."""
+    simulated = [one for one in missing if one.method in SIMULATED]
+    if simulated:
+        found = divergence.of_simulated(simulated)
+        yield [row_of(*pair) for pair in zip(simulated, found, strict=True)]
+    for one in missing:
+        if one not in simulated:
+            yield [row_of(one, divergence.of(one))]
 
-    def __init__(self, model: Any, settings: Settings) -> None:
-        super().__init__(model, settings)
-        self.scores: list[Tensor] = []
 
-    def _choose(self, module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-        self.scores.append(group_mean(self.observed(module, query, key, mask)))
-        return super()._choose(module, query, key, mask)
-
-
-def energies(model: Any, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+def energies(model: Any, samples: Sequence[Sample]) -> list[Row]:
     """For each layer the scores of its channels [Hkv, D], mean over samples, each head's divided by its mean."""
-    watching = Watching(model, _think(method="simulated", ratio=0.5))
-    calls = TwoCalls(model, watching)
-    try:
+    sums: dict[int, torch.Tensor] = {}
+    with closing(Recorder(model, OBSERVE)) as recorder:
+        calls = TwoCalls(model, recorder)
         for sample in samples:
             calls.fill([sample.context])
-    finally:
-        watching.close()
-    layers = len(watching.scores) // len(samples)
-    for layer in range(layers):
-        scores = torch.cat(watching.scores[layer::layers])  # [samples, Hkv, D]
-        relative = (scores / scores.mean(-1, keepdim=True)).mean(0)
-        yield {"layer": layer, "scores": [[round(x, 4) for x in head] for head in relative.tolist()]}
+            for seen in recorder.layers:
+                queries = last_valid(seen.valid, OBSERVE)[:, -seen.q.shape[2] :]
+                scores = group_mean(Observed(seen.q, seen.k, queries, seen.valid, seed=0))[0]
+                sums[seen.layer] = sums.get(seen.layer, 0) + scores / scores.mean(-1, keepdim=True)
+    means = {layer: (total / len(samples)).tolist() for layer, total in sums.items()}
+    return [
+        {"layer": layer, "scores": [[round(x, 4) for x in head] for head in heads]} for layer, heads in means.items()
+    ]
 
 
-def head_of(study: str, model: Any, **what: Any) -> dict[str, Any]:
+def head_of(study: str, network: Any, **what: Any) -> Row:
     """What all rows of a study share, but for the date and the command."""
     told = versions() | {"think-compile": version("think-compile")}
-    return {"study": study, "device": device_name(model.device), "dtype": str(model.dtype), **what, "versions": told}
+    return {
+        "study": study,
+        "device": device_name(network.device),
+        "dtype": str(network.dtype),
+        **what,
+        "versions": told,
+    }
 
 
 def main(
@@ -129,7 +137,7 @@ def main(
     device: str = "cpu",
     out: Annotated[Path, typer.Option(help="where rows are kept")] = RESULTS,
 ) -> None:
-    """Measure studies; each row is kept as soon as it is there."""
+    """Measure studies; the rows of each are kept in a file."""
     console, known = Console(), [*STUDIES, "energy"]
     wanted = known if names == ["all"] else names
     if unknown := sorted(set(wanted) - set(known)):
@@ -137,31 +145,46 @@ def main(
     network, tokenizer = hf.load_model(model, device=device) if model else demo.load_demo_model(console, device)
     texts = samples_of(task, tokenizer, samples)
     what = {"model": model or demo.CONVERTED, "task": task, "samples": len(texts)}
-    divergence = None
-    for study in wanted:
-        head = head_of(study, network, **what)
-        path = out / f"{study}.json"
-        if study == "energy":
-            _keep(path, head, energies(network, texts), console)
-            continue
-        divergence = divergence or Divergence(network, texts, batch_size=batch_size)
-        rows = measured(STUDIES[study], _known(path, head), functools.partial(row_of, divergence=divergence))
-        _keep(path, head, rows, console)
+    results = {study: Result(out / f"{study}.json", head_of(study, network, **what)) for study in wanted}
+    if "energy" in results:
+        results.pop("energy").keep(energies(network, texts))
+    missing = list(dict.fromkeys(one for study, result in results.items() for one in result.missing(STUDIES[study])))
+    if missing:
+        for rows in measured(missing, Divergence(network, texts, batch_size=batch_size)):
+            for study, result in results.items():
+                result.add(rows, STUDIES[study])
+    for study, result in results.items():
+        console.rule(study)
+        for row in result.rows:
+            console.print({name: value for name, value in row.items() if "samples" not in name})
 
 
-def _known(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
-    found = load(path) if path.is_file() else {}
-    return found["rows"] if all(found.get(name) == value for name, value in head.items()) else []
+class Result:
+    """A study's file. Rows that it holds under the same head count; others are replaced."""
 
+    def __init__(self, path: Path, head: Row) -> None:
+        self.path, self.head = path, head
+        found = load(path) if path.is_file() else {}
+        same = all(found.get(name) == value for name, value in head.items())
+        self.rows: list[Row] = found["rows"] if found and same else []
 
-def _keep(path: Path, head: dict[str, Any], rows: Iterator[dict[str, Any]], console: Console) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    told = {"command": "python -m evals.studies " + " ".join(sys.argv[1:]), "date": datetime.date.today().isoformat()}
-    kept = []
-    for row in rows:
-        kept.append(row)
-        write_rows(path, head | told, kept)
-        console.print({name: value for name, value in row.items() if "samples" not in name and name != "scores"})
+    def missing(self, settings: Sequence[Settings]) -> list[Settings]:
+        """Those of which there is no row."""
+        return [one for one in settings if find(self.rows, one) is None]
+
+    def add(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
+        """Keep the rows that are of ``settings``, in their order."""
+        known = [*self.rows, *rows]
+        ordered = [row for one in settings if (row := find(known, one)) is not None]
+        if len(ordered) > len(self.rows):
+            self.keep(ordered)
+
+    def keep(self, rows: list[Row]) -> None:
+        """Write the rows."""
+        told = {"command": "python -m evals.studies " + " ".join(sys.argv[1:]), "date": str(datetime.date.today())}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(self.path, self.head | told, rows)
+        self.rows = rows
 
 
 if __name__ == "__main__":

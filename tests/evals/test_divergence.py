@@ -1,5 +1,8 @@
 """KL and agreement: what they are, and that they are measured through the pruned cache."""
 
+import dataclasses
+from contextlib import closing
+
 import pytest
 import torch
 from random_lm import PRUNED, in_float64, random_model, word_tokenizer, words
@@ -8,7 +11,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from think_compile.demo import load_demo_model
+from think_compile.evals.calls import Scored, TwoCalls
 from think_compile.evals.divergence import Divergence, Sample
+from think_compile.evals.methods import Recorder, Simulation
 from think_compile.evals.settings import SIMULATED, Settings
 from think_compile.evals.tasks import prompts
 
@@ -44,6 +49,31 @@ def test_compiled_method_is_as_far_as_the_simulated_one():
     assert min(compiled.kl) > 0.01
 
 
+def test_methods_that_share_their_first_calls_are_as_far_as_alone():
+    """Also when the recorder keeps more queries than a method observes, and samples are padded."""
+    wanted = [settings(method) for method in SIMULATED]
+    wanted += [
+        settings("simulated", observe=3),
+        settings("simulated", recent=2),
+        settings("simulated", score_over="old"),
+    ]
+    for size in (1, 3):
+        divergence = Divergence(random_model(), samples(30, 17, 24), batch_size=size)
+        for one, found in zip(wanted, divergence.of_simulated(wanted), strict=True):
+            alone = divergence.of(one)
+            assert found.kl == pytest.approx(alone.kl, rel=1e-5), one
+            assert found == dataclasses.replace(alone, kl=found.kl), one
+    assert len({tuple(found.kl) for found in divergence.of_simulated(wanted)}) == len(wanted)
+
+
+def test_queries_that_were_not_kept_cannot_score():
+    with closing(Recorder(random_model(), observe=4)) as recorder:
+        filled = TwoCalls(recorder.model, recorder).fill([tuple(range(2, 22))])
+        method = Simulation(recorder.model, settings("simulated", observe=8))
+        with closing(method), pytest.raises(ValueError, match="observe=8 queries are to score, 4 were kept"):
+            method.of_recorded(filled.cache, recorder.layers)
+
+
 @pytest.mark.parametrize("method", SIMULATED)
 def test_each_method_is_measured_one_sample_or_many_at_a_time(method):
     model, some = random_model(), samples(30, 17, 24)
@@ -59,7 +89,7 @@ def test_kl_is_its_formula():
     ids = torch.tensor([sample.context + sample.continuation])
     with torch.no_grad():
         dense = model(ids).logits[0, 19:22].double()
-    divergence.dense = [dense.roll(1, -1)]
+    divergence.dense = {0: Scored(dense.roll(1, -1), 0)}
     p, q = dense.roll(1, -1).softmax(-1), dense.softmax(-1)
     distance = divergence.of(Settings(method="dense"))
     assert distance.kl == pytest.approx([(p * (p / q).log()).sum(-1).mean().item()], rel=1e-5)

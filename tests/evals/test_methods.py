@@ -8,9 +8,10 @@ from random_lm import PRUNED, in_float64, random_model
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, T5Config
 
 from think_compile import think_compile
-from think_compile.evals import methods
+from think_compile.evals import methods, rules
 from think_compile.evals.calls import Piece, TwoCalls
-from think_compile.evals.methods import Observed, SimulatedLayer, apply, at_random, best, energy
+from think_compile.evals.methods import SimulatedLayer, apply
+from think_compile.evals.rules import Observed, at_random, best, energy
 from think_compile.evals.settings import METHODS, SIMULATED, Settings
 
 HEADS, GROUPS, WIDTH = 2, 2, 32  # of the random model
@@ -170,8 +171,8 @@ def test_rules_are_their_formulas():
         "magnitude": k_energy,
     }
     for name, scores in expected.items():
-        torch.testing.assert_close(methods.RULES[name](seen)[1], scores.float())
-    assert set(methods.RULES) == {*expected, "random"} == set(SIMULATED)
+        torch.testing.assert_close(rules.RULES[name](seen)[1], scores.float())
+    assert set(rules.RULES) == {*expected, "random"} == set(SIMULATED)
 
 
 def test_a_rule_is_the_papers_norm_of_products():
@@ -179,7 +180,7 @@ def test_a_rule_is_the_papers_norm_of_products():
     seen = observed()
     q, k = seen.q[1, 1, 6:], seen.k[1, 0, 4:]
     norms = torch.stack([torch.linalg.matrix_norm(q[:, [j]] @ k[:, [j]].T) for j in range(8)])
-    ours = methods.per_query_head(seen)[1, 1]
+    ours = rules.per_query_head(seen)[1, 1]
     torch.testing.assert_close(ours, norms.square() / (len(q) * len(k)))
 
 

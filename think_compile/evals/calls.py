@@ -110,9 +110,16 @@ class TwoCalls:
 
         All pieces have something to read, or none has.
         """
-        contexts = list(dict.fromkeys(piece.first for piece in pieces))
+        return self.score_behind(self.fill_for(pieces), pieces, rows)
+
+    def fill_for(self, pieces: Sequence[Piece]) -> Filled:
+        """The first call of :meth:`score`."""
         beyond = any(len(piece.targets) > len(piece.later) for piece in pieces)
-        filled = self.fill(contexts, all_logits=beyond)
+        return self.fill(_contexts(pieces), all_logits=beyond)
+
+    def score_behind(self, filled: Filled, pieces: Sequence[Piece], rows: int) -> list[Scored]:
+        """The rest of :meth:`score`, on what :meth:`fill_for` left."""
+        contexts = _contexts(pieces)
         reads = list(dict.fromkeys((contexts.index(p.first), p.later) for p in pieces if p.later))
         logits = dict(zip(reads, self._read_all(filled, reads, rows), strict=True))
         pruned = self.method.prunes(filled.cache)
@@ -133,6 +140,10 @@ class TwoCalls:
             part = reads[start : start + rows]
             source = filled if whole else _branch(filled, [row for row, _ in part])
             yield from self.read(source, [later for _, later in part])
+
+
+def _contexts(pieces: Sequence[Piece]) -> list[Ids]:
+    return list(dict.fromkeys(piece.first for piece in pieces))
 
 
 def _branch(filled: Filled, rows: list[int]) -> Filled:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
-from think_compile.evals.calls import Ids, Piece, TwoCalls, batches
-from think_compile.evals.methods import apply
+from think_compile.evals.calls import Ids, Piece, Scored, TwoCalls, batches
+from think_compile.evals.methods import Recorder, Simulation, apply
 from think_compile.evals.settings import Settings
 
 
@@ -53,6 +52,15 @@ class Distance:
     told: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """One sample under a method, beside the dense model."""
+
+    kl: float
+    agreement: float
+    narrow: int
+
+
 class Divergence:
     """The dense model's predictions on some samples, to compare methods with.
 
@@ -73,7 +81,8 @@ class Divergence:
     ) -> None:
         self.model, self.batch_size = model, batch_size
         self.pieces = [_piece(sample, held_back) for sample in samples]
-        self.dense = [logits for logits, _ in self._predictions(Settings(method="dense"))[0]]
+        self.batches = list(batches(self.pieces, batch_size))
+        self.dense = self._predictions(Settings(method="dense"))[0]
 
     def of(self, settings: Settings) -> Distance:
         """Of a method; ``held_back`` is that of the samples.
@@ -82,26 +91,51 @@ class Divergence:
             ValueError: the method cannot be put in force on the model.
         """
         predictions, told = self._predictions(settings)
-        compared = [_compare(dense, ours) for dense, (ours, _) in zip(self.dense, predictions, strict=True)]
+        return self._distance({index: _compare(self.dense[index], predictions[index]) for index in self.dense}, told)
+
+    def of_simulated(self, methods: Sequence[Settings]) -> list[Distance]:
+        """As :meth:`of` for simulated methods; they share first calls, so that many cost little more than one.
+
+        Raises:
+            ValueError: methods cannot be simulated on the model.
+        """
+        found: list[dict[int, _Compared]] = [{} for _ in methods]
+        told: list[dict[str, Any]] = [{} for _ in methods]
+        observe = max(settings.config.observe for settings in methods)
+        with closing(Recorder(self.model, observe)) as recorder:
+            for batch in tqdm(self.batches, desc=f"{len(methods)} methods"):
+                pieces = [self.pieces[index] for index in batch]
+                filled = TwoCalls(self.model, recorder).fill_for(pieces)
+                for number, settings in enumerate(methods):
+                    with closing(Simulation(self.model, settings)) as method:
+                        own = replace(filled, cache=method.of_recorded(filled.cache, recorder.layers))
+                        scored = TwoCalls(self.model, method).score_behind(own, pieces, self.batch_size)
+                        told[number] = method.told()
+                    pairs = zip(batch, scored, strict=True)
+                    found[number] |= {index: _compare(self.dense[index], one) for index, one in pairs}
+        return [self._distance(*one) for one in zip(found, told, strict=True)]
+
+    def _distance(self, compared: dict[int, _Compared], told: dict[str, Any]) -> Distance:
+        ordered = [compared[index] for index in range(len(self.pieces))]
         return Distance(
-            kl=[kl for kl, _ in compared],
-            agreement=[agreement for _, agreement in compared],
+            kl=[one.kl for one in ordered],
+            agreement=[one.agreement for one in ordered],
             tokens=sum(len(piece.targets) for piece in self.pieces),
-            through_pruned=sum(narrow for _, narrow in predictions),
+            through_pruned=sum(one.narrow for one in ordered),
             told=told,
         )
 
-    def _predictions(self, settings: Settings) -> tuple[list[tuple[Tensor, int]], dict[str, Any]]:
-        """Logits [N, V] of each sample on the host, how many were read through narrow keys; what was really done."""
-        found: dict[int, tuple[Tensor, int]] = {}
+    def _predictions(self, settings: Settings) -> tuple[dict[int, Scored], dict[str, Any]]:
+        """Of each sample, logits [N, V] on the host; what was really done."""
+        found: dict[int, Scored] = {}
         with closing(apply(self.model, settings)) as method, tqdm(total=len(self.pieces), desc=settings.method) as bar:
             calls = TwoCalls(self.model, method)
-            for batch in batches(self.pieces, self.batch_size):
+            for batch in self.batches:
                 scored = calls.score([self.pieces[index] for index in batch], self.batch_size)
-                found |= {index: (one.logits.cpu(), one.narrow) for index, one in zip(batch, scored, strict=True)}
+                found |= {i: replace(one, logits=one.logits.cpu()) for i, one in zip(batch, scored, strict=True)}
                 bar.update(len(batch))
             told = method.told()
-        return [found[index] for index in range(len(self.pieces))], told
+        return found, told
 
 
 def _piece(sample: Sample, held_back: int) -> Piece:
@@ -115,8 +149,10 @@ def _piece(sample: Sample, held_back: int) -> Piece:
     return Piece(whole[:first], whole[first:-1], sample.continuation)
 
 
-def _compare(dense: Tensor, ours: Tensor) -> tuple[float, float]:
-    """Mean KL in nats and agreement of logits [N, V]; in fp64, as both distributions are nearly the same."""
-    expected, got = dense.double().log_softmax(-1), ours.double().log_softmax(-1)
+def _compare(dense: Scored, ours: Scored) -> _Compared:
+    """KL in nats and agreement, means over the tokens of logits [N, V]; in fp64, as they are nearly the same."""
+    device = ours.logits.device
+    expected, got = (one.logits.to(device).double().log_softmax(-1) for one in (dense, ours))
     kl = (expected.exp() * (expected - got)).sum(-1).mean()
-    return kl.item(), (dense.argmax(-1) == ours.argmax(-1)).double().mean().item()
+    agreement = (expected.argmax(-1) == got.argmax(-1)).double().mean()
+    return _Compared(kl.item(), agreement.item(), ours.narrow)

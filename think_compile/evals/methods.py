@@ -7,9 +7,10 @@ dropped channels are zero where a method would have pruned them.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,98 +24,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import think_compile
 from think_compile import hf
+from think_compile.evals.rules import RULES, Observed, Seen, best, last_valid, valid_keys
 from think_compile.evals.settings import Settings
 from think_compile.handle import Handle
 from think_compile.store import FixedKeys, GrowingKeys
-
-# ------------------------------------------------------------- rules: how much each channel matters, in fp32
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What a layer's first call shows of its attention.
-
-    Attributes:
-        q: queries [B, Hq, N, D], after position embedding.
-        k: keys [B, Hkv, S, D].
-        queries: [B, N], true for those that score.
-        keys: [B, S], true for those that are scored.
-        seed: of random rules; differs between layers.
-    """
-
-    q: Tensor
-    k: Tensor
-    queries: Tensor
-    keys: Tensor
-    seed: int
-
-    @property
-    def groups(self) -> int:
-        """Query heads of a KV head."""
-        return self.q.shape[1] // self.k.shape[1]
-
-
-def energy(x: Tensor, chosen: Tensor) -> Tensor:
-    """Mean of x^2 over the chosen positions: [B, H, S, D], [B, S] -> fp32 [B, H, D]; zero where none is chosen."""
-    weights = chosen[:, None, :, None].float()
-    return (x.float().square() * weights).sum(2) / weights.sum(2).clamp(min=1)
-
-
-def group_mean(seen: Observed) -> Tensor:
-    """think_compile and kvpress: mean query energy of the group times key energy, [B, Hkv, D].
-
-    kvpress 0.5, presses/think_press.py; ThinK (arXiv 2407.21018), section 3.2, with one set of channels per KV head.
-    """
-    q = energy(seen.q, seen.queries).unflatten(1, (-1, seen.groups)).mean(2)
-    return q * energy(seen.k, seen.keys)
-
-
-def per_query_head(seen: Observed) -> Tensor:
-    """ThinK (arXiv 2407.21018), section 3.2, as its code runs: on keys repeated to all query heads, [B, Hq, D]."""
-    return energy(seen.q, seen.queries) * energy(seen.k, seen.keys).repeat_interleave(seen.groups, 1)
-
-
-def magnitude(seen: Observed) -> Tensor:
-    """Key energy alone, [B, Hkv, D]: the norm-based pruning that ThinK (arXiv 2407.21018) compares itself with."""
-    return energy(seen.k, seen.keys)
-
-
-def at_random(seen: Observed) -> Tensor:
-    """Uniform scores [B, Hkv, D]: the same for all sequences, so that they do not depend on the batch."""
-    batch, heads, _, width = seen.k.shape
-    scores = torch.rand(heads, width, generator=torch.Generator().manual_seed(seen.seed))
-    return scores.to(seen.k.device).expand(batch, -1, -1)
-
-
-RULES: dict[str, Callable[[Observed], Tensor]] = {
-    "simulated": group_mean,
-    "kvpress": group_mean,
-    "per_query_head": per_query_head,
-    "magnitude": magnitude,
-    "random": at_random,
-}
-
-
-def best(scores: Tensor, keep: int) -> Tensor:
-    """Mask of the ``keep`` highest scores of the last axis; among equals the lower channel wins."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :keep], True)
-
-
-def valid_keys(mask: Tensor | None, k: Tensor) -> Tensor:
-    """[B, S]: keys that some query may attend to; ``mask`` is None, boolean or additive, [B or 1, H or 1, N, S]."""
-    if mask is None:
-        return torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
-    if mask.dtype != torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min / 2
-    return mask.flatten(1, 2).any(1).expand(k.shape[0], -1)
-
-
-def last_valid(valid: Tensor, count: int) -> Tensor:
-    """[B, S]: the last ``count`` valid positions of each sequence."""
-    behind = valid.flip(1).long().cumsum(1).flip(1)  # valid positions from here on
-    return valid & (behind <= count)
-
 
 # ----------------------------------------------------------------------------------------------- methods in force
 
@@ -298,7 +211,8 @@ class Simulation(Dense):
         layer = self._layer(module)
         past = key.shape[2] - query.shape[2]
         if layer is not None and past == 0:
-            layer.kept, layer.first = self._choose(module, query, key, attention_mask), key.shape[2]
+            seen = Seen(query, key, valid_keys(attention_mask, key), module.layer_idx)
+            layer.kept, layer.first = self.choose(seen), key.shape[2]
         elif layer is not None:
             key, value, module = self._pruned(layer, key, value, past, module)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -311,22 +225,37 @@ class Simulation(Dense):
         layer = self.cache.layers[index]
         return layer if isinstance(layer, SimulatedLayer) else None
 
-    def observed(self, module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> Observed:
-        """What a layer's first call shows to the rule."""
-        valid = valid_keys(mask, key)
-        scored, length = valid, key.shape[2]
+    def observed(self, seen: Seen) -> Observed:
+        """What the rule judges a layer's first call by."""
+        scored, length = seen.valid, seen.k.shape[2]
         if self.settings.score_over == "old":
-            old = valid & (torch.arange(length, device=key.device) < self.narrow_tokens(length, length))
-            scored = torch.where(old.any(1, keepdim=True), old, valid)
-        queries = last_valid(valid, self.settings.config.observe)
-        return Observed(query, key, queries, scored, self.settings.seed * 1000 + module.layer_idx)
+            old = seen.valid & (torch.arange(length, device=seen.k.device) < self.narrow_tokens(length, length))
+            scored = torch.where(old.any(1, keepdim=True), old, seen.valid)
+        queries = last_valid(seen.valid, self.settings.config.observe)[:, -seen.q.shape[2] :]
+        return Observed(seen.q, seen.k, queries, scored, self.settings.seed * 1000 + seen.layer)
 
-    def _choose(self, module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-        """Mask of the kept channels, [B, Hkv or Hq, D]."""
-        config, width = self.settings.config, key.shape[3]
+    def choose(self, seen: Seen) -> Tensor:
+        """Mask of the channels to keep, [B, Hkv or Hq, D]."""
+        config, width = self.settings.config, seen.k.shape[3]
         exact = self.settings.method == "kvpress"
         keep = width - int(width * config.ratio) if exact else config.kept_channels(width)
-        return best(RULES[self.settings.method](self.observed(module, query, key, mask)), keep)
+        return best(RULES[self.settings.method](self.observed(seen)), keep)
+
+    def of_recorded(self, cache: DynamicCache, layers: Sequence[Seen]) -> DynamicCache:
+        """The cache that this method would have of a first call that :class:`Recorder` saw; ``cache`` stays as it is.
+
+        Raises:
+            ValueError: fewer queries were kept than score.
+        """
+        observe = self.settings.config.observe
+        if any(seen.q.shape[2] < min(observe, seen.k.shape[2]) for seen in layers):
+            raise ValueError(f"observe={observe} queries are to score, {layers[0].q.shape[2]} were kept.")
+        own = copy.copy(cache)
+        own.layers = [copy.copy(layer) for layer in cache.layers]
+        for seen in layers:
+            layer = own.layers[seen.layer]
+            layer.kept, layer.first = self.choose(seen), seen.k.shape[2]
+        return own
 
     def _pruned(
         self, layer: SimulatedLayer, key: Tensor, value: Tensor, past: int, module: Any
@@ -342,6 +271,30 @@ class Simulation(Dense):
             module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
         old = torch.arange(key.shape[2], device=key.device) < self.narrow_tokens(layer.first, past)
         return key.masked_fill(old[:, None] & ~kept[:, :, None], 0), value, module
+
+
+class Recorder(Simulation):
+    """Prunes nothing, and keeps what each layer's first call shows, for many methods to choose from.
+
+    Attributes:
+        layers: of the first call that was made last.
+        observe: as many queries are kept.
+    """
+
+    def __init__(self, model: Any, observe: int) -> None:
+        super().__init__(model, Settings(method="simulated"))
+        self.layers: list[Seen] = []
+        self.observe = observe
+
+    def new_cache(self) -> DynamicCache:
+        """As of :class:`Dense`."""
+        self.layers = []
+        return super().new_cache()
+
+    def choose(self, seen: Seen) -> Tensor:
+        """All channels."""
+        self.layers.append(dataclasses.replace(seen, q=seen.q[:, :, -self.observe :]))
+        return torch.ones_like(seen.k[:, :, 0], dtype=torch.bool)
 
 
 def _free_name() -> str:

@@ -1,0 +1,112 @@
+"""Rules that say how much each key channel matters, in fp32: from what a layer's first call shows of its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A layer's first call, before anything is chosen.
+
+    Attributes:
+        q: queries [B, Hq, N, D], after position embedding; of the last N tokens.
+        k: keys [B, Hkv, S, D].
+        valid: [B, S], true for keys that some query may attend to.
+        layer: its number.
+    """
+
+    q: Tensor
+    k: Tensor
+    valid: Tensor
+    layer: int
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a rule judges by.
+
+    Attributes:
+        q: queries [B, Hq, N, D].
+        k: keys [B, Hkv, S, D].
+        queries: [B, N], true for those that score.
+        keys: [B, S], true for those that are scored.
+        seed: of random rules; differs between layers.
+    """
+
+    q: Tensor
+    k: Tensor
+    queries: Tensor
+    keys: Tensor
+    seed: int
+
+    @property
+    def groups(self) -> int:
+        """Query heads of a KV head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+
+def energy(x: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of x^2 over the chosen positions: [B, H, S, D], [B, S] -> fp32 [B, H, D]; zero where none is chosen."""
+    weights = chosen[:, None, :, None].float()
+    return (x.float().square() * weights).sum(2) / weights.sum(2).clamp(min=1)
+
+
+def group_mean(seen: Observed) -> Tensor:
+    """think_compile and kvpress: mean query energy of the group times key energy, [B, Hkv, D].
+
+    kvpress 0.5, presses/think_press.py; ThinK (arXiv 2407.21018), section 3.2, with one set of channels per KV head.
+    """
+    q = energy(seen.q, seen.queries).unflatten(1, (-1, seen.groups)).mean(2)
+    return q * energy(seen.k, seen.keys)
+
+
+def per_query_head(seen: Observed) -> Tensor:
+    """ThinK (arXiv 2407.21018), section 3.2, as its code runs: on keys repeated to all query heads, [B, Hq, D]."""
+    return energy(seen.q, seen.queries) * energy(seen.k, seen.keys).repeat_interleave(seen.groups, 1)
+
+
+def magnitude(seen: Observed) -> Tensor:
+    """Key energy alone, [B, Hkv, D]: the norm-based pruning that ThinK (arXiv 2407.21018) compares itself with."""
+    return energy(seen.k, seen.keys)
+
+
+def at_random(seen: Observed) -> Tensor:
+    """Uniform scores [B, Hkv, D]: the same for all sequences, so that they do not depend on the batch."""
+    batch, heads, _, width = seen.k.shape
+    scores = torch.rand(heads, width, generator=torch.Generator().manual_seed(seen.seed))
+    return scores.to(seen.k.device).expand(batch, -1, -1)
+
+
+RULES: dict[str, Callable[[Observed], Tensor]] = {
+    "simulated": group_mean,
+    "kvpress": group_mean,
+    "per_query_head": per_query_head,
+    "magnitude": magnitude,
+    "random": at_random,
+}
+
+
+def best(scores: Tensor, keep: int) -> Tensor:
+    """Mask of the ``keep`` highest scores of the last axis; among equals the lower channel wins."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :keep], True)
+
+
+def valid_keys(mask: Tensor | None, k: Tensor) -> Tensor:
+    """[B, S]: keys that some query may attend to; ``mask`` is None, boolean or additive, [B or 1, H or 1, N, S]."""
+    if mask is None:
+        return torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+    if mask.dtype != torch.bool:
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    return mask.flatten(1, 2).any(1).expand(k.shape[0], -1)
+
+
+def last_valid(valid: Tensor, count: int) -> Tensor:
+    """[B, S]: the last ``count`` valid positions of each sequence."""
+    behind = valid.flip(1).long().cumsum(1).flip(1)  # valid positions from here on
+    return valid & (behind <= count)
