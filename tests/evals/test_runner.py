@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import OfflineModeIsEnabled
 from lm_eval.tasks import TaskManager
 from random_lm import PRUNED, random_model, word_tokenizer, words
+from records import a_record
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -126,6 +127,7 @@ def test_a_record_of_each_task_and_method(paths, tmp_path):
     for record in records:
         assert len({sample["doc_id"] for sample in record["samples"]}) == 3
         assert record["settings"]["limit"] == 3
+        assert "CPU" in record["machine"]
         assert set(record["settings"]["versions"]) == {"think-compile", "torch", "transformers", "lm-eval", "datasets"}
         assert record["seeds"] == {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234, "fewshot_seed": 1234}
     for dense, nothing, half in (records[i : i + 3] for i in range(0, 9, 3)):
@@ -205,19 +207,6 @@ def test_a_chat_template_and_examples_change_the_prompts(paths, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- the table
-
-
-def a_record(method, values, metric="acc,none", total=None):
-    name = metric.split(",")[0]
-    samples = [{"doc_id": i, "doc_hash": str(i), "filter": "none", name: value} for i, value in enumerate(values)]
-    return {
-        "settings": {"task": "some", "method": method, "ratio": 0.5},
-        "metrics": {metric: sum(values) / len(values) if total is None else total},
-        "samples": samples,
-        "counters": dict.fromkeys(("scored_through_pruned", "generated_through_pruned"), 3)
-        | dict.fromkeys(("scored_tokens", "generated_tokens"), 5)
-        | {"contexts": 4, "truncated_contexts": 2},
-    }
 
 
 def test_differences_are_paired():

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import os
+import platform
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import torch
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from huggingface_hub.errors import LocalEntryNotFoundError
 from lm_eval.tasks import TaskManager
@@ -181,6 +183,7 @@ class Runner:
         kept = [*KEPT_OF_SAMPLES, *{key.split(",")[0] for key in found if "," in key}]
         record = {
             "settings": self.settings_of(task, settings),
+            "machine": _machine(self.model.device),
             "batch_size": self.batch_size,
             "seeds": {name: value for name, value in config.items() if name.endswith("_seed")},
             "metrics": {key: value for key, value in found.items() if "," in key and "_stderr," not in key},
@@ -194,6 +197,11 @@ class Runner:
 def label(settings: Settings) -> str:
     """For example ``think-0.5``."""
     return "dense" if settings.method == "dense" else f"{settings.method}-{settings.config.ratio:g}"
+
+
+def _machine(device: torch.device) -> str:
+    """What computed."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 def versions() -> dict[str, str]:

@@ -38,7 +38,7 @@ def _table(records: Sequence[Record]) -> Table:
                 settings["method"] + ("" if record is dense else f" {settings['ratio']:g}"),
                 f"{value:.4f}" if isinstance(value, (int, float)) else str(value),
                 "-" if found is None else f"{found.mean:+.4f} [{found.low:+.3f}, {found.high:+.3f}]",
-                str(len(_values(record, key))),
+                str(len(sample_values(record, key))),
                 through_pruned(record),
             )
     return table
@@ -57,7 +57,7 @@ def difference(ours: Record, dense: Record, key: str) -> Difference | None:
     Raises:
         ValueError: the two runs are not of the same samples.
     """
-    samples = [_values(record, key) for record in (ours, dense)]
+    samples = [sample_values(record, key) for record in (ours, dense)]
     if list(samples[0]) != list(samples[1]):
         raise ValueError(f"the runs of {ours['settings']['task']} are of other samples: no pairs can be made.")
     values = [list(pairs.values()) for pairs in samples]
@@ -70,7 +70,7 @@ def difference(ours: Record, dense: Record, key: str) -> Difference | None:
     return None
 
 
-def _values(record: Record, key: str) -> dict[Any, Any]:
+def sample_values(record: Record, key: str) -> dict[Any, Any]:
     """What the samples contribute to a metric, by the prompt they are of."""
     name, kind = key.split(",", 1)
     return {(s["doc_id"], s["doc_hash"]): s[name] for s in record["samples"] if s["filter"] == kind and name in s}
