@@ -18,6 +18,7 @@ LINES = {
     "think": "think_compile, compiled",
     "kvpress": "kvpress's rule",
     "per_query_head": "a set for each query head (no saving with groups)",
+    "attended": "keys weighted by attention",
     "magnitude": "key energy alone",
     "random": "random channels",
 }

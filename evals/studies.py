@@ -44,9 +44,14 @@ def _settings(method: str = "simulated", **options: Any) -> Settings:
     return Settings.of(**{"method": method, "channel_multiple": 1} | options)
 
 
+def _over(method: str) -> str:
+    """The keys that score: queries attend to the latest most, which stay whole."""
+    return "old" if method == "attended" else Settings.score_over
+
+
 STUDIES: dict[str, list[Settings]] = {
     "ratio": [
-        *(_settings(method, ratio=ratio) for method in SIMULATED for ratio in RATIOS),
+        *(_settings(method, ratio=ratio, score_over=_over(method)) for method in SIMULATED for ratio in RATIOS),
         *(_settings("think", ratio=ratio, lowering="eager") for ratio in (0.0, 0.5)),
     ],
     "recent": [_settings(ratio=ratio, recent=recent) for ratio in (0.5, 0.7) for recent in (0, 8, 16, 32, 64, 128)],
@@ -108,7 +113,7 @@ def energies(model: Any, samples: Sequence[Sample]) -> list[Row]:
             calls.fill([sample.context])
             for seen in recorder.layers:
                 queries = last_valid(seen.valid, OBSERVE)[:, -seen.q.shape[2] :]
-                scores = group_mean(Observed(seen.q, seen.k, queries, seen.valid, seed=0))[0]
+                scores = group_mean(Observed(seen.q, seen.k, queries, seen.valid, seen.valid, seed=0))[0]
                 sums[seen.layer] = sums.get(seen.layer, 0) + scores / scores.mean(-1, keepdim=True)
     means = {layer: (total / len(samples)).tolist() for layer, total in sums.items()}
     return [

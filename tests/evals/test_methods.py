@@ -1,5 +1,7 @@
 """The simulated methods against the independent oracle, and their rules one by one."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -157,7 +159,7 @@ def observed(batch_size=2, queries=9, seed=3):
     chosen = torch.ones(batch_size, queries, dtype=torch.bool)
     chosen[1, :4] = False
     late = chosen & (torch.arange(queries) >= 6)
-    return Observed(q, k, late, chosen, seed)
+    return Observed(q, k, late, chosen, chosen, seed)
 
 
 def test_rules_are_their_formulas():
@@ -172,7 +174,24 @@ def test_rules_are_their_formulas():
     }
     for name, scores in expected.items():
         torch.testing.assert_close(rules.RULES[name](seen)[1], scores.float())
-    assert set(rules.RULES) == {*expected, "random"} == set(SIMULATED)
+    assert set(rules.RULES) == {*expected, "attended", "random"} == set(SIMULATED)
+
+
+def test_keys_count_as_they_are_attended_to():
+    """By loops, of the second sequence: padded, three observed, and one key of two is not scored."""
+    seen = observed()
+    seen = dataclasses.replace(seen, keys=seen.keys & (torch.arange(9) % 2 == 1))
+    expected = torch.zeros(HEADS, 8, dtype=torch.float64)
+    for head in range(HEADS * GROUPS):
+        k = seen.k[1, head // GROUPS].double()
+        for i in range(6, 9):
+            q = seen.q[1, head, i].double()
+            probabilities = (k[4 : i + 1] @ q / 8**0.5).softmax(0)
+            for s, p in zip(range(4, i + 1), probabilities, strict=True):
+                expected[head // GROUPS] += q.square() * p * k[s].square() * (s % 2) / (3 * GROUPS)
+    torch.testing.assert_close(rules.attended(seen)[1], expected.float())
+    latest = dataclasses.replace(seen, q=seen.q[:, :, -5:], queries=seen.queries[:, -5:])
+    torch.testing.assert_close(rules.attended(latest), rules.attended(seen))
 
 
 def test_a_rule_is_the_papers_norm_of_products():

@@ -232,7 +232,7 @@ class Simulation(Dense):
             old = seen.valid & (torch.arange(length, device=seen.k.device) < self.narrow_tokens(length, length))
             scored = torch.where(old.any(1, keepdim=True), old, seen.valid)
         queries = last_valid(seen.valid, self.settings.config.observe)[:, -seen.q.shape[2] :]
-        return Observed(seen.q, seen.k, queries, scored, self.settings.seed * 1000 + seen.layer)
+        return Observed(seen.q, seen.k, queries, scored, seen.valid, self.settings.seed * 1000 + seen.layer)
 
     def choose(self, seen: Seen) -> Tensor:
         """Mask of the channels to keep, [B, Hkv or Hq, D]."""

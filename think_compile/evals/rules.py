@@ -35,6 +35,7 @@ class Observed:
         k: keys [B, Hkv, S, D].
         queries: [B, N], true for those that score.
         keys: [B, S], true for those that are scored.
+        valid: [B, S], true for those that some query may attend to.
         seed: of random rules; differs between layers.
     """
 
@@ -42,6 +43,7 @@ class Observed:
     k: Tensor
     queries: Tensor
     keys: Tensor
+    valid: Tensor
     seed: int
 
     @property
@@ -75,6 +77,30 @@ def magnitude(seen: Observed) -> Tensor:
     return energy(seen.k, seen.keys)
 
 
+def attended(seen: Observed) -> Tensor:
+    """Each key counts as much as the observed queries attend to it, [B, Hkv, D].
+
+    Mean over the queries i and the heads of the group of q_ij^2 sum_s p_is k_sj^2, p being the causal attention with
+    scale 1 / sqrt(D): what dropping channel j costs the logits, where they matter. Not of the paper.
+    """
+    heads, width = seen.k.shape[1], seen.k.shape[3]
+    q = seen.q.float().unflatten(1, (heads, seen.groups))  # [B, Hkv, G, N, D]
+    logits = torch.einsum("bhgnd,bhsd->bhgns", q, seen.k.float()) / width**0.5
+    probabilities = logits.masked_fill(~_causal(seen)[:, None, None], -torch.inf).softmax(-1)
+    probabilities = probabilities * seen.keys[:, None, None, None]
+    probabilities = probabilities.nan_to_num()  # of queries that attend to nothing
+    weighted = probabilities @ seen.k.float().square()[:, :, None]
+    scores = q.square() * weighted * seen.queries[:, None, None, :, None]
+    return scores.sum((2, 3)) / (seen.groups * seen.queries.sum(1).clamp(min=1)[:, None, None])
+
+
+def _causal(seen: Observed) -> Tensor:
+    """[B, N, S]: what each query attends to; the queries are those of the last tokens."""
+    count, length = seen.q.shape[2], seen.k.shape[2]
+    positions = torch.arange(length, device=seen.k.device)
+    return (positions <= positions[length - count :, None]) & seen.valid[:, None]
+
+
 def at_random(seen: Observed) -> Tensor:
     """Uniform scores [B, Hkv, D]: the same for all sequences, so that they do not depend on the batch."""
     batch, heads, _, width = seen.k.shape
@@ -87,6 +113,7 @@ RULES: dict[str, Callable[[Observed], Tensor]] = {
     "kvpress": group_mean,
     "per_query_head": per_query_head,
     "magnitude": magnitude,
+    "attended": attended,
     "random": at_random,
 }
 

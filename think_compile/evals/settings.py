@@ -15,6 +15,7 @@ METHODS = {
     "kvpress": "ThinKPress of kvpress: all tokens of the prompt, no recent window",
     "per_query_head": "the paper's code: each query head has its own channels",
     "magnitude": "key energy alone",
+    "attended": "keys count as much as the observed queries attend to them",
     "random": "channels drawn at random",
 }
 SIMULATED = tuple(name for name in METHODS if name not in ("think", "dense"))
