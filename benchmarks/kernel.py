@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.measure import captured_ms, copies_for, read_bandwidth
 from benchmarks.tune import Shape, arguments
@@ -54,23 +55,42 @@ def pruned_us(shape: Shape) -> float:
     return captured_ms([functools.partial(decode_attention, **given) for given in inputs]) * 1e3
 
 
+Attention = Callable[[Any, Any, Any], Any]
+
+
+def _stock(backend: SDPBackend) -> Attention:
+    def attention(q: Any, k: Any, v: Any) -> Any:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    return attention
+
+
+@functools.cache
+def _flex() -> Attention:
+    return functools.partial(torch.compile(flex_attention, dynamic=False), enable_gqa=True)
+
+
+DENSE: dict[str, Callable[[], Attention]] = {
+    "flash": lambda: _stock(SDPBackend.FLASH_ATTENTION),
+    "cudnn": lambda: _stock(SDPBackend.CUDNN_ATTENTION),
+    "flex": _flex,
+}
+
+
 def dense_us(shape: Shape) -> dict[str, float]:
-    """Microseconds of the stock attention by each backend, over whole keys."""
+    """Microseconds of each dense attention over whole keys; the masks of the shapes are left out."""
 
     def make(tokens: int, width: int) -> Any:
         return torch.randn(shape.batch, shape.heads, tokens, width, device="cuda", dtype=shape.dtype)
 
     q = torch.randn(shape.batch, shape.query_heads, shape.queries, shape.d, device="cuda", dtype=shape.dtype)
     caches = [(make(shape.tokens, shape.d), make(shape.tokens, shape.dv)) for _ in range(copies_for(shape.dense_bytes))]
-
-    def call(k: Any, v: Any) -> Callable[[], Any]:
-        return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
     found = {}
-    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+    for name, attention in DENSE.items():
         try:
-            with sdpa_kernel(backend):
-                found[name] = round(captured_ms([call(k, v) for k, v in caches]) * 1e3, 1)
+            calls = [functools.partial(attention(), q, k, v) for k, v in caches]
+            found[name] = round(captured_ms(calls) * 1e3, 1)
         except RuntimeError as error:
             warnings.warn(f"{shape}: {name} cannot: {error}", stacklevel=2)
     return found
