@@ -9,13 +9,17 @@ from typing import Any
 import torch
 
 from benchmarks import models
+from benchmarks.decode import check
 from think_compile import ThinkConfig, restore, think_compile
 
 STEPS, HEADROOM = 4, 2 * 2**30
 
 
 def run(context: int = 32768, layers: int = 32) -> Iterator[dict[str, Any]]:
-    """A row for the pruned and for the plain cache of fixed size: the largest batch, decoded for a few steps."""
+    """The check of ``decode``, then a row for the pruned and for the plain cache of fixed size: the largest batch."""
+    yield {"check": "error over the plain model's in bf16", "ratio": check()}
+    gc.collect()
+    torch.cuda.empty_cache()
     model, config = models.llama(layers), ThinkConfig(0.5)
     kept = config.kept_channels(model.config.head_dim)
     free, total = torch.cuda.mem_get_info()

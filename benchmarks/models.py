@@ -130,6 +130,14 @@ def densified(cache: StaticCache, model: LlamaForCausalLM) -> StaticCache:
     return plain
 
 
+def densified_growing(cache: DynamicCache, model: LlamaForCausalLM) -> DynamicCache:
+    """As :func:`densified`, of a growing cache."""
+    plain = DynamicCache(config=model.config)
+    for i, layer in enumerate(cache.layers):
+        plain.update(layer.keys.dense().to(model.dtype), layer.values.dense().to(model.dtype), i)
+    return plain
+
+
 @torch.no_grad()
 def step(model: Any, tokens: Tensor, cache: Any) -> Tensor:
     """The next tokens [B, 1] behind ``tokens``, greedily; nothing waits for the device."""
