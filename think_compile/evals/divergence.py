@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from think_compile.evals.calls import Ids, Piece, Scored, TwoCalls, batches
@@ -91,7 +92,8 @@ class Divergence:
             ValueError: the method cannot be put in force on the model.
         """
         predictions, told = self._predictions(settings)
-        return self._distance({index: _compare(self.dense[index], predictions[index]) for index in self.dense}, told)
+        compared = {index: _compare(self._expected(index), ours) for index, ours in predictions.items()}
+        return self._distance(compared, told)
 
     def of_simulated(self, methods: Sequence[Settings]) -> list[Distance]:
         """As :meth:`of` for simulated methods; they share first calls, so that many cost little more than one.
@@ -106,14 +108,19 @@ class Divergence:
             for batch in tqdm(self.batches, desc=f"{len(methods)} methods"):
                 pieces = [self.pieces[index] for index in batch]
                 filled = TwoCalls(self.model, recorder).fill_for(pieces)
+                expected = [self._expected(index).to(self.model.device) for index in batch]
                 for number, settings in enumerate(methods):
                     with closing(Simulation(self.model, settings)) as method:
                         own = replace(filled, cache=method.of_recorded(filled.cache, recorder.layers))
                         scored = TwoCalls(self.model, method).score_behind(own, pieces, self.batch_size)
                         told[number] = method.told()
-                    pairs = zip(batch, scored, strict=True)
-                    found[number] |= {index: _compare(self.dense[index], one) for index, one in pairs}
+                    compared = [_compare(*pair) for pair in zip(expected, scored, strict=True)]
+                    found[number] |= dict(zip(batch, compared, strict=True))
         return [self._distance(*one) for one in zip(found, told, strict=True)]
+
+    def _expected(self, index: int) -> Tensor:
+        """The dense model's log-probabilities of a sample, [N, V]; in fp64, as others are nearly the same."""
+        return self.dense[index].logits.double().log_softmax(-1)
 
     def _distance(self, compared: dict[int, _Compared], told: dict[str, Any]) -> Distance:
         ordered = [compared[index] for index in range(len(self.pieces))]
@@ -149,10 +156,9 @@ def _piece(sample: Sample, held_back: int) -> Piece:
     return Piece(whole[:first], whole[first:-1], sample.continuation)
 
 
-def _compare(dense: Scored, ours: Scored) -> _Compared:
-    """KL in nats and agreement, means over the tokens of logits [N, V]; in fp64, as they are nearly the same."""
-    device = ours.logits.device
-    expected, got = (one.logits.to(device).double().log_softmax(-1) for one in (dense, ours))
+def _compare(expected: Tensor, ours: Scored) -> _Compared:
+    """KL in nats and agreement, means over tokens; ``expected`` are log-probabilities [N, V] in fp64."""
+    got = ours.logits.double().log_softmax(-1)
     kl = (expected.exp() * (expected - got)).sum(-1).mean()
     agreement = (expected.argmax(-1) == got.argmax(-1)).double().mean()
     return _Compared(kl.item(), agreement.item(), ours.narrow)
