@@ -13,9 +13,11 @@ from benchmarks.measure import load
 from evals.studies import RESULTS
 
 Row = dict[str, Any]
+COMPILED = "think_compile, compiled"
+MARKS = {COMPILED: "kx"}  # a few points, to stand on the line of the same rule
 LINES = {
     "simulated": "think_compile",
-    "think": "think_compile, compiled",
+    "think": COMPILED,
     "kvpress": "kvpress's rule",
     "per_query_head": "a set for each query head (no saving with groups)",
     "attended": "keys weighted by attention",
@@ -37,30 +39,38 @@ def curves(result: dict[str, Any], x: str, line: Callable[[Row], str], path: Pat
     """KL and agreement against ``x``, with 95% intervals over samples."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.3), layout="constrained")
     for panel, y in zip(panels, LABELS, strict=True):
         for name, points in lines_of(result["rows"], x, line, y).items():
             xs, values = zip(*points, strict=True)
             means, lows, highs = zip(*values, strict=True)
+            if name in MARKS:
+                panel.plot(xs, means, MARKS[name], label=name, markersize=7)
+                continue
             panel.plot(xs, means, "o-", label=name, markersize=3)
             panel.fill_between(xs, lows, highs, alpha=0.2)
         panel.set(xlabel=x, ylabel=LABELS[y])
         if y == "kl":
             panel.set_yscale("symlog", linthresh=0.01)
             panel.set_ylim(bottom=0)
-        panel.legend(fontsize=7)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+    )
     return _saved(figure, result, path)
 
 
 def heat_map(result: dict[str, Any], path: Path) -> Path:
-    """Scores of the channels of every layer and KV head, each head's sorted: how uneven they are."""
+    """Scores of the channels of every layer and KV head, in their order and sorted: how uneven they are."""
     import matplotlib.pyplot as plt
 
-    heads = [sorted(head, reverse=True) for row in result["rows"] for head in row["scores"]]
-    figure, panel = plt.subplots(figsize=(8, 6))
-    image = panel.imshow(heads, aspect="auto", norm="log", interpolation="nearest")
-    panel.set(xlabel="channels of a KV head, by their scores", ylabel="KV heads, from the first layer to the last")
-    figure.colorbar(image, label="score over the head's mean")
+    heads = [head for row in result["rows"] for head in row["scores"]]
+    figure, panels = plt.subplots(1, 2, figsize=(10, 5), sharey=True, layout="constrained")
+    ordered = {"channels": heads, "channels, by their scores": [sorted(head, reverse=True) for head in heads]}
+    for panel, (name, rows) in zip(panels, ordered.items(), strict=True):
+        image = panel.imshow(rows, aspect="auto", norm="log", interpolation="nearest")
+        panel.set(xlabel=name)
+    panels[0].set_ylabel("KV heads, from the first layer to the last")
+    figure.colorbar(image, ax=panels, label="score over the head's mean")
     return _saved(figure, result, path)
 
 
@@ -68,7 +78,6 @@ def _saved(figure: Any, result: dict[str, Any], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     figure.suptitle(f"{result['model']}, {result['samples']} x {result['task']}, {result['device']}", fontsize=9)
-    figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
     return path
