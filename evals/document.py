@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.measure import load
-from evals.plots import LINES
+from evals.plots import line_of
 from evals.studies import RESULTS
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "accuracy.md"
@@ -47,7 +47,7 @@ def ratio(result: dict[str, Any]) -> str:
     """KL of each method at each ratio, then agreement."""
     rows = result["rows"]
     tables = [
-        crossed(rows, lambda row: LINES[row["method"]], lambda row: f"{row['ratio']:g}", cell)
+        crossed(rows, line_of, lambda row: f"{row['ratio']:g}", cell)
         for cell in (lambda row: f"{row['kl'][0]:.4f}", lambda row: f"{100 * row['agreement'][0]:.1f}")
     ]
     for table, name in zip(tables, ("KL, nats a token", "top-1 agreement, %"), strict=True):

@@ -10,11 +10,12 @@ import typer
 from rich.console import Console
 
 from benchmarks.measure import load
-from evals.studies import RESULTS
+from evals.studies import PAPER, RESULTS
 
 Row = dict[str, Any]
 COMPILED = "think_compile, compiled"
 MARKS = {COMPILED: "kx"}  # a few points, to stand on the line of the same rule
+PAPERS = "the same with the paper's window, recent=32"
 LINES = {
     "simulated": "think_compile",
     "think": COMPILED,
@@ -25,6 +26,12 @@ LINES = {
     "random": "random channels",
 }
 LABELS = {"kl": "KL to the dense model, nats a token", "agreement": "top-1 agreement with the dense model"}
+
+
+def line_of(row: Row) -> str:
+    """What a row of the study ``ratio`` is called."""
+    papers = row["method"] == "simulated" and row["recent"] == PAPER["recent"]
+    return PAPERS if papers else LINES[row["method"]]
 
 
 def lines_of(rows: list[Row], x: str, line: Callable[[Row], str], y: str) -> dict[str, list[tuple[float, list[float]]]]:
@@ -90,7 +97,7 @@ def _at_ratio(row: Row) -> str:
 def main(folder: Path = RESULTS) -> None:
     """Draw every study that is there, beside its rows."""
     axes: dict[str, Callable[[Row], str]] = {
-        "ratio": lambda row: LINES[row["method"]],
+        "ratio": line_of,
         "recent": _at_ratio,
         "observe": _at_ratio,
         "channel_multiple": _at_ratio,

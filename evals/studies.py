@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.measure import device_name, load, versions, write_rows
-from think_compile import demo, hf
+from think_compile import ThinkConfig, demo, hf
 from think_compile.evals.calls import TwoCalls
 from think_compile.evals.divergence import Distance, Divergence, Sample
 from think_compile.evals.methods import Recorder
@@ -36,12 +36,13 @@ Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
 RATIOS = [tenths / 10 for tenths in range(9)]
-OBSERVE = 32
+OBSERVE, RECENT = ThinkConfig.observe, ThinkConfig.recent
+PAPER = {"recent": 32, "observe": 32, "channel_multiple": 1}
 
 
 def _settings(method: str = "simulated", **options: Any) -> Settings:
-    """Of every width that the ratio asks for, unless told otherwise."""
-    return Settings.of(**{"method": method, "channel_multiple": 1} | options)
+    """The paper's window and widths unless told otherwise."""
+    return Settings.of(**{"method": method} | PAPER | options)
 
 
 def _over(method: str) -> str:
@@ -51,8 +52,9 @@ def _over(method: str) -> str:
 
 STUDIES: dict[str, list[Settings]] = {
     "ratio": [
+        *(_settings(ratio=ratio, recent=RECENT) for ratio in RATIOS),
         *(_settings(method, ratio=ratio, score_over=_over(method)) for method in SIMULATED for ratio in RATIOS),
-        *(_settings("think", ratio=ratio, lowering="eager") for ratio in (0.0, 0.5)),
+        *(_settings("think", ratio=ratio, recent=RECENT, lowering="eager") for ratio in (0.0, 0.5)),
     ],
     "recent": [_settings(ratio=ratio, recent=recent) for ratio in (0.5, 0.7) for recent in (0, 8, 16, 32, 64, 128)],
     "observe": [_settings(ratio=ratio, observe=observe) for ratio in (0.5, 0.7) for observe in (8, 16, 32, 64, 128)],

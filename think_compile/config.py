@@ -71,7 +71,7 @@ class ThinkConfig:
 
     Attributes:
         ratio: share of the key channels to drop, in [0, 1) (the paper's lambda).
-        recent: number of latest tokens whose keys stay whole between calls.
+        recent: number of latest tokens whose keys stay whole between calls (the paper's is 32; docs/accuracy.md).
         observe: number of latest queries that score the channels (the paper's observation window).
         channel_multiple: kept channels are rounded up to a multiple of this; 1 is exactly the paper.
         prune_generated: also prune tokens that come after the first call, as they leave the window.
@@ -86,7 +86,7 @@ class ThinkConfig:
     """
 
     ratio: float = 0.5
-    recent: int = 32
+    recent: int = 64
     observe: int = 32
     channel_multiple: int = 16
     prune_generated: bool = True

@@ -16,7 +16,14 @@ def results(folder, **rows):
 
 
 def a_row(ratio, kl, **what):
-    return {"ratio": ratio, "kl": [kl, kl / 2, kl * 2], "agreement": [0.9, 0.8, 1], "method": "simulated", **what}
+    return {
+        "ratio": ratio,
+        "kl": [kl, kl / 2, kl * 2],
+        "agreement": [0.9, 0.8, 1],
+        "method": "simulated",
+        "recent": 64,
+        **what,
+    }
 
 
 def test_what_is_written_by_hand_stays(tmp_path):
@@ -34,10 +41,11 @@ def test_what_is_written_by_hand_stays(tmp_path):
 
 
 def test_ratios_by_method(tmp_path):
-    rows = [a_row(0.1, 0.01), a_row(0.2, 0.02), a_row(0.2, 2, method="random")]
+    rows = [a_row(0.1, 0.01), a_row(0.2, 0.02), a_row(0.1, 0.03, recent=32), a_row(0.2, 2, method="random")]
     table = document.ratio(HEAD | {"rows": rows})
     assert "| KL, nats a token | 0.1 | 0.2 |" in table
     assert "| think_compile | 0.0100 | 0.0200 |" in table
+    assert "| the same with the paper's window, recent=32 | 0.0300 |  |" in table
     assert "| random channels |  | 2.0000 |" in table
     assert "| think_compile | 90.0 | 90.0 |" in table
 
