@@ -121,7 +121,7 @@ def test_steps_on_a_fixed_cache_replay_one_graph():
 
 @torch.no_grad()
 def test_each_cache_has_a_capture_of_its_own():
-    model, prompt = think_compile(llama(2), 0.5), 40
+    model, prompt = think_compile(llama(2), 0.5), 100
     ids = torch.randint(0, 1024, (1, prompt + 8), device="cuda")
     caches = [StaticCache(config=model.config, max_cache_len=128) for _ in range(2)]
     first, second = (steps_of(model, ids, cache, prompt) for cache in caches)

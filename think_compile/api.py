@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from think_compile import adapter
 from think_compile.backend import Backend, NothingRewritten
 from think_compile.config import ThinkConfig
+from think_compile.handle import RUNNING, Running
 from think_compile.report import Report
 
 M = TypeVar("M", bound=nn.Module)
@@ -115,6 +116,7 @@ def _compiled(model: nn.Module, backend: Backend) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         backend.arguments = args
+        running = RUNNING.set(Running(object(), backend.warn_once))
         try:
             with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS, suppress_errors=backend.may_fall_back):
                 result = compiled(*args)
@@ -123,6 +125,7 @@ def _compiled(model: nn.Module, backend: Backend) -> Callable[..., Any]:
                 raise failed.inner_exception from None
             raise
         finally:
+            RUNNING.reset(running)
             backend.arguments = None
         backend.check_attention_was_seen()
         return result

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from think_compile.config import ThinkConfig, fallback_allowed
 from think_compile.handle import Handle, LostWrite
-from think_compile.holders import Place, holders
+from think_compile.holders import Place, holders, owns_its_storage
 from think_compile.lower import CompilationFailed
 from think_compile.passes.attention import Attention, find_attention, module_path
 from think_compile.passes.broken import broken_attention
@@ -139,9 +139,12 @@ class Backend:
         """A dense tensor that is written in place can become a handle only where its holder is known."""
         for site in list(findings.cached):
             held = site.past if site.in_buffer and site.past is not None else ()
-            if not all(isinstance(example_inputs[i], Handle) or self._holders(example_inputs[i]) for i in held):
+            if not all(self._is_swappable(example_inputs[i]) for i in held):
                 findings.cached.remove(site)
                 findings.refused.append((site.attention, Refused(Reason.HELD_OUTSIDE)))
+
+    def _is_swappable(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, Handle) or (owns_its_storage(tensor) and bool(self._holders(tensor)))
 
     def _refuse_given_up(self, findings: Findings, example_inputs: Sequence[Any]) -> None:
         for site in list(findings.cached):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -47,12 +47,24 @@ class LostWrite(RuntimeError):
     """Somebody wrote in place to a copy of packed numbers."""
 
 
+class Running(NamedTuple):
+    """A call of a wrapped model, while it runs: what tells it from others, and what takes a warning."""
+
+    token: object
+    warn: Callable[[str], None]
+
+
+RUNNING: ContextVar[Running | None] = ContextVar("think_compile_running", default=None)
+
+
 class Cell:
     """What the aliases of one cache tensor share: its store, and how often they have written to it themselves."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.version = 0
+        running = RUNNING.get()
+        self.born_in = running and running.token
 
 
 class Handle(torch.Tensor):
@@ -139,9 +151,9 @@ class Handle(torch.Tensor):
         """Make this very tensor hold its dense form from now on, and return that (it aliases the handle)."""
         assert self.cell is not None
         if not self.is_dense:
-            dense = self.dense()
             log.info("a packed cache %s becomes dense", tuple(self.shape))
-            self.cell.store = Dense(Rows(_canonical(dense, self)))
+            with allocating():
+                self.cell.store = Dense(Rows(_canonical(self.dense(), self)))
         return from_canonical(self.cell.store.dense(), self.axes)
 
     def pack_anew(self, cell: Cell | None) -> None:
@@ -157,6 +169,10 @@ class Handle(torch.Tensor):
         return Handle(store, self.axes, anchor)
 
     # -------------------------------------------------------------------------------- operations on the handle
+
+    def share_memory_(self) -> Handle:
+        """Raises: a packed cache is no one memory that processes could share."""
+        raise RuntimeError("a packed cache cannot be moved to shared memory; use cache.dense().share_memory_()")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         kind = type(self.store).__name__
@@ -229,11 +245,23 @@ def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
     targets = [a for name, a in named.items() if name in written and isinstance(a, Handle)]
     for target in targets:
         _refuse_slices(target, func)
+    _warn_if_just_pruned(func, named)
     log.debug("%s on a packed cache runs on the dense tensor", func)
-    plain = {name: _dense_argument(a, name in written) for name, a in named.items()}
-    with allocating() if targets else nullcontext():
+    with allocating():  # a view that is an inference tensor could not belong to a handle, which is none
+        plain = {name: _dense_argument(a, name in written) for name, a in named.items()}
         result = func(*[plain[s.name] for s, _ in zip(schema, args, strict=False)], **{k: plain[k] for k in kwargs})
     return targets[0] if len(targets) == 1 else result
+
+
+def _warn_if_just_pruned(func: Any, arguments: dict[str, Any]) -> None:
+    """Keys leave their graph pruned, and not only their call: what a graph break parts from it reads pruned ones."""
+    running = RUNNING.get()
+    cells = [x.cell for x in pytree.tree_leaves(arguments) if isinstance(x, Handle) and not x.is_dense]
+    if running is not None and any(cell is not None and cell.born_in is running.token for cell in cells):
+        running.warn(
+            f"behind a graph break, {func} reads a cache that the same call has just pruned: it sees zeros for the "
+            "dropped channels. TORCH_LOGS=graph_breaks names the breaks"
+        )
 
 
 def _refuse_slices(handle: Handle, what: Any) -> None:

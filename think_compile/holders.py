@@ -25,6 +25,11 @@ def holders(tensor: Tensor, model: nn.Module | None, arguments: Any) -> list[Pla
     return found
 
 
+def owns_its_storage(tensor: Tensor) -> bool:
+    """Whether a tensor is no part of another, through which what it holds would be read and changed as well."""
+    return tensor._base is None and tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 def _containers(value: Any, seen: set[int]) -> Iterator[dict[Any, Any] | list[Any]]:
     """All dicts and lists to be reached from ``value``, and the attributes of the objects among them."""
     if isinstance(value, _LEAVES) or id(value) in seen:

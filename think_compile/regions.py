@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from think_compile.config import fallback_allowed
+from think_compile.passes.normalize import AUTOCAST
 from think_compile.passes.readers import PROJECTIONS
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,9 @@ def _body(graph: Graph) -> list[Node]:
 
 
 def _cut(graph: Graph, values: Values) -> _Cut | None:
-    """The best cut at which all layers are alike; None: there is none."""
+    """The best cut at which all layers are alike; None: there is none, or a part would leave autocast's regions."""
+    if any(node.target in AUTOCAST for node in graph.nodes):
+        return None
     body = _body(graph)
     looks: dict[Any, int] = {}
     numbers = torch.tensor([looks.setdefault(_look(node, values), len(looks)) for node in body], device="cpu")

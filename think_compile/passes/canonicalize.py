@@ -1,6 +1,7 @@
 """Equivalent ways of writing to a cache and of calling attention, brought into the ones that the later passes read.
 
 Part of pass 1. A write of one row, by select, scatter or a choice (where), becomes a slice_scatter or an index_copy;
+an assignment to positions gets rows of all axes;
 rows that move up for new ones at their end become a cat; an attention without a heads axis gets one. Each is the same
 function of its inputs; what is not known to be stays.
 """
@@ -150,6 +151,31 @@ def _counts_from_zero(node: Node) -> bool:
     return node.target is aten.arange.default
 
 
+def _index_put(graph_module: GraphModule, node: Node) -> Node | None:
+    return _rolled_index_put(graph_module, node) or _index_put_of_all_axes(graph_module, node)
+
+
+def _index_put_of_all_axes(graph_module: GraphModule, node: Node) -> Node | None:
+    """``x[:, :, positions] = rows`` of one sequence, whose axis an assignment takes from the rows."""
+    base, indices, rows = node.args[:3]
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or rows.meta["val"].dim() >= base.meta["val"].dim():
+        return None
+    dim, index = given[0]
+    rows = _with_axes_in_front(graph_module, node, rows, base)
+    shape = rows.meta["val"].shape
+    if not _same_shape(rows, base, but=dim) or not lay.same_size(shape[dim], index.meta["val"].numel()):
+        return None
+    return _call(graph_module, node, node.target, base, indices, rows, *node.args[3:], **node.kwargs)
+
+
+def _with_axes_in_front(graph_module: GraphModule, node: Node, rows: Node, base: Node) -> Node:
+    """``rows`` with as many axes as ``base``: an assignment leaves out axes of one element in front."""
+    while rows.meta["val"].dim() < base.meta["val"].dim():
+        rows = _call(graph_module, node, aten.unsqueeze.default, rows, 0)
+    return rows
+
+
 def _rolled_index_put(graph_module: GraphModule, node: Node) -> Node | None:
     """``x = base.roll(-n); x[:, -n:] = rows``, by an index that is a constant."""
     base, indices, rows = node.args[:3]
@@ -187,8 +213,7 @@ def _moved_up(graph_module: GraphModule, node: Node, roll: Node, dim: int, n: in
     rank = source.meta["val"].dim()
     if n < 1 or list(shifts) != [-n] or [d % rank for d in dims] != [dim % rank]:
         return None
-    while rows.meta["val"].dim() < rank:  # an assignment leaves out axes of one element in front
-        rows = _call(graph_module, node, aten.unsqueeze.default, rows, 0)
+    rows = _with_axes_in_front(graph_module, node, rows, source)
     if not _same_shape(rows, source, but=dim % rank) or not lay.same_size(rows.meta["val"].shape[dim], n):
         return None
     if rows.meta["val"].dtype != source.meta["val"].dtype:
@@ -227,7 +252,7 @@ _RULES: dict[Any, Rule] = {
     aten.select_scatter.default: _select_scatter,
     aten.scatter.src: _scatter,
     aten.where.self: _where,
-    aten.index_put.default: _rolled_index_put,
+    aten.index_put.default: _index_put,
     aten.slice_scatter.default: _rolled_slice_scatter,
     aten.scaled_dot_product_attention.default: _unbatched_attention,
 }

@@ -5,11 +5,13 @@ Part of pass 3.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._sympy.functions import Mod, PythonMod
 
 from think_compile.kernels.canonical import CHANNEL, Layout, token_axis
 from think_compile.passes import layout as lay
@@ -116,6 +118,8 @@ def _join_of_write(normalized: Normalized, root: Node, layout: Layout) -> Join:
     write = WRITES[root.target](root)
     if write is None or write.dim % len(layout) != token_axis(layout):
         raise Refused(Reason.UNKNOWN_ROOT, where(root))
+    if (wrapping := _wraps(write.start)) is not None:
+        raise Refused(Reason.UNKNOWN_WINDOW, where(wrapping))
     joined = {"new": write.new, "fixed": True, "start": write.start, "consecutive": write.consecutive}
     past = _past_input(normalized, write.base, layout)
     if past is not None:
@@ -174,6 +178,15 @@ _FRESH = {
     aten.empty.memory_format,
     aten.new_empty.default,
 }
+_REMAINDERS = {
+    aten.remainder.Scalar,
+    aten.remainder.Tensor,
+    aten.fmod.Scalar,
+    aten.fmod.Tensor,
+    aten.bitwise_and.Scalar,
+    aten.bitwise_and.Tensor,
+    operator.mod,
+}
 _ARANGES = {aten.arange.default, aten.arange.start}
 
 
@@ -192,6 +205,21 @@ def _is_consecutive(index: Node) -> bool:
         return False
     tensors = [arg for arg in source.args if isinstance(arg, Node) and _is_many(arg)]
     return len(tensors) == 1 and _is_consecutive(tensors[0])
+
+
+def _wraps(start: Any) -> Node | None:
+    """The operation that makes positions begin again at the end of a buffer, as a remainder does, if there is one."""
+    todo, seen = [start] if isinstance(start, Node) else [], set[Node]()
+    while todo:
+        node = todo.pop()
+        value = node.meta.get("val")
+        if node in seen or (isinstance(value, torch.Tensor) and value.is_floating_point()):
+            continue
+        seen.add(node)
+        if node.target in _REMAINDERS or (isinstance(value, torch.SymInt) and value.node.expr.has(Mod, PythonMod)):
+            return node
+        todo += node.all_input_nodes
+    return None
 
 
 def _is_many(node: Node) -> bool:

@@ -304,6 +304,8 @@ def _cache_tensor(
     join = join_of(normalized, root, layout)
     if not outputs:
         raise Refused(Reason.TRANSFORMED if made_of_cache(normalized, root) else Reason.NOT_CACHED, where(root))
+    if (rounding := next(filter(lay.rounds, chain), None)) is not None:
+        raise Refused(Reason.TRANSFORMED, where(rounding))
     other = other_reader(root, sites)
     if other is not None and keys:
         raise Refused(Reason.KEY_ESCAPES, where(other))

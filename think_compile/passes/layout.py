@@ -111,6 +111,12 @@ def layout_input(node: Node) -> Node | None:
     return None
 
 
+def rounds(node: Node) -> bool:
+    """Whether a layout operation casts to a dtype that does not hold all numbers of the one before."""
+    before, after = (x.meta["val"].dtype for x in (layout_input(node) or node, node))
+    return torch.promote_types(before, after) != after
+
+
 def arranged(node: Node) -> Iterator[Node]:
     """All that operations of this kind, and cuts, make of ``node``."""
     for user in node.users:

@@ -19,6 +19,8 @@ from think_compile.passes.canonicalize import canonicalize
 from think_compile.passes.observe import observed
 from think_compile.passes.refusal import Reason, Refused
 
+AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
+
 
 @dataclass
 class Normalized:

@@ -21,7 +21,7 @@ from think_compile.kernels.canonical import CANONICAL, HEAD, TOKEN, from_canonic
 from think_compile.passes.draft import Draft
 from think_compile.passes.kv_cache import CachedAttention, CacheTensor
 from think_compile.passes.layout import arranged, stride_order
-from think_compile.passes.normalize import Normalized
+from think_compile.passes.normalize import AUTOCAST, Normalized
 from think_compile.passes.observe import observed
 from think_compile.passes.plan import (
     Constant,
@@ -369,7 +369,7 @@ def _length_kept(tensor: CacheTensor) -> Any:
 
 
 def _must_stay(node: Node) -> bool:
-    if node.op in ("placeholder", "output") or node.target in _WRITE_IN_PLACE:
+    if node.op in ("placeholder", "output") or node.target in _WRITE_IN_PLACE | AUTOCAST:
         return True
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
