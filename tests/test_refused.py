@@ -80,6 +80,69 @@ class HalfTheBatch(Attending):
         return F.scaled_dot_product_attention(q, self.k[:2, :, :end], self.v[:2, :, :end]), end
 
 
+class Ring(Attending):
+    """Positions begin again at the end of the buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.v = torch.zeros(2, HEADS, 8, D), torch.zeros(2, HEADS, 8, D)
+
+    def forward(self, x, past=None):
+        start = 0 if past is None else past
+        q, k, v = self.heads(x)
+        positions = torch.arange(start, start + x.shape[1])
+        self.write(positions, k, v)
+        return F.scaled_dot_product_attention(q, self.k, self.v), start + x.shape[1]
+
+    def write(self, positions, k, v):
+        self.k[:, :, positions % 8], self.v[:, :, positions % 8] = k, v
+
+
+class RingOfPowerOfTwo(Ring):
+    def write(self, positions, k, v):
+        self.k.index_copy_(2, positions & 7, k)
+        self.v.index_copy_(2, positions & 7, v)
+
+
+class Rounds(Attending):
+    """What is cached and what is attended to are not the same numbers."""
+
+    def forward(self, x, past=None):
+        q, k, v = self.heads(x)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        return F.scaled_dot_product_attention(q, *self.read(k, v)), (k, v)
+
+    def read(self, k, v):
+        return k.to(torch.int8).float(), v
+
+
+class RoundsToHalf(Rounds):
+    def read(self, k, v):
+        return k.bfloat16().float(), v
+
+
+class RoundsValues(Rounds):
+    def read(self, k, v):
+        return k, v.half().float()
+
+
+class ViewsOfOne(Attending):
+    """Buffers that are parts of a larger one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = torch.zeros(2, 2, HEADS, ROOM, D)
+        self.k, self.v = self.both
+
+    def forward(self, x, past=None):
+        start = 0 if past is None else past
+        q, k, v = self.heads(x)
+        end = start + x.shape[1]
+        self.k[:, :, start:end], self.v[:, :, start:end] = k, v
+        return F.scaled_dot_product_attention(q, self.k[:, :, :end], self.v[:, :, :end]), end
+
+
 def calls(model, lengths=(6, 1, 1)):
     torch.manual_seed(1)
     outputs, past = [], None
@@ -107,6 +170,12 @@ def both(kind):
         (CachesLatents, Reason.LATENT),
         (Inferring, Reason.INFERENCE_MODE),
         (HalfTheBatch, Reason.TRANSFORMED),
+        (Ring, Reason.UNKNOWN_WINDOW),
+        (RingOfPowerOfTwo, Reason.UNKNOWN_WINDOW),
+        (Rounds, Reason.TRANSFORMED),
+        (RoundsToHalf, Reason.TRANSFORMED),
+        (RoundsValues, Reason.VALUES_TRANSFORMED),
+        (ViewsOfOne, Reason.HELD_OUTSIDE),
     ],
 )
 def test_left_alone_by_its_name(kind, reason):

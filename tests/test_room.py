@@ -1,5 +1,7 @@
 """Caches without room: a call that would write behind the end, or finds no memory, leaves all as it was."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,6 +71,44 @@ def test_a_buffer_that_is_written_from_its_beginning_again():
     assert len(report(ours).rewritten) == 1 and isinstance(ours.k.store, FixedKeys)
     with pytest.raises(CacheFull, match="was to take 5 more behind 8"):
         ours(torch.randn(2, 5, 32), torch.arange(8, 13))
+
+
+class Ring(Buffered):
+    """Is told the row of each token and sees all that are written, in whatever order."""
+
+    def forward(self, x, rows, written):
+        q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        self.k.index_copy_(2, rows, k)
+        self.v.index_copy_(2, rows, v)
+        seen = torch.arange(ROOM) < written
+        return F.scaled_dot_product_attention(q, self.k, self.v, seen[None].expand(x.shape[1], ROOM))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_ring_whose_rows_are_told_from_outside(ratio):
+    """The remainder is taken by the caller: when it shows, the pruned rows are read as they are, and no row in others'
+    channels."""
+    plain, ours = Ring(), Ring()
+    ours.load_state_dict(plain.state_dict())
+    think_compile(ours, ratio, **RULES)
+    told = warnings.catch_warnings(record=True)
+    with told as seen:
+        warnings.simplefilter("always")
+        for start in (0, *range(8, 30)):
+            n = 8 if start == 0 else 1
+            x, rows = torch.randn(2, n, 32), torch.arange(start, start + n) % ROOM
+            got, expected = (model(x, rows, torch.tensor(start + n)) for model in (ours, plain))
+            if ratio == 0 or start == 0:
+                torch.testing.assert_close(got, expected)
+            kept = ours.k.dense()[:, :, : start + n]
+            true = plain.k[:, :, : start + n]
+            assert ((kept == 0) | torch.isclose(kept, true, atol=1e-5)).all(), start
+            if start < ROOM:
+                assert isinstance(ours.k.store, FixedKeys)
+    assert [w for w in seen if "its first row is written again while the others are read" in str(w.message)]
+    assert not report(ours).rewritten and len(report(ours).refused) == 1
+    assert (ours.k == plain.k).all() if ratio == 0 else (ours.k[:, :, :6] == plain.k[:, :, :6]).all()
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.rewrite import rewrite
 from think_compile.passes.room import find_starts
 from think_compile.report import Ledger, Report, refused_graph, refused_record, rewritten_record
-from think_compile.runtime import CacheFull, PackedInputs, Program
+from think_compile.runtime import BeginsAgain, CacheFull, PackedInputs, Program
 from think_compile.store import Store, writable
 
 log = logging.getLogger(__name__)
@@ -267,13 +267,32 @@ class CompiledGraph:
     def __call__(self, *args: Any) -> Any:
         if self.plain is None:
             try:
-                return self._run(args)
+                return self._run_or_give_up(args)
             except (CacheFull, LostWrite, torch.OutOfMemoryError):
                 raise  # the caller's own, and nothing that the plain graph would do better
             except Exception as error:
                 self.backend.excuse(error.error if isinstance(error, CompilationFailed) else error)
                 self.plain = self.gm.forward
         return self.plain(*args)
+
+    def _run_or_give_up(self, args: Sequence[Any]) -> Any:
+        try:
+            return self._run(args)
+        except BeginsAgain:
+            self._give_up_rings(args)
+            return self._run(args)
+
+    def _give_up_rings(self, args: Sequence[Any]) -> None:
+        """Caches whose positions turn out to begin again while all rows are read: dense from now on."""
+        why = Refused(Reason.UNKNOWN_WINDOW, "its first row is written again while the others are read")
+        rings = [site for site in self.sites if site.fixed and site.past is not None]
+        for handle in (args[i] for site in rings for i in site.past or ()):
+            if isinstance(handle, Handle):
+                handle.densify()
+        refused = [(site.attention, why) for site in rings]
+        self.backend.given_up |= {site.attention.path for site in rings}
+        self.backend.ledger.give_up(refused_record(*one) for one in refused)
+        self.backend.warn_once(f"pruned caches are read densely from now on: {_sentence(refused)}")
 
     def _run(self, args: Sequence[Any]) -> Any:
         again = self._run_again(args)

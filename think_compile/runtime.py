@@ -39,6 +39,10 @@ class CacheFull(ValueError):
     """A call would write behind the end of a cache of fixed size; it was not run."""
 
 
+class BeginsAgain(Exception):
+    """A full cache of fixed size would be written from its first row while its other rows are read; nothing was run."""
+
+
 class Program:
     """A rewritten graph and its lowering, for one choice of which handles are packed."""
 
@@ -119,7 +123,10 @@ class Program:
     def _ask_for_room(self, args: Sequence[Any], keys: list[tuple[FixedKeys, int]]) -> None:
         if self.starts is None:
             return
-        start = int(self.starts(*args))
+        first, others = self.starts(*args)
+        start = int(first)
+        if start == 0 and others and any(store.progress[1] == store.rows.capacity for store, _ in keys):
+            raise BeginsAgain
         for store, n in keys:
             if start + n > store.rows.capacity:
                 raise CacheFull(

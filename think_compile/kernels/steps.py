@@ -140,6 +140,19 @@ def hides_other_rows(mask: Tensor) -> Tensor:
     return (others <= hidden).all() & (own > hidden).any(-1).all()
 
 
+def sees_other_rows(mask: Tensor, n_new: int) -> Tensor:
+    """0-d bool: whether a mask [..., S] over a cache's rows shows some query a row behind the first ``n_new``."""
+    others = mask[..., n_new:]
+    return others.any() if others.dtype == torch.bool else (others > torch.finfo(mask.dtype).min / 2).any()
+
+
+def any_holds(answers: list[Tensor | bool]) -> Tensor | bool:
+    """Whether one is true."""
+    tensors = [answer for answer in answers if isinstance(answer, Tensor)]
+    numbers = any(answer for answer in answers if not isinstance(answer, Tensor))
+    return torch.stack(tensors).any() if tensors and not numbers else numbers
+
+
 def begins_at_first_row(start: Tensor | int, consecutive: bool) -> Tensor | bool:
     """Whether a call writes rows 0, 1, ...; ``start`` as in :func:`start_of`, or its first element."""
     if not isinstance(start, Tensor) or start.dim() == 0:

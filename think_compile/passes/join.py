@@ -185,6 +185,8 @@ _REMAINDERS = {
     aten.fmod.Tensor,
     aten.bitwise_and.Scalar,
     aten.bitwise_and.Tensor,
+    aten.__and__.Scalar,
+    aten.__and__.Tensor,
     operator.mod,
 }
 _ARANGES = {aten.arange.default, aten.arange.start}

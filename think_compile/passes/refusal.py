@@ -40,7 +40,10 @@ class Reason(enum.Enum):
     DROPOUT = "attention dropout is on"
     NOT_FLOATING = "queries or keys are not floating point"
     REQUIRES_GRAD = "gradients are on, and a pruned cache has none"
-    HELD_OUTSIDE = "the cache is written in place to a tensor held neither by the model nor by what the call was given"
+    HELD_OUTSIDE = (
+        "the cache is written in place to a tensor held neither by the model nor by what the call was given, or to a "
+        "part of a larger one"
+    )
     GIVEN_UP = "a later call could not read the packed cache, so that new ones are left dense"
     INFERENCE_MODE = (
         "the model enters torch.inference_mode inside its call, and torch cannot export what is written there"

@@ -1,0 +1,127 @@
+"""What a model does around its attention, and what it is called in: autocast, graph breaks, inference mode."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from compare import Rules, Trio, tokens
+from models import PastDecoder, causal_mask, own
+
+from think_compile import report, think_compile
+from think_compile.handle import Handle
+
+SMALL = vars(Rules())
+
+
+def talked(model, ids, calls=(12, 1, 3), past=None):
+    """Logits and caches of successive calls."""
+    logits, start = [], 0
+    with torch.no_grad():
+        for size in calls:
+            stop = start + size
+            out, past = model(ids[:, start:stop], past, causal_mask(start, stop, stop, None))
+            logits.append(out)
+            start = stop
+    return logits, past
+
+
+class InAutocast(PastDecoder):
+    def forward(self, ids, past=None, mask=None):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(ids, past, mask)
+
+
+class Island(PastDecoder):
+    """Full precision within autocast."""
+
+    def forward(self, ids, past=None, mask=None):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(ids, past, mask)
+
+
+def of(kind):
+    model = own("tuple_cat")
+    model.__class__ = kind
+    return model
+
+
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [InAutocast, Island])
+def test_autocast_inside_the_model_stays(kind, lowering):
+    plain, ids = of(kind), tokens(2, 16)
+    ours = think_compile(copy.deepcopy(plain), lowering=lowering, **SMALL | {"ratio": 0.0})
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind is Island):
+        (expected, dense), (got, packed) = (talked(model, ids) for model in (plain, ours))
+    assert len(report(ours).rewritten) == 2
+    assert packed[0][0].dtype == dense[0][0].dtype == (torch.float32 if kind is Island else torch.bfloat16)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        error = 1e-5 if kind is Island else 0.05  # of one rounding to bf16 more or less
+        torch.testing.assert_close(a, b, rtol=error, atol=error)
+
+
+@torch.no_grad()
+def test_assignment_to_positions_of_one_sequence():
+    """Torch takes the batch axis from what is assigned to one sequence."""
+    trio = Trio("buffer_index_put", rows=1)
+    trio.run(tokens(1, 24), [12, 1, 1, 6, 4])
+    assert len(report(trio.model).rewritten) == 2
+
+
+class ReadsBehindABreak(PastDecoder):
+    def forward(self, ids, past=None, mask=None):
+        logits, present = super().forward(ids, past, mask)
+        torch._dynamo.graph_break()
+        return logits + present[0][0].square().mean(), present
+
+
+def test_keys_that_are_read_behind_a_graph_break_of_the_same_call():
+    model, ids = of(ReadsBehindABreak), tokens(2, 12)
+    ours = think_compile(copy.deepcopy(model), lowering="eager", **SMALL)
+    with pytest.warns(
+        UserWarning, match="behind a graph break, aten.* reads a cache that the same call has just pruned"
+    ):
+        _, past = talked(ours, ids, [12])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        past[0][0].mean()  # outside of a call everybody may
+
+
+VIEWS = {
+    "select": lambda k: k[0],
+    "transpose": lambda k: k.transpose(1, 2),
+    "view": lambda k: k.view(-1),
+    "slice": lambda k: k[:, :, 2:8],
+    "unbind": lambda k: k.unbind(0)[1],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_views_in_inference_mode(view):
+    """Of a cache that was made there, and of one that was not."""
+    for make, read in ((torch.no_grad, torch.inference_mode), (torch.inference_mode, torch.inference_mode)):
+        ours = think_compile(own("tuple_cat"), lowering="eager", **SMALL)
+        with make():
+            _, past = talked(ours, tokens(2, 12), [12])
+        with read():
+            assert torch.equal(view(past[0][0]), view(past[0][0].dense()))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_assignment_to_a_packed_cache(mode):
+    ours = think_compile(own("tuple_cat"), lowering="eager", **SMALL)
+    _, past = talked(ours, tokens(2, 12), [12])
+    keys = past[0][0]
+    expected = keys.dense()
+    with mode():
+        expected[:, :, :3] = 0
+        keys[:, :, :3] = 0
+        assert isinstance(keys, Handle) and torch.equal(keys.dense(), expected)
+
+
+def test_shared_memory_is_refused():
+    ours = think_compile(own("tuple_cat"), lowering="eager", **SMALL)
+    _, past = talked(ours, tokens(2, 12), [12])
+    with pytest.raises(RuntimeError, match="cannot be moved to shared memory; use"):
+        past[0][0].share_memory_()
