@@ -1,9 +1,8 @@
 """Equivalent ways of writing to a cache and of calling attention, brought into the ones that the later passes read.
 
 Part of pass 1. A write of one row, by select, scatter or a choice (where), becomes a slice_scatter or an index_copy;
-an assignment to positions gets rows of all axes;
-rows that move up for new ones at their end become a cat; an attention without a heads axis gets one. Each is the same
-function of its inputs; what is not known to be stays.
+an assignment to positions gets rows with all axes; rows that move up for new ones at their end become a cat; an
+attention without a heads axis gets one. Each is the same function of its inputs; what is not known to be stays.
 """
 
 from __future__ import annotations
