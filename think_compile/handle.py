@@ -63,8 +63,7 @@ class Cell:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.version = 0
-        running = RUNNING.get()
-        self.born_in = running and running.token
+        self.pruned_in: object = None  # the call that pruned these keys, its first
 
 
 class Handle(torch.Tensor):
@@ -163,6 +162,12 @@ class Handle(torch.Tensor):
             cell.version = 0 if self.is_inference() else self._version
             self.cell = cell
 
+    def mark_pruned(self) -> None:
+        """Note that the call that runs has pruned these keys, which it had whole."""
+        assert self.cell is not None
+        running = RUNNING.get()
+        self.cell.pruned_in = running and running.token
+
     def with_store(self, store: Store) -> Handle:
         """A handle in the same layout on another store."""
         anchor = self.anchor if (store.device, store.dtype) == (self.device, self.dtype) else None
@@ -256,12 +261,18 @@ def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
 def _warn_if_just_pruned(func: Any, arguments: dict[str, Any]) -> None:
     """Keys leave their graph pruned, and not only their call: what a graph break parts from it reads pruned ones."""
     running = RUNNING.get()
-    cells = [x.cell for x in pytree.tree_leaves(arguments) if isinstance(x, Handle) and not x.is_dense]
-    if running is not None and any(cell is not None and cell.born_in is running.token for cell in cells):
+    if running is not None and any(_was_pruned_in(x, running) for x in pytree.tree_leaves(arguments)):
         running.warn(
             f"behind a graph break, {func} reads a cache that the same call has just pruned: it sees zeros for the "
             "dropped channels. TORCH_LOGS=graph_breaks names the breaks"
         )
+
+
+def _was_pruned_in(x: Any, running: Running) -> bool:
+    if not isinstance(x, Handle) or x.cell is None or x.cell.pruned_in is not running.token:
+        return False
+    store = x.cell.store
+    return isinstance(store, (GrowingKeys, FixedKeys)) and store.channels.shape[-1] < store.width
 
 
 def _refuse_slices(handle: Handle, what: Any) -> None:

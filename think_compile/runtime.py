@@ -252,7 +252,10 @@ class _Made:
         key = (type(what), what.index if isinstance(what, (plan.GrownKeys, plan.GrownValues)) else what.position)
         if key not in self.made:
             self.made[key] = self._store(what)
-        return handle_for(self.made[key], what.layout)
+        handle = handle_for(self.made[key], what.layout)
+        if isinstance(what, plan.NewKeys):
+            handle.mark_pruned()
+        return handle
 
     def _store(self, what: Any) -> Store:
         if isinstance(what, plan.GrownKeys):
