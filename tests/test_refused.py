@@ -80,6 +80,25 @@ class HalfTheBatch(Attending):
         return F.scaled_dot_product_attention(q, self.k[:2, :, :end], self.v[:2, :, :end]), end
 
 
+class NoSoftmax(Attending):
+    def forward(self, x, past=None):
+        q, k, v = self.heads(x)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        return self.weights(q @ k.mT / 4) @ v, (k, v)
+
+    def weights(self, logits):
+        return logits.sigmoid()
+
+
+class SoftmaxPlusOne(NoSoftmax):
+    """Probabilities that need not sum to one."""
+
+    def weights(self, logits):
+        exponentials = (logits - logits.amax(-1, keepdim=True)).exp()
+        return exponentials / (1 + exponentials.sum(-1, keepdim=True))
+
+
 class Ring(Attending):
     """Positions begin again at the end of the buffer."""
 
@@ -170,6 +189,8 @@ def both(kind):
         (CachesLatents, Reason.LATENT),
         (Inferring, Reason.INFERENCE_MODE),
         (HalfTheBatch, Reason.TRANSFORMED),
+        (NoSoftmax, Reason.UNKNOWN_ATTENTION),
+        (SoftmaxPlusOne, Reason.UNKNOWN_ATTENTION),
         (Ring, Reason.UNKNOWN_WINDOW),
         (RingOfPowerOfTwo, Reason.UNKNOWN_WINDOW),
         (Rounds, Reason.TRANSFORMED),

@@ -25,13 +25,17 @@ def broken_attention(normalized: Normalized) -> list[tuple[Node, Reason]]:
     products = [product for node in normalized.graph_module.graph.nodes if (product := product_of(node)) is not None]
     kept = {lay.walk_back(output)[0] for output in normalized.outputs if isinstance(output, Node)}
     found: dict[Any, tuple[Node, Reason]] = {}
+    followed: set[Node | None] = set()  # products with values whose product with the keys is named
     for product in products:
+        if product.node in followed:
+            continue
         for operand, other in ((product.left, product.right), (product.right, product.left)):
             softmax, (root, _) = _softmax_behind(operand), lay.walk_back(operand, scaled=True)
             if softmax is not None and _comes_from_outside(softmax.args[0]):
                 found.setdefault(module_path(softmax) or softmax, (softmax, Reason.GRAPH_BREAK))
             elif root.target in JOINS and root in kept and not _is_made_of_softmax(other):
-                reason = Reason.UNKNOWN_ATTENTION if _meets_softmax(product.node) else Reason.GRAPH_BREAK
+                followed.add(ahead := _ahead(product.node))
+                reason = Reason.GRAPH_BREAK if ahead is None else Reason.UNKNOWN_ATTENTION
                 found.setdefault(module_path(product.node) or product.node, (product.node, reason))
     return list(found.values())
 
@@ -40,17 +44,17 @@ def _is_made_of_softmax(node: Node) -> bool:
     return any(source.target in SOFTMAXES for source in (node, *made_of(node)))
 
 
-def _meets_softmax(node: Node) -> bool:
-    """Whether a softmax of this graph reads what is made of ``node``."""
+def _ahead(node: Node) -> Node | None:
+    """The softmax of this graph, or the next product of two tensors, that reads what is made of ``node``."""
     seen, ahead = {node}, [node]
     while ahead:
         for user in ahead.pop().users:
-            if user.target in SOFTMAXES:
-                return True
+            if user.target in SOFTMAXES or product_of(user) is not None:
+                return user
             if user not in seen:
                 seen.add(user)
                 ahead.append(user)
-    return False
+    return None
 
 
 def _softmax_behind(node: Node) -> Node | None:

@@ -28,7 +28,9 @@ class Reason(enum.Enum):
     CROSS_ATTENTION = "the keys are not one for each query (cross-attention, or a full window that is shifted)"
     NO_JOIN_SEEN = "the keys come into the graph whole (cross-attention, or a graph break before the attention)"
     GRAPH_BREAK = "a graph break cuts the attention in two"
-    UNKNOWN_ATTENTION = "between the product with the keys and that with the values heads or tokens are mixed"
+    UNKNOWN_ATTENTION = (
+        "between the product with the keys and that with the values heads or tokens are mixed, or there is no softmax"
+    )
     UNKNOWN_LAYOUT = "the cache's axes cannot be told apart"
     UNKNOWN_ROOT = "how the cache is joined from its past and the new keys is not understood"
     PAST_ESCAPES = "the past cache is read by something other than the join"
