@@ -23,12 +23,14 @@ class Attending(nn.Module):
     def heads(self, x):
         return (part.unflatten(-1, (HEADS, D)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
 
+    def joined(self, past, k, v):
+        return (k, v) if past is None else (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
+
 
 class MixesHeads(Attending):
     def forward(self, x, past=None):
         q, k, v = self.heads(x)
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        k, v = self.joined(past, k, v)
         return self.mix((q @ k.mT / 4).softmax(-1)) @ v, (k, v)
 
 
@@ -61,8 +63,7 @@ class Chooses(Attending):
 
     def forward(self, x, past=None):
         q, k, v = self.heads(x)
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        k, v = self.joined(past, k, v)
         kept = torch.where(past[2] if past is not None else x[0, 0, 0] > 9, x, x + 1)
         return F.scaled_dot_product_attention(q, k, v), (k, v, kept[0, 0, 0] > 9)
 
@@ -83,8 +84,7 @@ class HalfTheBatch(Attending):
 class NoSoftmax(Attending):
     def forward(self, x, past=None):
         q, k, v = self.heads(x)
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        k, v = self.joined(past, k, v)
         return self.weights(q @ k.mT / 4) @ v, (k, v)
 
     def weights(self, logits):
@@ -128,8 +128,7 @@ class Rounds(Attending):
 
     def forward(self, x, past=None):
         q, k, v = self.heads(x)
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        k, v = self.joined(past, k, v)
         return F.scaled_dot_product_attention(q, *self.read(k, v)), (k, v)
 
     def read(self, k, v):

@@ -73,6 +73,27 @@ def test_a_buffer_that_is_written_from_its_beginning_again():
         ours(torch.randn(2, 5, 32), torch.arange(8, 13))
 
 
+class CostlyMask(Buffered):
+    """Makes its mask of what it projects, too dear to be computed once more."""
+
+    def forward(self, x, positions):
+        q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        self.k[:, :, positions] = k
+        self.v[:, :, positions] = v
+        hidden = torch.where(torch.arange(ROOM) <= positions[:, None], 0.0, float("-inf"))
+        return F.scaled_dot_product_attention(q, self.k, self.v, hidden + 0 * self.qkv(x).mean())
+
+
+@torch.no_grad()
+def test_a_full_buffer_is_found_whatever_its_mask_costs():
+    ours = think_compile(CostlyMask(), 0, **RULES)
+    for start, length in ((0, 8), (8, 4)):
+        ours(torch.randn(2, length, 32), torch.arange(start, start + length))
+    assert isinstance(ours.k.store, FixedKeys)
+    with pytest.raises(CacheFull, match="was to take 1 more behind 12"):
+        ours(torch.randn(2, 1, 32), torch.arange(12, 13))
+
+
 class Ring(Buffered):
     """Is told the row of each token and sees all that are written, in whatever order."""
 

@@ -37,12 +37,15 @@ def find_starts(normalized: Normalized, sites: Sequence[CachedAttention]) -> Gra
     masks = dict.fromkeys((site.attention.mask, site.query_tokens) for site in fixed if _has_column_for_each(site))
     unmasked = any(_reads_all(site) for site in fixed)
 
-    def ask(graph: Any, at: Any) -> Any:
-        start = graph.call_function(steps.highest_start, ([at(start) for start in starts],))
-        seen = [graph.call_function(steps.sees_other_rows, (at(mask), n)) for mask, n in masks]
-        return start, graph.call_function(steps.any_holds, ([unmasked, *seen],))
+    def asked(about: list[tuple[Any, Any]]) -> GraphModule | None:
+        def ask(graph: Any, at: Any) -> Any:
+            start = graph.call_function(steps.highest_start, ([at(start) for start in starts],))
+            seen = [graph.call_function(steps.sees_other_rows, (at(mask), n)) for mask, n in about]
+            return start, graph.call_function(steps.any_holds, ([unmasked, *seen],))
 
-    return question(normalized, [*starts, *(mask for mask, _ in masks)], ask)
+        return question(normalized, [*starts, *(mask for mask, _ in about)], ask)
+
+    return asked(list(masks)) or asked([])  # of masks that cost too much the second is not known
 
 
 def _has_column_for_each(site: CachedAttention) -> bool:
