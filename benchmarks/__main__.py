@@ -57,7 +57,7 @@ def decode(
     from benchmarks import decode
 
     settings = tuple(decode.Setting(*map(int, text.split("x"))) for text in setting or []) or decode.SETTINGS
-    ways = decode.OURS + decode.BASELINES if baselines else decode.OURS[:1]
+    ways = decode.OURS + decode.BASELINES if baselines else decode.OURS
     for at in settings:
         _keep(f"decode_{at.batch}x{at.context}", decode.run(at, ways), out)
 

@@ -52,23 +52,31 @@ def _scores(
 
 
 @triton.jit
-def _hidden(s, MASK, mask_row, column, query, ok, sm_s, kind: tl.constexpr, causal: tl.constexpr, alike: tl.constexpr):
-    """Logits (base 2) after the model's mask: none (0), bool (1), float that is added (2); -inf where not ``ok``.
+def _masked(MASK, mask_row, column, ok, sm_s, kind: tl.constexpr, alike: tl.constexpr):
+    """What the model's mask says of some columns, [1, N] where ``alike``, else [M, N]; a row of zeros without a mask.
 
     ``alike``: the mask is one for all rows, and ``mask_row`` a number.
     """
-    shown = ok[None, :]
-    if causal:
-        shown = shown & (column[None, :] <= query[:, None])
-    if kind > 0:
+    if kind == 0:
+        value = tl.zeros([1, column.shape[0]], tl.int8)
+    else:
         columns = column.to(tl.int64)[None, :] * sm_s
         at = MASK + mask_row + columns if alike else MASK + mask_row[:, None] + columns
         value = tl.load(at, mask=ok[None, :], other=0)
-        if kind == 1:
-            shown = shown & (value != 0)
-        else:
-            added = tl.maximum(value.to(tl.float32), -2e38) * 1.4426950408889634  # a minimum stays finite in base 2
-            s += tl.where(value == float("-inf"), float("-inf"), added)
+    return value
+
+
+@triton.jit
+def _hidden(s, value, column, query, ok, kind: tl.constexpr, causal: tl.constexpr):
+    """Logits (base 2) after a mask's ``value``: none (0), bool (1), float that is added (2); -inf where not ``ok``."""
+    shown = ok[None, :]
+    if causal:
+        shown = shown & (column[None, :] <= query[:, None])
+    if kind == 1:
+        shown = shown & (value != 0)
+    if kind == 2:
+        added = tl.maximum(value.to(tl.float32), -2e38) * 1.4426950408889634  # a minimum stays finite in base 2
+        s += tl.where(value == float("-inf"), float("-inf"), added)
     return tl.where(shown, s, float("-inf"))
 
 
@@ -110,17 +118,38 @@ def _walk(
     KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attend to positions [low, high), whose keys stand in rows position - shift, or in a ring."""
+    position = low + tl.arange(0, BLOCK_N)
+    value = _masked(MASK, mask_row, position - first, position < high, sm_s, KIND, ALIKE)
     for at in range(low, high, BLOCK_N):
         position = at + tl.arange(0, BLOCK_N)
-        ok = position < high
+        ok, behind = position < high, position + BLOCK_N
         rows = position - shift
         if IN_RING:
             rows = position % ring_rows
         s = _scores(q0, q1, keys, rows, ok, WIDTH, PART0, PART1, PRECISION)
         s = (s * scale).to(tl.float32)  # a Python float arrives as float64 from Inductor
-        s = _hidden(s, MASK, mask_row, position - first, query, ok, sm_s, KIND, CAUSAL, ALIKE)
+        s = _hidden(s, value, position - first, query, ok, KIND, CAUSAL)
+        # read a tile ahead: too small for the pipeline that hides the wait for keys and values
+        value = _masked(MASK, mask_row, behind - first, behind < high, sm_s, KIND, ALIKE)
         m, total, o0, o1 = _absorb(m, total, o0, o1, s, values, position, ok, DV, DV0, DV1, PRECISION)
     return m, total, o0, o1
+
+
+@triton.jit
+def _counts(value, m, real, ok, kind: tl.constexpr, alike: tl.constexpr):
+    """Whether a mask's ``value`` shows a row that is ``real`` a column that is ``ok``; ``m``: the rows' largest logits.
+
+    What a float mask hides by a large number counts only where it hides all.
+    """
+    if alike:
+        shown = tl.zeros([1, ok.shape[0]], tl.float32)
+        most = shown + tl.min(m, 0)
+    else:
+        shown = tl.where(real[:, None], tl.zeros([real.shape[0], ok.shape[0]], tl.float32), float("-inf"))
+        most = m[:, None]
+    shown = _hidden(shown, value, 0, 0, ok, kind, False)
+    counts = (shown > -1e30) | ((shown > float("-inf")) & (most < -1e29))
+    return tl.max(tl.max(counts.to(tl.int32), 1), 0) > 0
 
 
 @triton.jit
@@ -165,40 +194,31 @@ def _share(
     o1 = tl.zeros([BLOCK_M, DV1], tl.float32)
 
     end = tl.minimum(start + queries, extent)
-    if split < splits:  # narrow keys, in equal shares
+    if split < splits:  # narrow keys, in equal shares, and the rows behind the tokens, which hold nothing
+        CHUNK: tl.constexpr = 1024 if ALIKE else 128
+        BEHIND: tl.constexpr = 0 if CAUSAL else KIND  # causal queries never see those rows
+        chunk = tl.arange(0, CHUNK)
         c0, c1 = _columns(T0, T1)
         i0 = tl.load(CHANNELS + bh * T + c0, mask=c0 < T, other=0)
         i1 = tl.load(CHANNELS + bh * T + c1, mask=c1 < T, other=0)
         q0, q1 = _queries(q_row, real, i0, i1, c0 < T, c1 < T)
         low, high = _part(first, tl.minimum(floor, end), split, splits, BLOCK_N)
+        behind, last = _part(end, extent, split, splits, CHUNK)
+        value = _masked(MASK, mask_row, behind + chunk - first, behind + chunk < last, sm_s, BEHIND, ALIKE)
         m, total, o0, o1 = _walk(
             m, total, o0, o1, q0, q1, pruned, values, low, high, 0, ring_rows, MASK, mask_row, query, first, sm_s,
             scale, False, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
         )  # fmt: skip
-
-        # The rows behind the tokens hold nothing: read only where the mask shows them. (Causal queries never do.)
         if not CAUSAL:
-            CHUNK: tl.constexpr = 1024 if ALIKE else 128
-            low, high = _part(end, extent, split, splits, CHUNK)
-            for at in range(low, high, CHUNK):
-                position = at + tl.arange(0, CHUNK)
-                if ALIKE:
-                    shown = tl.zeros([1, CHUNK], tl.float32)
-                    most = shown + tl.min(m, 0)
-                else:
-                    shown = tl.where(real[:, None], tl.zeros([BLOCK_M, CHUNK], tl.float32), float("-inf"))
-                    most = m[:, None]
-                shown = _hidden(
-                    shown, MASK, mask_row, position - first, query, position < high, sm_s, KIND, False, ALIKE
-                )
-                # what a float mask hides counts only where it hides all
-                counts = (shown > -1e30) | ((shown > float("-inf")) & (most < -1e29))
-                if tl.max(tl.max(counts.to(tl.int32), 1), 0) > 0:
+            for at in range(behind, last, CHUNK):
+                if _counts(value, m, real, at + chunk < last, KIND, ALIKE):
                     m, total, o0, o1 = _walk(
-                        m, total, o0, o1, q0, q1, pruned, values, at, tl.minimum(at + CHUNK, high), 0, ring_rows, MASK,
+                        m, total, o0, o1, q0, q1, pruned, values, at, tl.minimum(at + CHUNK, last), 0, ring_rows, MASK,
                         mask_row, query, first, sm_s, scale, False, T, T0, T1, DV, DV0, DV1,
                         KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
                     )  # fmt: skip
+                position = at + CHUNK + chunk
+                value = _masked(MASK, mask_row, position - first, position < last, sm_s, KIND, ALIKE)
     else:  # whole keys
         w0, w1 = _columns(D0, D1)
         whole0, whole1 = _queries(q_row, real, w0, w1, w0 < D, w1 < D)
