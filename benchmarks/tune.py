@@ -93,7 +93,13 @@ SHAPES = [
     *(Shape(b, s, queries=8) for b, s in ((1, 32768), (8, 8192))),
     *(Shape(b, s, queries=32) for b, s in ((1, 32768), (8, 8192))),
 ]
-TILES = [*itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4))]
+# Where a tile has as many rows of keys as the program has threads, or more, Triton moves its logits to the layout in
+# which it reads a mask, and back: a decode step of 8 sequences of 32k tokens took 18.3 ms instead of 15.3.
+TILES = [
+    (block_n, warps, stages)
+    for block_n, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4))
+    if block_n < 32 * warps
+]
 PROGRAMS = (1, 2, 3, 4)  # of one multiprocessor
 
 
