@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for an H100, which needs no GPU, and prints what each takes of one; run as a program.
+"""Compiles the Triton kernels for an H100, which needs no GPU, and prints what became of each; run as a program.
 
 A process of its own, since the tests have Triton interpret its kernels.
 """
@@ -6,6 +6,7 @@ A process of its own, since the tests have Triton interpret its kernels.
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import triton
@@ -13,25 +14,42 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from think_compile.kernels import append, decode
-from think_compile.kernels.launch import launch_for
+from think_compile.kernels.launch import Launch, launch_for
 
 H100 = GPUTarget("cuda", 90, 32)
+LEAVES = re.compile(r"ttg.convert_layout .*tensor<\d+x\d+xf32, #mma\d*> -> tensor<\d+x\d+xf32, #blocked")
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
-def compiled(kernel, types: dict[str, str], constants: dict[str, object], **options) -> int:
-    """Bytes of shared memory that the kernel takes."""
+def compiled(kernel, types: dict[str, str], constants: dict[str, object], **options) -> dict[str, int]:
+    """Bytes of shared memory that the kernel takes, and how often it moves a matrix to another layout in a loop."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     given = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=given)
-    return triton.compile(source, target=H100, options=options).metadata.shared
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=given, attrs=aligned)
+    made = triton.compile(source, target=H100, options=options)
+    return {"shared": made.metadata.shared, "moved": moved_in_loops(made.asm["ttgir"])}
 
 
-def share(dtype="bf16", group=4, d=128, kept=64, dv=128, queries=1, mask="none", on_device=True, causal=False) -> int:
-    """The kernel of a call's shares, as it is launched for 8 KV heads and 8,192 tokens."""
+def moved_in_loops(text: str) -> int:
+    """Products that leave their layout inside loops of a kernel in Triton's GPU dialect, but for another product's."""
+    moved, depth = 0, []
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip())
+        depth = [loop for loop in depth if loop < indent or (line.lstrip().startswith("}") and loop == indent)]
+        moved += bool(depth) and bool(LEAVES.search(line))
+        if " scf.for " in line:
+            depth.append(indent)
+    return moved
+
+
+def share(
+    dtype="bf16", group=4, d=128, kept=64, dv=128, queries=1, mask="none", on_device=True, causal=False, launch=None
+) -> dict[str, int]:
+    """The kernel of a call's shares, as it is launched for 8 KV heads and 8,192 tokens, or with another ``launch``."""
     size = BYTES[dtype]
-    launch = launch_for(group * queries, (kept + dv) * size, (d + dv) * size, 8, 8192)
+    launch = Launch(*launch) if launch else launch_for(group * queries, (kept + dv) * size, (d + dv) * size, 8, 8192)
     parts = {"D": d, "T": kept, "DV": dv}
     constants = {
         **parts,
@@ -48,12 +66,12 @@ def share(dtype="bf16", group=4, d=128, kept=64, dv=128, queries=1, mask="none",
     return compiled(decode._share, types, constants, num_warps=launch.warps, num_stages=launch.stages)
 
 
-def merge() -> int:
+def merge() -> dict[str, int]:
     types = {"OUT": "*fp32", "MOST": "*fp32", "TOTAL": "*fp32", "RESULT": "*bf16"}
     return compiled(decode._merge, types, {"DV": 80, "BLOCK_V": 128, "SPLITS": 33, "BLOCK_S": 64})
 
 
-def appended() -> int:
+def appended() -> dict[str, int]:
     """The kernel that appends a step's key."""
     types = dict.fromkeys(("Q", "K", "PRUNED", "RECENT"), "*bf16")
     types |= dict.fromkeys(("CHANNELS", "PROGRESS", "START"), "*i64")
