@@ -17,27 +17,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from think_compile.kernels.canonical import (
-    BATCH,
-    CANONICAL,
-    TOKEN,
-    Layout,
-    from_canonical,
-    shape_of,
-    to_canonical,
-    token_axis,
-)
-from think_compile.store import (
-    Dense,
-    FixedKeys,
-    FixedValues,
-    GrowingKeys,
-    GrowingValues,
-    Rows,
-    Store,
-    allocating,
-    join_batches,
-)
+from think_compile import packed
+from think_compile.kernels.canonical import BATCH, CANONICAL, TOKEN, Layout, from_canonical, shape_of, token_axis
+from think_compile.store import Dense, FixedKeys, FixedValues, GrowingKeys, Rows, Store, allocating, join_batches
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
@@ -152,7 +134,7 @@ class Handle(torch.Tensor):
         if not self.is_dense:
             log.info("a packed cache %s becomes dense", tuple(self.shape))
             with allocating():
-                self.cell.store = Dense(Rows(_canonical(self.dense(), self)))
+                self.cell.store = Dense(Rows(packed.canonical(self.dense(), self.cell.store, self.axes)))
         return from_canonical(self.cell.store.dense(), self.axes)
 
     def pack_anew(self, cell: Cell | None) -> None:
@@ -173,6 +155,11 @@ class Handle(torch.Tensor):
         anchor = self.anchor if (store.device, store.dtype) == (self.device, self.dtype) else None
         return Handle(store, self.axes, anchor)
 
+    def clone_packed(self) -> Handle:
+        """A copy that shares nothing."""
+        assert self.store is not None
+        return self.with_store(packed.clone(self.store, self.axes))
+
     # -------------------------------------------------------------------------------- operations on the handle
 
     def share_memory_(self) -> Handle:
@@ -186,15 +173,15 @@ class Handle(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         if id(self) not in memo:
             with allocating():
-                memo[id(self)] = _clone(self)
+                memo[id(self)] = self.clone_packed()
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return Handle, (_clone(self).store, self.axes)
+        return Handle, (self.clone_packed().store, self.axes)
 
     def __getitem__(self, index: Any) -> Tensor:
         """As torch's; a crop of the tokens comes back packed, and not as a view that autograd tracks."""
-        tokens = _token_range(self, index)
+        tokens = packed.token_range(self.axes, index)
         cropped = None if tokens is None or self.store is None else _slice(self, token_axis(self.axes), *tokens)
         return super().__getitem__(index) if cropped is None else cropped
 
@@ -229,12 +216,12 @@ class Handle(torch.Tensor):
         first = args[0] if args and isinstance(args[0], Handle) else None
         if first is not None and first.cell is None and func in (aten.detach.default, aten.alias.default):
             return Handle._wrap(first.shape, None, first.axes, first.anchor)
-        packed = _cat if func is aten.cat.default else _PACKED.get(func)
-        if packed is not None and (func is aten.cat.default or (first is not None and first.cell is not None)):
+        operation = _cat if func is aten.cat.default else _PACKED.get(func)
+        if operation is not None and (func is aten.cat.default or (first is not None and first.cell is not None)):
             if first is not None:
                 first.check_unwritten()
             with allocating():
-                result = packed(*args, **kwargs)
+                result = operation(*args, **kwargs)
             if result is not None:
                 return result
         return _on_dense(func, args, kwargs)
@@ -293,87 +280,20 @@ def _dense_argument(argument: Any, written: bool) -> Any:
 # ---------------------------------------------------- operations on the packed store; None: not this case, go dense
 
 
-def _clone(handle: Handle, **_: Any) -> Handle:
-    assert handle.store is not None
-    return handle.with_store(handle.store.map_batch(torch.clone))
-
-
 def _alias(handle: Handle) -> Handle:
     alias = Handle._wrap(handle.shape, handle.cell, handle.axes, handle.anchor)
     alias.sliced = handle.sliced
     return alias
 
 
-def _to_copy(handle: Handle, **kwargs: Any) -> Handle | None:
-    dtype = kwargs.get("dtype") or handle.dtype
-    if not dtype.is_floating_point or kwargs.get("pin_memory"):
-        return None
+def _slice(handle: Handle, *args: Any, **kwargs: Any) -> Handle | None:
     assert handle.store is not None
-    device = kwargs.get("device") or handle.device
-    return handle.with_store(handle.store.to(device, dtype, bool(kwargs.get("non_blocking"))))
-
-
-def _index_select(handle: Handle, dim: int, index: Tensor) -> Handle | None:
-    if handle.axes[dim] != (BATCH,):
-        return None
-    assert handle.store is not None
-    index = index.to(handle.device)
-    return handle.with_store(handle.store.map_batch(lambda t: t.index_select(0, index)))
-
-
-def _index(handle: Handle, indices: list[Tensor | None]) -> Handle | None:
-    """Advanced indexing by one list of rows or one mask along the batch."""
-    picked = [(dim, index) for dim, index in enumerate(indices) if index is not None]
-    if len(picked) != 1 or picked[0][1].dim() != 1:
-        return None
-    dim, index = picked[0]
-    if index.dtype in (torch.bool, torch.uint8):
-        if index.shape[0] != handle.shape[dim]:
-            return None
-        index = index.nonzero()[:, 0]
-    rows = index + (index < 0) * handle.shape[dim]
-    return _index_select(handle, dim, rows)
-
-
-def _slice(
-    handle: Handle, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Handle | None:
-    """First or last tokens of a growing cache, batch ranges, and slices that keep everything."""
-    size = handle.shape[dim]
-    start, end, step = slice(start, end, step).indices(size)
-    if step == 1 and (start, end) == (0, size):
-        return _alias(handle)
-    store, axes = handle.store, handle.axes[dim]
-    if axes == (BATCH,) and step > 0 and start < end and not isinstance(store, Dense):
-        assert store is not None
-        return _marked_slice(handle.with_store(store.map_batch(lambda t: t[start:end:step].clone())))
-    if axes == (TOKEN,) and step == 1 and 0 == start < end and isinstance(store, (GrowingKeys, GrowingValues)):
-        return _marked_slice(handle.with_store(store.crop(end)))
-    if axes == (TOKEN,) and step == 1 and start < end == size and isinstance(store, (GrowingKeys, GrowingValues)):
-        return _marked_slice(handle.with_store(store.tail(end - start)))
-    return None
-
-
-def _token_range(handle: Handle, index: Any) -> tuple[int | None, int | None] | None:
-    """(start, end) if ``index`` takes a range of tokens and all of everything else."""
-    items = index if isinstance(index, tuple) else (index,)
-    if not all(isinstance(i, slice) or i is Ellipsis for i in items):
-        return None
-    dots = [at for at, item in enumerate(items) if item is Ellipsis]
-    if len(dots) > 1 or len(items) - len(dots) > handle.dim():
-        return None
-    at = dots[0] if dots else len(items)
-    missing = handle.dim() - len(items) + len(dots)
-    full = [*items[:at], *[slice(None)] * missing, *items[at + 1 :]]
-    token = full.pop(token_axis(handle.axes)) if len(full) == handle.dim() else None
-    if token is None or token.step not in (None, 1) or any(i != slice(None) for i in full):
-        return None
-    return token.start, token.stop
-
-
-def _marked_slice(handle: Handle) -> Handle:
-    handle.sliced = True
-    return handle
+    store = packed.slice_of(handle.store, handle.axes, *args, **kwargs)
+    if store is None or store is handle.store:
+        return None if store is None else _alias(handle)
+    part = handle.with_store(store)
+    part.sliced = True
+    return part
 
 
 def _zero_(handle: Handle) -> Handle | None:
@@ -385,61 +305,40 @@ def _zero_(handle: Handle) -> Handle | None:
     return handle
 
 
-def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor | None:
+def _cat(tensors: list[Tensor], dim: int = 0) -> Handle | None:
     """Joins: new tokens behind a growing cache, or batches of growing caches of one history."""
     tensors = [t for t in tensors if t.dim() != 1 or t.numel()]  # torch joins such empty tensors to anything
-    first = tensors[0]
+    first, *others = tensors
     if not isinstance(first, Handle) or first.store is None:
         return None
-    axes = first.axes[dim]
-    if axes == (TOKEN,) and not any(isinstance(t, Handle) for t in tensors[1:]):
-        return _cat_tokens(first, tensors[1:])
-    if axes == (BATCH,) and all(isinstance(t, Handle) for t in tensors):
-        return _cat_batches(first, tensors)  # type: ignore[arg-type]
-    return None
+    store = None
+    if first.axes[dim] == (TOKEN,) and not any(isinstance(t, Handle) for t in others):
+        store = packed.append(first.store, first.axes, others)
+    elif first.axes[dim] == (BATCH,) and all(_is_alike(t, first) for t in others):
+        store = join_batches([t.store for t in tensors])  # type: ignore[attr-defined]
+    return None if store is None else first.with_store(store)
 
 
-def _cat_tokens(handle: Handle, new: list[Tensor]) -> Handle | None:
-    """New tokens behind the cache, outside of any graph of ours."""
-    store = handle.store
-    if not isinstance(store, (GrowingKeys, GrowingValues)):
-        return None
-    for rows in new:
-        expected = [
-            size if axes != (TOKEN,) else rows.shape[i]
-            for i, (axes, size) in enumerate(zip(handle.axes, handle.shape, strict=True))
-            if i < rows.dim()
-        ]
-        if rows.dtype != store.dtype or rows.device != store.device or list(rows.shape) != expected:
-            return None
-        store = store.append(_canonical(rows, handle))
-    return handle.with_store(store)
+def _is_alike(other: Tensor, handle: Handle) -> bool:
+    return isinstance(other, Handle) and other.axes == handle.axes and other.dtype == handle.dtype
 
 
-def _canonical(x: Tensor, handle: Handle) -> Tensor:
-    """``x``, in the handle's layout, as [B, H, S, D]."""
-    assert handle.store is not None
-    _, heads, _, width = handle.store.logical_shape
-    return to_canonical(x, handle.axes, heads, width)
+def _made_by(operation: Callable[..., Store | None]) -> Callable[..., Handle | None]:
+    def on_handle(handle: Handle, *args: Any, **kwargs: Any) -> Handle | None:
+        assert handle.store is not None
+        store = operation(handle.store, handle.axes, *args, **kwargs)
+        return None if store is None else handle.with_store(store)
 
-
-def _cat_batches(first: Handle, handles: list[Handle]) -> Handle | None:
-    if any(h.axes != first.axes or h.dtype != first.dtype for h in handles):
-        return None
-    joined = join_batches([h.store for h in handles])
-    return None if joined is None else first.with_store(joined)
+    return on_handle
 
 
 _PACKED: dict[Any, Callable[..., Handle | None]] = {
     aten.detach.default: _alias,
     aten.alias.default: _alias,
     aten.lift_fresh.default: _alias,
-    aten.clone.default: _clone,
-    aten._to_copy.default: _to_copy,
-    aten.index_select.default: _index_select,
-    aten.index.Tensor: _index,
     aten.slice.Tensor: _slice,
     aten.zero_.default: _zero_,
+    **{func: _made_by(operation) for func, operation in packed.OPERATIONS.items()},
 }
 
 
