@@ -159,7 +159,7 @@ def tune(shapes: list[Shape] = SHAPES) -> list[dict[str, Any]]:
     for shape in shapes:
         (ms, best), *others = timings(shape, fitting[variant(shape)])
         row = {
-            "block_m": best.block_m,
+            "rows": shape.rows,
             "bytes": (shape.kept + shape.dv) * shape.dtype.itemsize,
             "blocks": shape.batch * shape.heads * -(-shape.rows // best.block_m),
             "tokens": shape.tokens,

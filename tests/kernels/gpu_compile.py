@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for an H100, which needs no GPU, and prints what became of each; run as a program.
+"""Compiles the Triton kernels for GPUs, which needs none, and prints what became of each; run as a program.
 
 A process of its own, since the tests have Triton interpret its kernels.
 """
@@ -14,22 +14,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from think_compile.kernels import append, decode
-from think_compile.kernels.launch import Launch, launch_for
+from think_compile.kernels.launch import H100, Device, Launch, launch_for
 
-H100 = GPUTarget("cuda", 90, 32)
+DEVICES = {"H100": (90, H100), "A100": (80, Device(166_912, 108)), "RTX 4090": (89, Device(101_376, 128))}
 LEAVES = re.compile(r"ttg.convert_layout .*tensor<\d+x\d+xf32, #mma\d*> -> tensor<\d+x\d+xf32, #blocked")
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
-def compiled(kernel, types: dict[str, str], constants: dict[str, object], **options) -> dict[str, int]:
+def compiled(
+    kernel, types: dict[str, str], constants: dict[str, object], device: str = "H100", **options
+) -> dict[str, int]:
     """Bytes of shared memory that the kernel takes, and how often it moves a matrix to another layout in a loop."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     given = {(names.index(name),): value for name, value in constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=given, attrs=aligned)
-    made = triton.compile(source, target=H100, options=options)
-    return {"shared": made.metadata.shared, "moved": moved_in_loops(made.asm["ttgir"])}
+    capability, limits = DEVICES[device]
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return {"shared": made.metadata.shared, "may": limits.shared_bytes, "moved": moved_in_loops(made.asm["ttgir"])}
 
 
 def moved_in_loops(text: str) -> int:
@@ -45,11 +48,24 @@ def moved_in_loops(text: str) -> int:
 
 
 def share(
-    dtype="bf16", group=4, d=128, kept=64, dv=128, queries=1, mask="none", on_device=True, causal=False, launch=None
+    *,
+    dtype="bf16",
+    group=4,
+    d=128,
+    kept=64,
+    dv=128,
+    queries=1,
+    mask="none",
+    on_device=True,
+    causal=False,
+    launch=None,
+    device="H100",
 ) -> dict[str, int]:
     """The kernel of a call's shares, as it is launched for 8 KV heads and 8,192 tokens, or with another ``launch``."""
     size = BYTES[dtype]
-    launch = Launch(*launch) if launch else launch_for(group * queries, (kept + dv) * size, (d + dv) * size, 8, 8192)
+    if launch is None:
+        launch = launch_for(group * queries, (kept + dv) * size, (d + dv) * size, 8, 8192, DEVICES[device][1])
+    launch = Launch(*launch)
     parts = {"D": d, "T": kept, "DV": dv}
     constants = {
         **parts,
@@ -63,7 +79,7 @@ def share(
     types = dict.fromkeys(("Q", "K_NEW", "PRUNED", "RECENT", "VALUES"), f"*{dtype}")
     types |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32") | dict.fromkeys(("CHANNELS", "FLOOR", "START"), "*i64")
     types |= {"scale": "fp32", "MASK": "*i1" if mask == "bool" else f"*{dtype}"}
-    return compiled(decode._share, types, constants, num_warps=launch.warps, num_stages=launch.stages)
+    return compiled(decode._share, types, constants, device, num_warps=launch.warps, num_stages=launch.stages)
 
 
 def merge() -> dict[str, int]:

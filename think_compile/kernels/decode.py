@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from think_compile.kernels.launch import LONG, Launch, launch_for
+from think_compile.kernels.launch import LONG, Launch, device_of, launch_for
 from think_compile.kernels.reference import Length
 
 _LOG2E = 1.4426950408889634
@@ -322,7 +322,7 @@ def _launch(q: Tensor, k_new: Tensor, kept: int, dv: int, extent: int) -> Launch
     (batch, query_heads, queries, d), heads = (_hint(size) for size in q.shape), _hint(k_new.shape[1])
     tokens = extent if isinstance(extent, int) else max(LONG, _hint(extent))
     narrow, whole = ((width + dv) * q.dtype.itemsize for width in (kept, d))
-    return launch_for(query_heads // heads * queries, narrow, whole, batch * heads, tokens)
+    return launch_for(query_heads // heads * queries, narrow, whole, batch * heads, tokens, device_of(q.device))
 
 
 def _hint(size: int | torch.SymInt) -> int:

@@ -1,7 +1,8 @@
 """How the decode kernel is launched: a table of measured shapes, of which the nearest one counts.
 
 ``python -m benchmarks.tune`` writes the table, launches.json, for the device that it runs on; the file says how the one
-that is committed came about. On other devices the same launches are right, if not the fastest.
+that is committed came about. Other devices take the same launches, made to fit and with as many programs for each of
+their multiprocessors: right, if not the fastest.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 TABLE = Path(__file__).parent / "launches.json"
 SMALLEST_SHARE = 64  # rows; taken to be the fewest that are worth a program of their own, not measured
-SHARED_BYTES = 200_000  # what a program may take of the 227 KB of an H100's multiprocessor
+FILLED = 0.86  # of the shared memory that a program may have, by the estimate here, which leaves out small things
 LONG = 16384  # rows that a cache is taken to have whose length is not known while its graph is made
 
 
@@ -28,6 +31,26 @@ class Launch(NamedTuple):
     splits: int
 
 
+class Device(NamedTuple):
+    """Bytes of shared memory that one program may take, and multiprocessors."""
+
+    shared_bytes: int
+    processors: int
+
+
+H100 = Device(232_448, 132)  # the table's
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """What a GPU has; anything else, which interprets, passes for an H100."""
+    if device.type != "cuda":
+        return H100
+    found = torch.cuda.get_device_properties(device)
+    shared = getattr(found, "shared_memory_per_block_optin", None) or found.shared_memory_per_block  # AMD has one kind
+    return Device(shared, found.multi_processor_count)
+
+
 def query_tile(rows: int) -> int:
     """Rows of queries a program takes, of the ``rows`` that read one KV head: a power of two, 16 to 64."""
     return min(64, max(16, 1 << (rows - 1).bit_length()))
@@ -37,16 +60,16 @@ def query_tile(rows: int) -> int:
 def table() -> tuple[dict[str, Any], ...]:
     """The measured shapes.
 
-    Each has block_m, bytes (of a token's value and narrow key), blocks (KV heads of all sequences, times tiles of query
-    rows), tokens, and the launch without its block_m.
+    Each has rows (of queries that read one KV head), bytes (of a token's value and narrow key), blocks (KV heads of all
+    sequences, times tiles of query rows), tokens, and the launch without its block_m.
     """
     return tuple(json.loads(TABLE.read_text())["rows"])
 
 
-def launch_for(rows: int, narrow: int, whole: int, heads: int, extent: int) -> Launch:
+def launch_for(rows: int, narrow: int, whole: int, heads: int, extent: int, device: Device = H100) -> Launch:
     """How to launch for ``rows`` query rows of each of ``heads`` KV heads (of all sequences).
 
-    The table's launch for the nearest shape, with as many programs in all.
+    The table's launch for the nearest shape, with as many programs in all, for the multiprocessors that there are.
 
     Args:
         narrow, whole: bytes of a token's value and its narrow key, and of those with a whole key.
@@ -57,19 +80,26 @@ def launch_for(rows: int, narrow: int, whole: int, heads: int, extent: int) -> L
 
     def distance(row: dict[str, Any]) -> float:
         total = math.log2(row["blocks"] * row["tokens"] / (blocks * extent))
-        shape = 4 * abs(math.log2(row["block_m"] / block_m)) + 2 * abs(math.log2(row["bytes"] / narrow))
-        return shape + abs(total) + abs(math.log2(row["blocks"] / blocks))
+        tile = 4 * abs(math.log2(query_tile(row["rows"]) / block_m)) + abs(math.log2(row["rows"] / rows)) / 4
+        shape = 2 * abs(math.log2(row["bytes"] / narrow)) + abs(math.log2(row["blocks"] / blocks))
+        return tile + shape + abs(total)
 
     nearest = min(table(), key=distance)
     block_n, warps, stages, splits = nearest["launch"]
-    if (nearest["blocks"], nearest["tokens"]) != (blocks, extent):
-        splits = max(1, min(round(splits * nearest["blocks"] / blocks), extent // SMALLEST_SHARE))
-    return _fitting(Launch(block_m, block_n, warps, stages, splits), whole)
+    if (nearest["blocks"], nearest["tokens"], H100.processors) != (blocks, extent, device.processors):
+        programs = splits * nearest["blocks"] * device.processors / H100.processors
+        splits = max(1, min(round(programs / blocks), extent // SMALLEST_SHARE))
+    return _fitting(Launch(block_m, block_n, warps, stages, splits), whole, FILLED * device.shared_bytes)
 
 
-def _fitting(launch: Launch, whole: int) -> Launch:
-    """The launch with no more stages and rows a tile than a multiprocessor's shared memory holds."""
-    while (launch.block_n * (launch.stages - 1) + launch.block_m) * whole > SHARED_BYTES and launch.block_n > 16:
-        fewer = launch.stages > 2
-        launch = launch._replace(stages=launch.stages - 1) if fewer else launch._replace(block_n=launch.block_n // 2)
+def _fitting(launch: Launch, whole: int, room: float) -> Launch:
+    """The launch with no more stages, and then rows a tile, than ``room`` bytes of shared memory hold."""
+    while (launch.block_n * (launch.stages - 1) + launch.block_m) * whole > room:
+        if launch.stages > 2:
+            launch = launch._replace(stages=launch.stages - 1)
+        elif max(launch.block_m, launch.block_n) > 16:
+            larger = "block_n" if launch.block_n >= launch.block_m else "block_m"
+            launch = launch._replace(**{larger: getattr(launch, larger) // 2})
+        else:
+            break
     return launch

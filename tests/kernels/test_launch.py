@@ -1,0 +1,45 @@
+"""How the decode kernel is launched: as measured where it was measured, and fitting everywhere."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from think_compile.kernels.launch import FILLED, H100, SMALLEST_SHARE, Device, device_of, launch_for, query_tile, table
+
+
+@pytest.mark.parametrize("row", table(), ids=str)
+def test_a_shape_of_the_table_is_launched_as_measured(row):
+    launch = launch_for(row["rows"], row["bytes"], 512, row["blocks"] // -(-row["rows"] // 64), row["tokens"])
+    assert launch == (query_tile(row["rows"]), *row["launch"])
+
+
+@given(
+    rows=st.integers(1, 512),
+    kept=st.integers(1, 16).map(lambda n: 16 * n),
+    d=st.sampled_from([16, 64, 96, 128, 256]),
+    itemsize=st.sampled_from([2, 4]),
+    heads=st.integers(1, 4096),
+    extent=st.integers(1, 2**20),
+    device=st.sampled_from([H100, Device(101_376, 128), Device(166_912, 108), Device(65_536, 304), Device(101_376, 1)]),
+)
+def test_any_shape_gets_a_launch_that_fits(rows, kept, d, itemsize, heads, extent, device):
+    narrow, whole = (min(kept, d) + d) * itemsize, 2 * d * itemsize
+    launch = launch_for(rows, narrow, whole, heads, extent, device)
+    for size in (launch.block_m, launch.block_n, launch.warps):
+        assert size & (size - 1) == 0
+    assert 16 <= launch.block_m <= query_tile(rows) and launch.block_n >= 16 and launch.stages >= 2
+    assert 1 <= launch.splits <= max(1, extent // SMALLEST_SHARE) or device == H100
+    smallest = (launch.block_m, launch.block_n, launch.stages) == (16, 16, 2)
+    held = (launch.block_n * (launch.stages - 1) + launch.block_m) * whole
+    assert held <= FILLED * device.shared_bytes or smallest
+
+
+def test_as_many_programs_for_each_multiprocessor():
+    shape = (4, 384, 512, 64, 32768)
+    half = launch_for(*shape, H100._replace(processors=H100.processors // 2))
+    assert half.splits == launch_for(*shape).splits / 2
+
+
+def test_what_interprets_passes_for_the_device_of_the_table():
+    assert device_of(torch.device("cpu")) == H100
