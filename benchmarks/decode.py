@@ -32,7 +32,7 @@ class Setting:
     context: int
 
 
-SETTINGS = (Setting(1, 8192), Setting(8, 32768), Setting(1, 131072))
+SETTINGS = tuple(Setting(b, s) for b, s in ((1, 1024), (1, 8192), (1, 32768), (1, 131072), (8, 8192), (8, 32768)))
 
 
 @dataclass
