@@ -140,6 +140,22 @@ def test_steps_attend_with_the_kernel(kind):
     assert "scaled_dot_product" not in code and "flash" not in code
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("lowering", ["inductor", "eager"])
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+@torch.no_grad()
+def test_the_current_device_need_not_be_the_model_s(kind, lowering):
+    plain, prompt = llama(2), 100
+    ids = torch.randint(0, 1024, (1, prompt + 8), device="cuda")
+    runs = []
+    for device in ("cuda:0", "cuda:1"):
+        torch._dynamo.reset()
+        model = think_compile(copy.deepcopy(plain).to(device), 0.5, lowering=lowering)
+        runs.append(steps_of(model, ids.to(device), cache_of(kind, model.config), prompt).to("cuda:0"))
+        assert torch.cuda.current_device() == 0 and not report(model).refused
+    assert torch.equal(*runs)
+
+
 @torch.no_grad()
 def test_generate_uses_a_static_cache_and_compiles_a_second_prompt_no_more():
     model = think_compile(llama(2), 0.5)

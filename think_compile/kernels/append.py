@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from think_compile.kernels.decode import traced
+from think_compile.kernels.decode import device_of_launch, traced
 
 
 @triton.jit
@@ -85,9 +85,10 @@ def append_token(
     ``whole`` are how many tokens keep whole keys behind a first call and behind later ones.
     """
     (batch, query_heads, _, d), heads, kept = q.shape, k_new.shape[1], channels.shape[-1]
-    traced(_append)[(batch * heads,)](
-        q.contiguous(), k_new.contiguous(), pruned, channels, recent, progress, start,
-        window, whole, pruned.shape[2], recent.shape[2],
-        GROUP=query_heads // heads, D=d, T=kept,
-        BLOCK_D=triton.next_power_of_2(d), BLOCK_T=triton.next_power_of_2(kept),
-    )  # fmt: skip
+    with device_of_launch(q):
+        traced(_append)[(batch * heads,)](
+            q.contiguous(), k_new.contiguous(), pruned, channels, recent, progress, start,
+            window, whole, pruned.shape[2], recent.shape[2],
+            GROUP=query_heads // heads, D=d, T=kept,
+            BLOCK_D=triton.next_power_of_2(d), BLOCK_T=triton.next_power_of_2(kept),
+        )  # fmt: skip

@@ -8,6 +8,7 @@ all steps. What it computes is :func:`.reference.pruned_attention`; letters as t
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -268,6 +269,12 @@ def traced(kernel: Any) -> Any:
     return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 
+def device_of_launch(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of ``x``; in Inductor's code it always is."""
+    elsewhere = x.is_cuda and x.device.index not in (None, torch.cuda.current_device())
+    return torch.cuda.device(x.device) if elsewhere else nullcontext()
+
+
 def _strides(mask: Tensor | None) -> tuple[int, ...]:
     """A mask's strides, 0 along the axes of size 1, which stand for all batches, heads, queries or keys."""
     if mask is None:
@@ -360,18 +367,19 @@ def _decode(
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
     strides = _strides(mask)
     grid = (all_heads, triton.cdiv(rows, how.block_m), splits)
-    traced(_share)[grid](
-        q, k_new, pruned, channels, recent, values, mask, floor_at, start_at, out, most, total,
-        floor, start, first, extent, scale * _LOG2E, queries, heads, pruned.shape[2], values.shape[2], recent.shape[2],
-        how.splits, whole_splits, *strides,
-        GROUP=query_heads // heads, D=d, D0=_parts(d)[0], D1=_parts(d)[1],
-        T=width, T0=_parts(width)[0], T1=_parts(width)[1], DV=dv, DV0=_parts(dv)[0], DV1=_parts(dv)[1],
-        ON_DEVICE=start_at is not None, KIND=kind, CAUSAL=is_causal, ALIKE=strides[1] == 0 and strides[2] == 0,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        BLOCK_M=how.block_m, BLOCK_N=how.block_n, num_warps=how.warps, num_stages=how.stages,
-    )  # fmt: skip
-    block_s, block_v = triton.next_power_of_2(splits), triton.next_power_of_2(dv)
-    traced(_merge)[(all_heads, rows)](
-        out, most, total, result, rows, DV=dv, BLOCK_V=block_v, SPLITS=splits, BLOCK_S=block_s
-    )
+    with device_of_launch(q):
+        traced(_share)[grid](
+            q, k_new, pruned, channels, recent, values, mask, floor_at, start_at, out, most, total,
+            floor, start, first, extent, scale * _LOG2E, queries, heads,
+            pruned.shape[2], values.shape[2], recent.shape[2], how.splits, whole_splits, *strides,
+            GROUP=query_heads // heads, D=d, D0=_parts(d)[0], D1=_parts(d)[1],
+            T=width, T0=_parts(width)[0], T1=_parts(width)[1], DV=dv, DV0=_parts(dv)[0], DV1=_parts(dv)[1],
+            ON_DEVICE=start_at is not None, KIND=kind, CAUSAL=is_causal, ALIKE=strides[1] == 0 and strides[2] == 0,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            BLOCK_M=how.block_m, BLOCK_N=how.block_n, num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+        block_s, block_v = triton.next_power_of_2(splits), triton.next_power_of_2(dv)
+        traced(_merge)[(all_heads, rows)](
+            out, most, total, result, rows, DV=dv, BLOCK_V=block_v, SPLITS=splits, BLOCK_S=block_s
+        )
     return result
