@@ -16,7 +16,13 @@ from triton.compiler import ASTSource
 from think_compile.kernels import append, decode
 from think_compile.kernels.launch import H100, Device, Launch, launch_for
 
-DEVICES = {"H100": (90, H100), "A100": (80, Device(166_912, 108)), "RTX 4090": (89, Device(101_376, 128))}
+DEVICES = {
+    "H100": (GPUTarget("cuda", 90, 32), H100),
+    "A100": (GPUTarget("cuda", 80, 32), Device(166_912, 108)),
+    "RTX 4090": (GPUTarget("cuda", 89, 32), Device(101_376, 128)),
+    "MI250": (GPUTarget("hip", "gfx90a", 64), Device(65_536, 104)),
+    "RX 7900": (GPUTarget("hip", "gfx1100", 32), Device(65_536, 96)),
+}
 LEAVES = re.compile(r"ttg.convert_layout .*tensor<\d+x\d+xf32, #mma\d*> -> tensor<\d+x\d+xf32, #blocked")
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -30,8 +36,8 @@ def compiled(
     given = {(names.index(name),): value for name, value in constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=given, attrs=aligned)
-    capability, limits = DEVICES[device]
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target, limits = DEVICES[device]
+    made = triton.compile(source, target=target, options=options)
     return {"shared": made.metadata.shared, "may": limits.shared_bytes, "moved": moved_in_loops(made.asm["ttgir"])}
 
 
@@ -71,14 +77,14 @@ def share(
         **parts,
         **{f"{name}{i}": part for name, width in parts.items() for i, part in enumerate(decode._parts(width))},
         **{"GROUP": group, "ON_DEVICE": on_device, "KIND": ["none", "bool", "float"].index(mask), "CAUSAL": causal},
-        **{"ALIKE": mask != "float", "PRECISION": "ieee" if dtype == "fp32" else "tf32"},
+        **{"ALIKE": mask != "float", "HIDDEN": -1e30},
         **{"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n},
         **({"MASK": None} if mask == "none" else {}),
         **({} if on_device else {"FLOOR": None, "START": None}),
     }
     types = dict.fromkeys(("Q", "K_NEW", "PRUNED", "RECENT", "VALUES"), f"*{dtype}")
     types |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32") | dict.fromkeys(("CHANNELS", "FLOOR", "START"), "*i64")
-    types |= {"scale": "fp32", "MASK": "*i1" if mask == "bool" else f"*{dtype}"}
+    types |= {"scale": "fp64" if on_device else "fp32", "MASK": "*i1" if mask == "bool" else f"*{dtype}"}
     return compiled(decode._share, types, constants, device, num_warps=launch.warps, num_stages=launch.stages)
 
 

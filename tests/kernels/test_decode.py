@@ -127,6 +127,7 @@ CASES = [
     Case(mask="bool", on_device=True, spare=1500, batch=1),
     Case(mask="float", on_device=True, spare=300, queries=2),
     Case(dtype=torch.float16, queries=3, mask="float"),
+    Case(dtype=torch.float16, queries=2, mask="float", on_device=True, spare=300),
     Case(launch=None),
     Case(queries=64, query_heads=2, launch=None),
 ]
@@ -135,6 +136,17 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_like_the_reference(case):
     check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_behind_the_tokens_are_not_read_where_a_float_mask_hides_them(dtype):
+    case = Case(dtype=dtype, on_device=True, spare=300)
+    q, new, packed, values, start, floor, extent, _ = call_of(case)
+    values[:, :, case.end :] = torch.nan
+    hidden = torch.arange(extent, device=DEVICE) >= case.end
+    mask = torch.zeros(1, 1, 1, extent, dtype=dtype, device=DEVICE).masked_fill(hidden, torch.finfo(dtype).min)
+    got = decode.decode_attention(q, new, *packed, values, start, floor, extent, mask, 0.2, False, 0, SMALL)
+    assert got.isfinite().all()
 
 
 @pytest.mark.skipif(not ON_GPU, reason="Triton's interpreter has no bfloat16 products")

@@ -37,9 +37,11 @@ def test_kernels_compile_for_a_gpu_and_fit_it():
     assert all(one["shared"] <= one["may"] for one in made), list(zip(KERNELS, made, strict=True))
 
 
-@pytest.mark.parametrize("device", ["A100", "RTX 4090"])
-def test_launches_are_made_to_fit_smaller_gpus(device):
-    kernels = [(name, options | {"device": device}) for name, options in SHARES]
+@pytest.mark.parametrize("device", ["A100", "RTX 4090", "MI250", "RX 7900"])
+def test_kernels_compile_for_other_gpus_and_fit_them(device):
+    # Triton 3.6 cannot translate the largest for an MI250
+    shares = [share for share in SHARES if device != "MI250" or share[1].get("kept") != 240]
+    kernels = [(name, options | {"device": device}) for name, options in shares]
     made = compiled(kernels)
     assert all(one["shared"] <= one["may"] for one in made), list(zip(kernels, made, strict=True))
 

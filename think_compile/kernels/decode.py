@@ -38,17 +38,15 @@ def _queries(q_row, real, i0, i1, ok0, ok1):
 
 
 @triton.jit
-def _scores(
-    q0, q1, base, rows, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr, precision: tl.constexpr
-):
+def _scores(q0, q1, base, rows, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
     """Products [M, N] of queries with key rows ``rows`` of ``width`` columns at ``base``."""
     c0, c1 = _columns(part0, part1)
     at = base + rows.to(tl.int64)[:, None] * width
     k0 = tl.load(at + c0[None, :], mask=ok[:, None] & (c0 < width)[None, :], other=0.0)
-    s = tl.dot(q0, tl.trans(k0), input_precision=precision)
+    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
     if part0 < width:
         k1 = tl.load(at + c1[None, :], mask=ok[:, None] & (c1 < width)[None, :], other=0.0)
-        s += tl.dot(q1, tl.trans(k1), input_precision=precision)
+        s += tl.dot(q1, tl.trans(k1), input_precision="ieee")
     return s
 
 
@@ -94,7 +92,6 @@ def _absorb(
     width: tl.constexpr,
     part0: tl.constexpr,
     part1: tl.constexpr,
-    precision: tl.constexpr,
 ):
     """The online softmax after one more tile of logits ``s`` and value rows."""
     c0, c1 = _columns(part0, part1)
@@ -104,10 +101,10 @@ def _absorb(
     shrink = tl.exp2(m - safe)
     at = base + rows.to(tl.int64)[:, None] * width
     v0 = tl.load(at + c0[None, :], mask=ok[:, None] & (c0 < width)[None, :], other=0.0)
-    o0 = o0 * shrink[:, None] + tl.dot(p.to(v0.dtype), v0, input_precision=precision)
+    o0 = o0 * shrink[:, None] + tl.dot(p.to(v0.dtype), v0, input_precision="ieee")
     if part0 < width:
         v1 = tl.load(at + c1[None, :], mask=ok[:, None] & (c1 < width)[None, :], other=0.0)
-        o1 = o1 * shrink[:, None] + tl.dot(p.to(v1.dtype), v1, input_precision=precision)
+        o1 = o1 * shrink[:, None] + tl.dot(p.to(v1.dtype), v1, input_precision="ieee")
     return new, total * shrink + tl.sum(p, 1), o0, o1
 
 
@@ -116,7 +113,7 @@ def _walk(
     m, total, o0, o1, q0, q1, keys, values, low, high, shift, ring_rows, MASK, mask_row, query, first, sm_s, scale,
     IN_RING: tl.constexpr, WIDTH: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
-    KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attend to positions [low, high), whose keys stand in rows position - shift, or in a ring."""
     position = low + tl.arange(0, BLOCK_N)
@@ -127,20 +124,19 @@ def _walk(
         rows = position - shift
         if IN_RING:
             rows = position % ring_rows
-        s = _scores(q0, q1, keys, rows, ok, WIDTH, PART0, PART1, PRECISION)
-        s = (s * scale).to(tl.float32)  # a Python float arrives as float64 from Inductor
-        s = _hidden(s, value, position - first, query, ok, KIND, CAUSAL)
+        s = _scores(q0, q1, keys, rows, ok, WIDTH, PART0, PART1)
+        s = _hidden(s * scale, value, position - first, query, ok, KIND, CAUSAL)
         # read a tile ahead: too small for the pipeline that hides the wait for keys and values
         value = _masked(MASK, mask_row, behind - first, behind < high, sm_s, KIND, ALIKE)
-        m, total, o0, o1 = _absorb(m, total, o0, o1, s, values, position, ok, DV, DV0, DV1, PRECISION)
+        m, total, o0, o1 = _absorb(m, total, o0, o1, s, values, position, ok, DV, DV0, DV1)
     return m, total, o0, o1
 
 
 @triton.jit
-def _counts(value, m, real, ok, kind: tl.constexpr, alike: tl.constexpr):
+def _counts(value, m, real, ok, kind: tl.constexpr, alike: tl.constexpr, hidden: tl.constexpr):
     """Whether a mask's ``value`` shows a row that is ``real`` a column that is ``ok``; ``m``: the rows' largest logits.
 
-    What a float mask hides by a large number counts only where it hides all.
+    What a float mask hides by a large number, below ``hidden``, counts only where it hides all.
     """
     if alike:
         shown = tl.zeros([1, ok.shape[0]], tl.float32)
@@ -149,7 +145,7 @@ def _counts(value, m, real, ok, kind: tl.constexpr, alike: tl.constexpr):
         shown = tl.where(real[:, None], tl.zeros([real.shape[0], ok.shape[0]], tl.float32), float("-inf"))
         most = m[:, None]
     shown = _hidden(shown, value, 0, 0, ok, kind, False)
-    counts = (shown > -1e30) | ((shown > float("-inf")) & (most < -1e29))
+    counts = (shown > hidden) | ((shown > float("-inf")) & (most < hidden / 2))
     return tl.max(tl.max(counts.to(tl.int32), 1), 0) > 0
 
 
@@ -169,10 +165,11 @@ def _share(
     sm_b, sm_h, sm_n, sm_s,
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     T: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
-    ON_DEVICE: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
+    ON_DEVICE: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One share of the positions of one KV head, for BLOCK_M of its rows (query head of the group, query)."""
+    scale = tl.cast(scale, tl.float32)  # a Python float arrives as float64 from Inductor
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     if ON_DEVICE:
         start = tl.load(START)
@@ -208,15 +205,15 @@ def _share(
         value = _masked(MASK, mask_row, behind + chunk - first, behind + chunk < last, sm_s, BEHIND, ALIKE)
         m, total, o0, o1 = _walk(
             m, total, o0, o1, q0, q1, pruned, values, low, high, 0, ring_rows, MASK, mask_row, query, first, sm_s,
-            scale, False, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
+            scale, False, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, BLOCK_N,
         )  # fmt: skip
         if not CAUSAL:
             for at in range(behind, last, CHUNK):
-                if _counts(value, m, real, at + chunk < last, KIND, ALIKE):
+                if _counts(value, m, real, at + chunk < last, KIND, ALIKE, HIDDEN):
                     m, total, o0, o1 = _walk(
                         m, total, o0, o1, q0, q1, pruned, values, at, tl.minimum(at + CHUNK, last), 0, ring_rows, MASK,
                         mask_row, query, first, sm_s, scale, False, T, T0, T1, DV, DV0, DV1,
-                        KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
+                        KIND, CAUSAL, ALIKE, BLOCK_N,
                     )  # fmt: skip
                 position = at + CHUNK + chunk
                 value = _masked(MASK, mask_row, position - first, position < last, sm_s, KIND, ALIKE)
@@ -226,12 +223,12 @@ def _share(
         low, high = _part(tl.maximum(first, floor), end, split - splits, whole_splits, BLOCK_N)
         m, total, o0, o1 = _walk(
             m, total, o0, o1, whole0, whole1, ring, values, low, tl.minimum(high, start), 0, ring_rows, MASK,
-            mask_row, query, first, sm_s, scale, True, D, D0, D1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
+            mask_row, query, first, sm_s, scale, True, D, D0, D1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, BLOCK_N,
         )  # fmt: skip
         m, total, o0, o1 = _walk(
             m, total, o0, o1, whole0, whole1, new, values, tl.maximum(low, start), high, start, ring_rows, MASK,
             mask_row, query, first, sm_s, scale, False, D, D0, D1, DV, DV0, DV1,
-            KIND, CAUSAL, ALIKE, PRECISION, BLOCK_N,
+            KIND, CAUSAL, ALIKE, BLOCK_N,
         )  # fmt: skip
 
     seen = total > 0
@@ -280,6 +277,11 @@ def _strides(mask: Tensor | None) -> tuple[int, ...]:
     if mask is None:
         return 0, 0, 0, 0
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+
+
+def _hidden_at(mask: Tensor | None) -> float:
+    """Logits (base 2) that a float mask has brought below this are hidden; masks hide by the minimum of their type."""
+    return -1e30 if mask is None or mask.dtype != torch.float16 else torch.finfo(torch.float16).min / 2 * _LOG2E
 
 
 def _parts(width: int) -> tuple[int, int]:
@@ -375,7 +377,7 @@ def _decode(
             GROUP=query_heads // heads, D=d, D0=_parts(d)[0], D1=_parts(d)[1],
             T=width, T0=_parts(width)[0], T1=_parts(width)[1], DV=dv, DV0=_parts(dv)[0], DV1=_parts(dv)[1],
             ON_DEVICE=start_at is not None, KIND=kind, CAUSAL=is_causal, ALIKE=strides[1] == 0 and strides[2] == 0,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            HIDDEN=_hidden_at(mask),
             BLOCK_M=how.block_m, BLOCK_N=how.block_n, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         block_s, block_v = triton.next_power_of_2(splits), triton.next_power_of_2(dv)
