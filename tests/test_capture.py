@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from think_compile import capture
-from think_compile.capture import LARGE, MAX_CAPTURES, NotCaptured, Replayed, Signature
+from think_compile.capture import ATTEMPTS, LARGE, MAX_CAPTURES, NotCaptured, Replayed, Signature
 
 
 class Lowered:
@@ -76,10 +76,21 @@ def test_the_oldest_capture_is_let_go(replayed):
 def test_what_cannot_be_captured_runs_as_it_is(replayed, caplog):
     StandIn.fails = True
     weight = torch.randn(4)
-    for _ in range(4):
+    for _ in range(3 * ATTEMPTS):
         assert torch.equal(replayed([weight, torch.ones(4)])[0], weight + 1)
-    assert replayed.lowered.runs == 4 and replayed.refused == "made up"
+    assert replayed.lowered.runs == 3 * ATTEMPTS and replayed.refused == "made up"
     assert len([record for record in caplog.records if "made up" in record.message]) == 1
+
+
+def test_a_capture_that_failed_once_is_tried_again(replayed):
+    StandIn.fails = True
+    weight = torch.randn(4)
+    for _ in range(2):
+        replayed([weight, torch.ones(4)])
+    StandIn.fails = False
+    for _ in range(3):
+        assert torch.equal(replayed([weight, torch.ones(4)])[0], weight + 1)
+    assert StandIn.made == 1 and replayed.lowered.runs == 3 and not replayed.refused
 
 
 def test_a_signature_is_places_shapes_and_numbers():
@@ -96,6 +107,7 @@ def test_a_large_input_counts_by_its_place():
     large = torch.empty(LARGE, dtype=torch.uint8)
     signature = Signature([large], frozenset())
     assert signature.placed == [0] and not signature.matches([large.clone()])
+    assert not signature.matches([large.view(2, -1)])
 
 
 @pytest.mark.parametrize(

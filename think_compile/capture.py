@@ -7,6 +7,7 @@ so that the next replay does not change what a caller holds.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from think_compile.lower import Inductor
 
 log = logging.getLogger(__name__)
 
 MAX_CAPTURES = 8  # of one graph; the oldest is let go for a ninth
+ATTEMPTS = 3  # a capture fails for good when it has failed so often: memory may be short for a while
 LARGE = 16 * 2**20  # bytes; an input of that size is read in place, and another address is another capture
 
 
@@ -31,7 +34,7 @@ class Replayed:
         self.captures: list[Capture] = []
         self.latest: Capture | None = None  # that the last call replayed
         self.seen: Signature | None = None  # of the last call that was not replayed
-        self.refused = ""
+        self.refused, self.failures = "", 0
 
     def __call__(self, values: Sequence[Any]) -> Sequence[Any]:
         if self.refused:
@@ -53,13 +56,22 @@ class Replayed:
             try:
                 capture = Capture(self.lowered, values, signature)
             except NotCaptured as error:
-                self.refused = str(error)
+                return self._failed(values, error)
         if self.refused:
             log.warning("steps are launched one by one and not replayed from a CUDA graph: %s", self.refused)
             return self.lowered(values)
         log.info("captured a CUDA graph")
         self.captures = [capture, *self.captures][:MAX_CAPTURES]
         return capture.replay(values)
+
+    def _failed(self, values: Sequence[Any], error: NotCaptured) -> Sequence[Any]:
+        """Run as it is what could not be captured; another call may try again."""
+        self.failures, self.seen = self.failures + 1, None
+        log.info("a CUDA graph was not captured: %s", error)
+        if self.failures == ATTEMPTS:
+            self.refused = str(error)
+            log.warning("steps are launched one by one and not replayed from a CUDA graph: %s", self.refused)
+        return self.lowered(values)
 
 
 class Signature:
@@ -73,18 +85,22 @@ class Signature:
         placed = set(self.placed)
         self.others = [i for i in range(len(values)) if i not in placed]
         self.looks = [look(values[i]) for i in self.others]
+        self.large = [i for i in self.placed if i not in in_place]  # the caller's own: may change their shape in place
+        self.large_looks = [look(values[i]) for i in self.large]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Signature):
             return NotImplemented
-        return (self.placed, self.pointers, self.looks) == (other.placed, other.pointers, other.looks)
+        mine, theirs = ((x.placed, x.pointers, x.looks, x.large_looks) for x in (self, other))
+        return mine == theirs
 
     __hash__ = None  # type: ignore[assignment]
 
     def matches(self, values: Sequence[Any]) -> bool:
         """Whether the signature of ``values`` is this one."""
         same_places = self.pointers == [values[i].data_ptr() for i in self.placed]
-        return same_places and self.looks == [look(values[i]) for i in self.others]
+        same_looks = self.large_looks == [look(values[i]) for i in self.large]
+        return same_places and same_looks and self.looks == [look(values[i]) for i in self.others]
 
 
 def look(value: Any) -> Any:
@@ -104,7 +120,15 @@ def obstacle(values: Sequence[Any]) -> str:
     devices = {x.device for x in values if isinstance(x, Tensor)}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         return f"inputs are on {', '.join(sorted(map(str, devices)))}"
+    if any(is_traceable_wrapper_subclass(x) for x in values if isinstance(x, Tensor)):
+        return "inputs are tensor subclasses, which do not tell where their numbers lie"
     return ""
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Torch's own is one for all devices, on the device that captured first. One each: a stream costs a workspace."""
+    return torch.cuda.Stream(device)
 
 
 class NotCaptured(Exception):
@@ -145,7 +169,7 @@ class Capture:
         with (
             torch.cuda.device(device),
             _mended(device),
-            torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
+            torch.cuda.graph(self.graph, stream=_capture_stream(device), capture_error_mode="thread_local"),
         ):
             self.outputs = list(lowered(given))
         self._refuse_aliases(values)
