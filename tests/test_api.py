@@ -624,3 +624,10 @@ def test_looking_at_a_cache_does_not_change_what_follows():
         a, b = seen.step(part), unseen.step(part)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         seen.past[0][0][:, :, 3].sum()
+
+
+def test_layers_that_graph_breaks_part_may_have_graphs_of_their_own():
+    """They share one piece of code, and differ in what they hold: torch counts that against its limit."""
+    blocks = [torch.nn.TransformerEncoderLayer(4, 1, 4) for _ in range(40)]
+    assert tc.api._limits(torch.nn.Sequential(*blocks)) == {"recompile_limit": 320, "accumulated_recompile_limit": 320}
+    assert tc.api._limits(blocks[0]) == {"recompile_limit": 64, "accumulated_recompile_limit": 256}

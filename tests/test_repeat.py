@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import gc
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -74,6 +76,28 @@ def begun(models, steps=4):
     for _ in range(steps):
         both(models, torch.randint(0, 60, (2, 1)), caches)
     return caches
+
+
+def talk(model, ids):
+    """Logits of a prompt and of steps on a cache of their own."""
+    cache = StaticCache(config=model.config, max_cache_len=ROOM)
+    with torch.no_grad():
+        parts = [ids[:, :PROMPT], *ids[:, PROMPT:].split(1, 1)]
+        return torch.cat([model(part.contiguous(), **{CACHE: cache}).logits for part in parts], 1)
+
+
+def test_threads_take_turns(models, repeated, monkeypatch):
+    """A replay lets the other thread go on, as a CUDA graph's does."""
+    replay = StandIn.replay
+    monkeypatch.setattr(StandIn, "replay", lambda self, values: [time.sleep(0.003), replay(self, values)][1])
+    ours, theirs = models
+    talks = [torch.randint(0, 60, (1, PROMPT + 12)) for _ in range(4)]
+    talk(ours, talks[0])  # compiles
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda ids: talk(ours, ids), talks))
+    for ids, logits in zip(talks, found, strict=True):
+        assert torch.equal(logits, talk(theirs, ids))
+    assert any(repeated)
 
 
 @torch.no_grad()

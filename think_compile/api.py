@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -20,9 +21,10 @@ from think_compile.report import Report
 
 M = TypeVar("M", bound=nn.Module)
 
-# Graphs of one model before torch gives up compiling it and runs it op by op. Torch's own limit of 8 is reached by a
-# few conversations that differ in batch, padding and cache; beyond it no new cache would be pruned.
+# Graphs of one piece of code before torch gives up compiling it and runs it op by op. Torch's own limit of 8 is reached
+# by a few conversations that differ in batch, padding and cache; beyond it no new cache would be pruned.
 MAX_GRAPHS = 64
+MAX_GRAPHS_OF_A_LAYER = 8  # where graph breaks part the layers, which have one piece of code
 
 _backends: weakref.WeakKeyDictionary[nn.Module, Backend] = weakref.WeakKeyDictionary()
 
@@ -113,12 +115,12 @@ def _compiled(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     """
     code = _call.__code__.replace(co_name=f"{type(model).__name__}_call")
     compiled = torch.compile(types.FunctionType(code, globals()), backend=backend)
+    limits = _limits(model)
 
     def call(*args: Any) -> Any:
-        backend.arguments = args
-        running = RUNNING.set(Running(object(), backend.warn_once))
+        running = RUNNING.set(Running(object(), backend.warn_once, args))
         try:
-            with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS, suppress_errors=backend.may_fall_back):
+            with torch._dynamo.config.patch(limits | {"suppress_errors": backend.may_fall_back}):
                 result = compiled(*args)
         except BackendCompilerFailed as failed:
             if isinstance(failed.inner_exception, NothingRewritten):
@@ -126,11 +128,20 @@ def _compiled(model: nn.Module, backend: Backend) -> Callable[..., Any]:
             raise
         finally:
             RUNNING.reset(running)
-            backend.arguments = None
         backend.check_attention_was_seen()
         return result
 
     return call
+
+
+def _limits(model: nn.Module) -> dict[str, int]:
+    """How often Dynamo may compile a piece of code of the model."""
+    kinds = Counter(type(module) for module in model.modules() if next(module.children(), None) is not None)
+    limit = max(MAX_GRAPHS, MAX_GRAPHS_OF_A_LAYER * max(kinds.values(), default=0))
+    return {
+        "recompile_limit": limit,
+        "accumulated_recompile_limit": max(limit, torch._dynamo.config.accumulated_recompile_limit),
+    }
 
 
 def _backend_of(model: nn.Module) -> Backend:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from think_compile.config import ThinkConfig, fallback_allowed
-from think_compile.handle import Handle, LostWrite
+from think_compile.handle import RUNNING, Handle, LostWrite
 from think_compile.holders import Place, holders, owns_its_storage
 from think_compile.lower import CompilationFailed
 from think_compile.passes.attention import Attention, find_attention, module_path
@@ -48,12 +49,12 @@ class Backend:
 
     def __init__(self, model: torch.nn.Module, config: ThinkConfig, *, dry: bool = False) -> None:
         self.model, self.config, self.dry = weakref.ref(model), config, dry
+        self.lock = threading.RLock()  # a graph remembers its last step: threads take turns
         self.ledger = Ledger()
         self.stores: weakref.WeakSet[Store] = weakref.WeakSet()
         self.graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
         self.warned: set[str] = set()
         self.given_up: set[str] = set()  # layers that a later call could not read packed: new caches stay dense
-        self.arguments: Any = None  # of the call that is running
         self.checked = self.graphs_refused_for_gradients = False
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -154,7 +155,8 @@ class Backend:
                 findings.refused.append((site.attention, Refused(Reason.GIVEN_UP)))
 
     def _holders(self, tensor: Tensor) -> list[Place]:
-        return holders(tensor, self.model(), self.arguments)
+        running = RUNNING.get()
+        return holders(tensor, self.model(), running and running.arguments)
 
     def replace(self, tensor: Tensor, handle: Handle) -> None:
         """Put a handle where a written dense cache tensor stood."""
@@ -267,7 +269,8 @@ class CompiledGraph:
     def __call__(self, *args: Any) -> Any:
         if self.plain is None:
             try:
-                return self._run_or_give_up(args)
+                with self.backend.lock:
+                    return self._run_or_give_up(args)
             except (CacheFull, LostWrite, torch.OutOfMemoryError):
                 raise  # the caller's own, and nothing that the plain graph would do better
             except Exception as error:

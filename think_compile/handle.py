@@ -30,10 +30,11 @@ class LostWrite(RuntimeError):
 
 
 class Running(NamedTuple):
-    """A call of a wrapped model, while it runs: what tells it from others, and what takes a warning."""
+    """A call of a wrapped model, while it runs: what tells it from others, what takes a warning, what it was given."""
 
     token: object
     warn: Callable[[str], None]
+    arguments: Any = None
 
 
 RUNNING: ContextVar[Running | None] = ContextVar("think_compile_running", default=None)
