@@ -6,6 +6,7 @@ from models import build
 from oracle import CACHE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache, StaticCache
 
 from think_compile import report, think_compile
@@ -46,6 +47,18 @@ def test_a_size_that_leaves_what_was_assumed_compiles_again():
     for rows in (4, 9, 1, 4):
         torch.testing.assert_close(lowered([torch.ones(rows, 3)])[0], torch.full((rows, 3), 2.0))
     assert len(lowered.variants) == 2  # one row is a shape of its own
+
+
+def test_weights_that_are_tensor_subclasses():
+    """As of quantized and of sharded models."""
+    traced = make_fx(lambda x, w: (x @ w,))(torch.ones(4, 3), torch.ones(3, 2))
+    lowered = Inductor(traced, [Dims(varying=(0,)), Dims()], {})
+    weight = torch.randn(3, 2)
+    for rows in (4, 9):
+        x = torch.randn(rows, 3)
+        found = lowered([x, TwoTensor(weight, weight.clone())])[0]
+        torch.testing.assert_close(found.a if isinstance(found, TwoTensor) else found, x @ weight)
+    assert len(lowered.variants) == 1
 
 
 def test_a_failure_says_that_nothing_has_run():

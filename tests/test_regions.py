@@ -40,6 +40,12 @@ def test_a_part_of_a_layer_may_be_left_over():
     assert regions._repetition(torch.tensor([*layer[5:], *layer * 3, *layer[:2]])) == (0, 9, 4 + 27 + 2)
 
 
+def test_a_repetition_is_found_whatever_the_default_device_is():
+    numbers = torch.tensor([*range(9)] * 4)
+    with torch.device("meta"):
+        assert regions._repetition(numbers) == (0, 9, 36)
+
+
 @pytest.mark.parametrize("numbers", [[], [1], list(range(40)), [1, 2, 3] * 2])
 def test_no_repetition(numbers):
     assert regions._repetition(torch.tensor(numbers, dtype=torch.long)) is None

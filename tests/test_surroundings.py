@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from compare import Rules, Trio, tokens
 from models import PastDecoder, causal_mask, own
 
@@ -130,3 +131,57 @@ def test_shared_memory_is_refused():
     _, past = talked(ours, tokens(2, 12), [12])
     with pytest.raises(RuntimeError, match="cannot be moved to shared memory; use"):
         past[0][0].share_memory_()
+
+
+class Quantized(torch.Tensor):
+    """Weights of 8 bits that any operation sees in full precision, as libraries for quantization hold them."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, numbers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)
+
+    def __init__(self, numbers, scale):
+        self.numbers, self.scale = numbers, scale
+
+    def __tensor_flatten__(self):
+        return ["numbers", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return Quantized(inner["numbers"], inner["scale"])
+
+    @classmethod
+    def of(cls, weight):
+        scale = weight.abs().amax() / 127
+        return cls((weight / scale).round().to(torch.int8), scale)
+
+    def full(self):
+        return self.numbers * self.scale
+
+    def __repr__(self, *, tensor_contents=None):  # torch's own would read the numbers, of which a trace has none
+        return f"Quantized({tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].numbers, args[0].scale)
+        args, kwargs = pytree.tree_map_only(cls, cls.full, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_weights_that_are_tensor_subclasses(lowering):
+    plain, quantized = own("tuple_cat"), own("tuple_cat")
+    for ours, theirs in zip(quantized.modules(), plain.modules(), strict=True):
+        if isinstance(ours, torch.nn.Linear):
+            weight = Quantized.of(ours.weight.detach())
+            ours.weight = torch.nn.Parameter(weight, requires_grad=False)
+            theirs.weight = torch.nn.Parameter(weight.full(), requires_grad=False)
+    ids = tokens(1, 20)
+    runs = [talked(think_compile(m, lowering=lowering, **SMALL), ids) for m in (plain, quantized)]
+    for ours, theirs in zip(*(logits for logits, _ in runs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not report(quantized).refused
+    assert report(quantized).stored_key_bytes == report(plain).stored_key_bytes > 0

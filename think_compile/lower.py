@@ -21,6 +21,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from think_compile.regions import compile_by_regions
 
@@ -192,6 +193,8 @@ class _Fakes:
             return arg
         if d.named:
             return self._with_named_sizes(arg, d)
+        if is_traceable_wrapper_subclass(arg):  # quantized or sharded weights; of what varies, each size is compiled
+            return self.mode.from_tensor(arg.detach(), static_shapes=True)
         sizes = [DimDynamic.DYNAMIC if axis in d.varying else DimDynamic.STATIC for axis in range(arg.dim())]
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         return self.mode.from_tensor(arg.detach(), source=LocalSource(name), symbolic_context=context)

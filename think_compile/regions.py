@@ -160,7 +160,8 @@ def _repetition(numbers: Tensor) -> tuple[int, int, int] | None:
 def _longest_run(same: Tensor) -> tuple[int, int]:
     """(start, length) of the longest run of True."""
     ends = torch.nonzero(~same)[:, 0]
-    bounds = torch.cat([torch.tensor([-1]), ends, torch.tensor([len(same)])])
+    first, last = (torch.tensor([end], device=same.device) for end in (-1, len(same)))
+    bounds = torch.cat([first, ends, last])
     lengths = bounds.diff() - 1
     longest = int(lengths.argmax())
     return int(bounds[longest]) + 1, int(lengths[longest])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from think_compile.config import ThinkConfig
 from think_compile.kernels.canonical import HEAD, describe
@@ -160,8 +163,17 @@ def _is_keys(store: Store) -> bool:
 
 def _stored(stores: Iterable[Store]) -> int:
     """Bytes of the distinct tensors behind the stores."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for s in stores for t in s.tensors()}
-    return sum(storages.values())
+    tensors = [part for store in stores for tensor in store.tensors() for part in _parts(tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """A plain tensor itself; of a tensor subclass the plain ones that it is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def _dense(stores: Iterable[Store]) -> int:

@@ -284,6 +284,11 @@ def test_all_hold():
     assert not steps.all_hold([yes, no]) and not steps.all_hold([yes, False]) and not steps.all_hold([False, no])
 
 
+def test_answers_of_layers_on_different_devices():
+    answers = [torch.tensor(True, device="meta"), torch.tensor(True)]
+    assert all(together(answers).device.type == "meta" for together in (steps.all_hold, steps.any_holds))
+
+
 def test_values_are_a_copy():
     v = torch.zeros(B, H, SIZE, DV)
     q, k = torch.randn(B, HQ, 3, D), torch.randn(B, H, SIZE, D)

@@ -150,7 +150,7 @@ def any_holds(answers: list[Tensor | bool]) -> Tensor | bool:
     """Whether one is true."""
     tensors = [answer for answer in answers if isinstance(answer, Tensor)]
     numbers = any(answer for answer in answers if not isinstance(answer, Tensor))
-    return torch.stack(tensors).any() if tensors and not numbers else numbers
+    return _stacked(tensors).any() if tensors and not numbers else numbers
 
 
 def begins_at_first_row(start: Tensor | int, consecutive: bool) -> Tensor | bool:
@@ -173,7 +173,12 @@ def all_hold(answers: list[Tensor | bool]) -> Tensor | bool:
     """Whether all are true."""
     tensors = [answer for answer in answers if isinstance(answer, Tensor)]
     numbers = all(answer for answer in answers if not isinstance(answer, Tensor))
-    return torch.stack(tensors).all() if tensors and numbers else numbers
+    return _stacked(tensors).all() if tensors and numbers else numbers
+
+
+def _stacked(answers: list[Tensor]) -> Tensor:
+    """Answers of layers, which may be on different devices."""
+    return torch.stack([answer.to(answers[0].device) for answer in answers])
 
 
 def first_call_own_rows(
