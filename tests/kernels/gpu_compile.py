@@ -77,7 +77,7 @@ def share(
         **parts,
         **{f"{name}{i}": part for name, width in parts.items() for i, part in enumerate(decode._parts(width))},
         **{"GROUP": group, "ON_DEVICE": on_device, "KIND": ["none", "bool", "float"].index(mask), "CAUSAL": causal},
-        **{"ALIKE": mask != "float", "HIDDEN": -1e30},
+        **{"ALIKE": mask != "float", "HALF_MASK": mask == "float" and dtype == "fp16"},
         **{"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n},
         **({"MASK": None} if mask == "none" else {}),
         **({} if on_device else {"FLOOR": None, "START": None}),

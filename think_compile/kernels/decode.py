@@ -133,11 +133,12 @@ def _walk(
 
 
 @triton.jit
-def _counts(value, m, real, ok, kind: tl.constexpr, alike: tl.constexpr, hidden: tl.constexpr):
+def _counts(value, m, real, ok, kind: tl.constexpr, alike: tl.constexpr, half: tl.constexpr):
     """Whether a mask's ``value`` shows a row that is ``real`` a column that is ``ok``; ``m``: the rows' largest logits.
 
-    What a float mask hides by a large number, below ``hidden``, counts only where it hides all.
+    What a float mask hides by the minimum of its type, or half of that, counts only where it hides all.
     """
+    hidden: tl.constexpr = -47252.0 if half else -1e30  # base 2, as the logits
     if alike:
         shown = tl.zeros([1, ok.shape[0]], tl.float32)
         most = shown + tl.min(m, 0)
@@ -165,7 +166,7 @@ def _share(
     sm_b, sm_h, sm_n, sm_s,
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     T: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
-    ON_DEVICE: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, HIDDEN: tl.constexpr,
+    ON_DEVICE: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, HALF_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One share of the positions of one KV head, for BLOCK_M of its rows (query head of the group, query)."""
@@ -209,7 +210,7 @@ def _share(
         )  # fmt: skip
         if not CAUSAL:
             for at in range(behind, last, CHUNK):
-                if _counts(value, m, real, at + chunk < last, KIND, ALIKE, HIDDEN):
+                if _counts(value, m, real, at + chunk < last, KIND, ALIKE, HALF_MASK):
                     m, total, o0, o1 = _walk(
                         m, total, o0, o1, q0, q1, pruned, values, at, tl.minimum(at + CHUNK, last), 0, ring_rows, MASK,
                         mask_row, query, first, sm_s, scale, False, T, T0, T1, DV, DV0, DV1,
@@ -277,11 +278,6 @@ def _strides(mask: Tensor | None) -> tuple[int, ...]:
     if mask is None:
         return 0, 0, 0, 0
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
-
-
-def _hidden_at(mask: Tensor | None) -> float:
-    """Logits (base 2) that a float mask has brought below this are hidden; masks hide by the minimum of their type."""
-    return -1e30 if mask is None or mask.dtype != torch.float16 else torch.finfo(torch.float16).min / 2 * _LOG2E
 
 
 def _parts(width: int) -> tuple[int, int]:
@@ -377,7 +373,7 @@ def _decode(
             GROUP=query_heads // heads, D=d, D0=_parts(d)[0], D1=_parts(d)[1],
             T=width, T0=_parts(width)[0], T1=_parts(width)[1], DV=dv, DV0=_parts(dv)[0], DV1=_parts(dv)[1],
             ON_DEVICE=start_at is not None, KIND=kind, CAUSAL=is_causal, ALIKE=strides[1] == 0 and strides[2] == 0,
-            HIDDEN=_hidden_at(mask),
+            HALF_MASK=mask is not None and mask.dtype == torch.float16,
             BLOCK_M=how.block_m, BLOCK_N=how.block_n, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         block_s, block_v = triton.next_power_of_2(splits), triton.next_power_of_2(dv)
