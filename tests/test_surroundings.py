@@ -171,7 +171,12 @@ class Quantized(torch.Tensor):
         return func(*args, **kwargs)
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+BROKEN_CPP = pytest.mark.xfail(
+    torch.__version__.startswith("2.11"), reason="its Inductor writes C++ that does not compile: a mask from a bool"
+)
+
+
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=BROKEN_CPP)])
 def test_weights_that_are_tensor_subclasses(lowering):
     plain, quantized = own("tuple_cat"), own("tuple_cat")
     for ours, theirs in zip(quantized.modules(), plain.modules(), strict=True):
