@@ -6,6 +6,7 @@ import gc
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +77,14 @@ def begun(models, steps=4):
     for _ in range(steps):
         both(models, torch.randint(0, 60, (2, 1)), caches)
     return caches
+
+
+def test_a_large_input_of_another_shape_is_no_step_like_the_last():
+    """It is read where it lies, so that its place alone does not tell."""
+    large = torch.empty(capture.LARGE, dtype=torch.uint8)
+    made = SimpleNamespace(signature=capture.Signature([large], frozenset()))
+    last = Repeated([large], made, {0: 0}, [])
+    assert last.values([large]) == {} and last.values([large.view(2, -1)]) is None
 
 
 def talk(model, ids):

@@ -11,6 +11,8 @@ from models import PastDecoder, causal_mask, own
 
 from think_compile import report, think_compile
 from think_compile.handle import Handle
+from think_compile.report import _stored
+from think_compile.store import Dense, Rows
 
 SMALL = vars(Rules())
 
@@ -190,3 +192,9 @@ def test_weights_that_are_tensor_subclasses(lowering):
         torch.testing.assert_close(ours, theirs)
     assert not report(quantized).refused
     assert report(quantized).stored_key_bytes == report(plain).stored_key_bytes > 0
+
+
+def test_bytes_of_tensor_subclasses_are_those_of_their_parts():
+    """As of a cache whose keys are sharded or quantized."""
+    keys = Quantized.of(torch.randn(1, 2, 8, 16))
+    assert _stored([Dense(Rows(keys))]) == 2 * 8 * 16 + keys.scale.nbytes

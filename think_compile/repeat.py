@@ -48,6 +48,7 @@ class Repeated:
         self.handles = [i for i, x in enumerate(args) if isinstance(x, Handle)]
         self.known = Known([args[i] for i in self.handles])
         self.placed = [passed[i] for i in capture.signature.placed if i in passed]
+        self.large = [passed[i] for i in capture.signature.large]
         self.pointers = self._pointers(args)
         self.others = [(i, fetchers[i]) for i in capture.signature.others]
 
@@ -60,6 +61,8 @@ class Repeated:
         Raises as :meth:`.handle.Handle.check_unwritten`.
         """
         if not self.known.are([args[i] for i in self.handles]) or self._pointers(args) != self.pointers:
+            return None
+        if [look(args[i]) for i in self.large] != self.capture.signature.large_looks:
             return None
         values = {i: fetch(args, {}) for i, fetch in self.others}
         return values if list(map(look, values.values())) == self.capture.signature.looks else None

@@ -163,17 +163,17 @@ def _is_keys(store: Store) -> bool:
 
 def _stored(stores: Iterable[Store]) -> int:
     """Bytes of the distinct tensors behind the stores."""
-    tensors = [part for store in stores for tensor in store.tensors() for part in _parts(tensor)]
+    tensors = [part for store in stores for tensor in store.tensors() for part in _plain(tensor)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """A plain tensor itself; of a tensor subclass the plain ones that it is made of."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _parts(getattr(tensor, name))
+        yield from _plain(getattr(tensor, name))
 
 
 def _dense(stores: Iterable[Store]) -> int:

@@ -47,7 +47,7 @@ def test_kernels_compile_for_other_gpus_and_fit_them(device):
 
 
 def test_no_launch_of_the_table_moves_logits_to_the_layout_of_the_mask():
-    """In a tile of as many rows as threads Triton does, and a step of 8 sequences of 32k tokens takes 3 ms more."""
+    """In tiles of as many rows as threads, or more, Triton does."""
     launches = {(query_tile(row["rows"]), *row["launch"][:3]) for row in table()}
     kernels = [("share", {"mask": "bool", "launch": (*launch, 4)}) for launch in sorted(launches)]
     moving = ("share", {"mask": "bool", "launch": (16, 128, 4, 3, 4)})

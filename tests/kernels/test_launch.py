@@ -29,7 +29,7 @@ def test_any_shape_gets_a_launch_that_fits(rows, kept, d, itemsize, heads, exten
     for size in (launch.block_m, launch.block_n, launch.warps):
         assert size & (size - 1) == 0
     assert 16 <= launch.block_m <= query_tile(rows) and launch.block_n >= 16 and launch.stages >= 2
-    assert 1 <= launch.splits <= max(1, extent // SMALLEST_SHARE) or device == H100
+    assert 1 <= launch.splits <= max(1, extent // SMALLEST_SHARE)
     smallest = (launch.block_m, launch.block_n, launch.stages) == (16, 16, 2)
     held = (launch.block_n * (launch.stages - 1) + launch.block_m) * whole
     assert held <= FILLED * device.shared_bytes or smallest

@@ -202,6 +202,7 @@ def _share(
         i1 = tl.load(CHANNELS + bh * T + c1, mask=c1 < T, other=0)
         q0, q1 = _queries(q_row, real, i0, i1, c0 < T, c1 < T)
         low, high = _part(first, tl.minimum(floor, end), split, splits, BLOCK_N)
+        # Of the rows behind only the mask is read, unless it shows some: asked for here, looked at behind the tokens.
         behind, last = _part(end, extent, split, splits, CHUNK)
         value = _masked(MASK, mask_row, behind + chunk - first, behind + chunk < last, sm_s, BEHIND, ALIKE)
         m, total, o0, o1 = _walk(

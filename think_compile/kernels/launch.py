@@ -38,7 +38,7 @@ class Device(NamedTuple):
     processors: int
 
 
-H100 = Device(232_448, 132)  # the table's
+H100 = Device(232_448, 132)
 
 
 @functools.cache
@@ -63,7 +63,14 @@ def table() -> tuple[dict[str, Any], ...]:
     Each has rows (of queries that read one KV head), bytes (of a token's value and narrow key), blocks (KV heads of all
     sequences, times tiles of query rows), tokens, and the launch without its block_m.
     """
-    return tuple(json.loads(TABLE.read_text())["rows"])
+    return tuple(_measured()["rows"])
+
+
+@functools.cache
+def _measured() -> dict[str, Any]:
+    """What the file holds: the rows, and how many processors the device has that they are of."""
+    found: dict[str, Any] = json.loads(TABLE.read_text())
+    return found
 
 
 def launch_for(rows: int, narrow: int, whole: int, heads: int, extent: int, device: Device = H100) -> Launch:
@@ -86,8 +93,8 @@ def launch_for(rows: int, narrow: int, whole: int, heads: int, extent: int, devi
 
     nearest = min(table(), key=distance)
     block_n, warps, stages, splits = nearest["launch"]
-    if (nearest["blocks"], nearest["tokens"], H100.processors) != (blocks, extent, device.processors):
-        programs = splits * nearest["blocks"] * device.processors / H100.processors
+    if (nearest["blocks"], nearest["tokens"], _measured()["processors"]) != (blocks, extent, device.processors):
+        programs = splits * nearest["blocks"] * device.processors / _measured()["processors"]
         splits = max(1, min(round(programs / blocks), extent // SMALLEST_SHARE))
     return _fitting(Launch(block_m, block_n, warps, stages, splits), whole, FILLED * device.shared_bytes)
 
