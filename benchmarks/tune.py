@@ -89,6 +89,7 @@ SHAPES = [
     *(Shape(b, s, kept=32) for b, s in ((1, 32768), (8, 8192))),
     *(Shape(b, s, query_heads=16, heads=8, d=256, kept=128, dv=256) for b, s in ((1, 32768), (8, 8192))),
     *(Shape(b, s, query_heads=28, heads=4) for b, s in ((1, 32768), (8, 8192))),
+    Shape(8, 8192, query_heads=28, heads=4, d=256, kept=128, dv=256, mask="float"),
     *(Shape(b, s, query_heads=9, heads=3, d=64, kept=32, dv=64) for b, s in ((1, 2048), (8, 8192))),
     *(Shape(b, s, queries=8) for b, s in ((1, 32768), (8, 8192))),
     *(Shape(b, s, queries=32) for b, s in ((1, 32768), (8, 8192))),

@@ -60,6 +60,7 @@ def _row(record: Record, dense: Record) -> dict[str, Any]:
         "less_dense": less,
         "n": max(map(len, samples.values())),
         "through_pruned": through_pruned(record),
+        "effective_ratio": round(record["counters"]["effective_ratio"], 4),
         "cut_contexts": record["counters"]["truncated_contexts"],
         "batch_size": record["batch_size"],
         "seeds": record["seeds"],

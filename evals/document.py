@@ -70,6 +70,12 @@ def option(name: str) -> Callable[[dict[str, Any]], str]:
     return table
 
 
+def pruned(row: Row) -> str:
+    """Method and ratio, and what was really dropped where that is something else."""
+    dropped = row["effective_ratio"]
+    return f"{row['method']} {row['ratio']:g}" + (f" ({dropped:.0%} dropped)" if dropped != row["ratio"] else "")
+
+
 def tasks(result: dict[str, Any]) -> str:
     """Each task's metrics, dense; and what other methods differ by."""
     lines: dict[tuple[str, str], dict[str, str]] = {}
@@ -80,8 +86,9 @@ def tasks(result: dict[str, Any]) -> str:
                 line["dense"] = f"{value:.4f}"
             elif metric in row["less_dense"]:
                 mean, low, high = row["less_dense"][metric]
-                line[f"{row['method']} {row['ratio']:g}"] = f"{mean:+.4f} [{low:+.3f}, {high:+.3f}]"
-    columns = list(dict.fromkeys(name for line in lines.values() for name in line))
+                line[pruned(row)] = f"{mean:+.4f} [{low:+.3f}, {high:+.3f}]"
+    others = sorted((row["method"], row["ratio"], pruned(row)) for row in result["rows"] if row["method"] != "dense")
+    columns = list(dict.fromkeys(["n", "dense", *(name for _, _, name in others)]))
     body = [[f"`{task}`", metric, *(line.get(name, "") for name in columns)] for (task, metric), line in lines.items()]
     return "\n\n".join([about(result), markdown(["task", "metric", *columns], body)])
 

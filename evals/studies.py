@@ -79,7 +79,7 @@ def row_of(settings: Settings, found: Distance) -> Row:
     kl, agreement = mean_interval(found.kl), mean_interval(found.agreement)
     return {
         **settings.described(),
-        "kl": [round(x, 5) for x in (kl.mean, kl.low, kl.high)],
+        "kl": [round(x, 5) + 0.0 for x in (kl.mean, kl.low, kl.high)],  # no -0.0
         "agreement": [round(x, 4) for x in (agreement.mean, agreement.low, agreement.high)],
         "tokens": found.tokens,
         "through_pruned": found.through_pruned,

@@ -18,5 +18,5 @@ def a_record(method, values, metric="acc,none", total=None, **settings):
         "samples": samples,
         "counters": dict.fromkeys(("scored_through_pruned", "generated_through_pruned"), 3)
         | dict.fromkeys(("scored_tokens", "generated_tokens"), 5)
-        | {"contexts": 4, "truncated_contexts": 2},
+        | {"contexts": 4, "truncated_contexts": 2, "effective_ratio": 0.25},
     }

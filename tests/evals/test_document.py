@@ -52,9 +52,14 @@ def test_ratios_by_method(tmp_path):
 
 def test_tasks_with_their_differences():
     row = {"task": "needle", "n": 4, "metrics": {"acc,none": 0.75}, "method": "dense", "less_dense": {}}
-    ours = row | {"method": "think", "ratio": 0.5, "less_dense": {"acc,none": [-0.25, -0.5, 0.0]}}
+    ours = row | {
+        "method": "think",
+        "ratio": 0.5,
+        "effective_ratio": 0.25,
+        "less_dense": {"acc,none": [-0.25, -0.5, 0.0]},
+    }
     table = document.tasks(HEAD | {"rows": [row, ours, row | {"task": "other", "metrics": {"f1,none": 0.5}}]})
-    assert "| task | metric | n | dense | think 0.5 |" in table
+    assert "| task | metric | n | dense | think 0.5 (25% dropped) |" in table
     assert "| `needle` | acc | 4 | 0.7500 | -0.2500 [-0.500, +0.000] |" in table
     assert "| `other` | f1 | 4 | 0.5000 |  |" in table
 

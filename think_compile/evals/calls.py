@@ -100,8 +100,10 @@ class TwoCalls:
         return self._call(ids, torch.cat([filled.mask, mask], 1), filled.cache).logits
 
     def _call(self, ids: Tensor, mask: Tensor, cache: Any, **options: Any) -> Any:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :].contiguous()
         options |= {self.cache_name: cache, "use_cache": True}
+        for tensor in (ids, mask, positions):
+            _vary(tensor)
         with torch.no_grad(), self.around():
             return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
 
@@ -140,6 +142,13 @@ class TwoCalls:
             part = reads[start : start + rows]
             source = filled if whole else _branch(filled, [row for row, _ in part])
             yield from self.read(source, [later for _, later in part])
+
+
+def _vary(tensor: Tensor) -> None:
+    """Tell a compiler at once that other calls come with other sizes: one trace less for each kind of call."""
+    for axis, size in enumerate(tensor.shape):
+        if size > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 def _contexts(pieces: Sequence[Piece]) -> list[Ids]:
