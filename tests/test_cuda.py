@@ -145,15 +145,21 @@ def test_steps_attend_with_the_kernel(kind):
 @pytest.mark.parametrize("kind", ["growing", "fixed"])
 @torch.no_grad()
 def test_the_current_device_need_not_be_the_model_s(kind, lowering):
-    plain, prompt = llama(2), 100
+    plain, prompt = llama(2).float(), 100  # exact enough for all runs to keep the same channels
     ids = torch.randint(0, 1024, (1, prompt + 8), device="cuda")
-    runs = []
-    for device in ("cuda:0", "cuda:1"):
+
+    def run(plain, device, lowering):
         torch._dynamo.reset()
         model = think_compile(copy.deepcopy(plain).to(device), 0.5, lowering=lowering)
-        runs.append(steps_of(model, ids.to(device), cache_of(kind, model.config), prompt).to("cuda:0"))
+        logits = steps_of(model, ids.to(device), cache_of(kind, model.config), prompt)
         assert torch.cuda.current_device() == 0 and not report(model).refused
-    assert torch.equal(*runs)
+        return logits.to("cuda:0", torch.float64)
+
+    exact = run(plain.double(), "cuda:0", "eager")
+    plain.float()
+    natural = (run(plain, "cuda:0", "eager") - exact).abs().max()
+    for device in ("cuda:0", "cuda:1"):  # Inductor tunes for each, so that they need not agree to the last bit
+        assert (run(plain, device, lowering) - exact).abs().max() <= 4 * natural
 
 
 @torch.no_grad()
