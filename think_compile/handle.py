@@ -344,7 +344,11 @@ _PACKED: dict[Any, Callable[..., Handle | None]] = {
 
 
 def handle_for(store: Store, layout: Layout) -> Handle:
-    """A handle as a compiled call returns it: its token axis is marked dynamic, so that steps do not recompile."""
+    """A handle as a compiled call returns it: of one that grows the token axis is dynamic, so that no step recompiles.
+
+    A fixed one keeps its size, and with a symbol for it a graph takes about twice as long to trace.
+    """
     handle = Handle(store, layout)
-    torch._dynamo.maybe_mark_dynamic(handle, token_axis(layout))
+    if not store.fixed:
+        torch._dynamo.maybe_mark_dynamic(handle, token_axis(layout))
     return handle
