@@ -41,6 +41,34 @@ def test_steps_growth_and_batches_share_compilations(kind):
     assert all(len(lowered.variants) == 1 for lowered in inductors(ours))
 
 
+def inputs_with_symbols(model):
+    """Tensors that reach the model's graphs with a size that is a symbol."""
+    nodes = [node for graph in _backend_of(model).graphs for node in graph.normalized.placeholders]
+    values = [node.meta["val"] for node in nodes]
+    return [x for x in values if isinstance(x, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in x.shape)]
+
+
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+@torch.no_grad()
+def test_only_caches_that_grow_are_traced_with_symbols(kind):
+    model = think_compile(build("llama"), 0.5, recent=4, observe=8, lowering="eager")
+    cache = cache_for(kind, model)
+    for part in torch.randint(3, 96, (2, 23)).split([20, 1, 1, 1], dim=1):
+        model(part, **{CACHE: cache})
+    assert report(model).graphs == 2
+    assert bool(inputs_with_symbols(model)) == (kind == "growing")
+
+
+@torch.no_grad()
+def test_caches_of_other_sizes_share_a_compilation():
+    model = think_compile(build("llama"), 0.5, recent=4, observe=8, lowering="eager")
+    for size in (96, 128, 160, 192):
+        cache = StaticCache(config=model.config, max_cache_len=size)
+        for part in torch.randint(3, 96, (2, 23)).split([20, 1, 1, 1], dim=1):
+            model(part, **{CACHE: cache})
+    assert report(model).graphs <= 4  # a first and a later call, of the first size and of any other
+
+
 def test_a_size_that_leaves_what_was_assumed_compiles_again():
     traced = make_fx(lambda x: (x * 2,))(torch.ones(4, 3))
     lowered = Inductor(traced, [Dims(varying=(0,))], {})

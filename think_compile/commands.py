@@ -175,9 +175,7 @@ def evaluate(
     ),
     device: Device = "cpu",
     dtype: Dtype = "auto",
-    lowering: Annotated[
-        str, typer.Option(help="eager, or inductor, which compiles each kind of call: longer than most runs save.")
-    ] = "eager",
+    lowering: Annotated[str, typer.Option(help="eager, or inductor, which compiles each kind of call.")] = "eager",
     trust_remote_code: Trust = False,
 ) -> None:
     """Scores tasks of lm-evaluation-harness through the pruned cache, beside the dense model."""

@@ -346,9 +346,9 @@ _PACKED: dict[Any, Callable[..., Handle | None]] = {
 def handle_for(store: Store, layout: Layout) -> Handle:
     """A handle as a compiled call returns it: of one that grows the token axis is dynamic, so that no step recompiles.
 
-    A fixed one keeps its size, and with a symbol for it a graph takes about twice as long to trace.
+    A fixed one keeps its size, and a graph with symbols takes longer to trace.
     """
     handle = Handle(store, layout)
-    if not store.fixed:
+    if not isinstance(store, (FixedKeys, FixedValues)):
         torch._dynamo.maybe_mark_dynamic(handle, token_axis(layout))
     return handle

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +78,6 @@ class Rows:
 class Store:
     """What every store can do. ``length`` is the number of rows a reader may see: tokens, or a fixed cache's size."""
 
-    fixed: ClassVar[bool] = False  # whether that stays what it is
     length: int
     rows: Rows
 
@@ -292,7 +291,6 @@ class FixedKeys(Store):
     ``written`` is no less than the length written, as far as the host knows; None: it does not.
     """
 
-    fixed: ClassVar[bool] = True
     rows: Rows  # [B, H, C, T]
     channels: Tensor  # [B, H, T]
     recent: Tensor  # [B, H, R, D]
@@ -340,7 +338,6 @@ class FixedKeys(Store):
 class FixedValues(Store):
     """Whole values of a cache of fixed size."""
 
-    fixed: ClassVar[bool] = True
     rows: Rows  # [B, H, C, Dv]
 
     @property

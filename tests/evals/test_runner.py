@@ -52,7 +52,7 @@ KINDS = {
         "metric_list": EXACT,
     },
 }
-OPTIONS = ["--recent", 4, "--observe", 8, "--channel-multiple", 1, "--lowering", "eager"]
+OPTIONS = ["--recent", 4, "--observe", 8, "--channel-multiple", 1]
 
 
 def write_tasks(folder):
@@ -303,7 +303,8 @@ def test_eval_prints_a_table_and_writes_records(tiny, paths, tmp_path):
     assert re.search(r"acc +dense +[01]\.\d{4} +- +2 +0/12", result.stdout)
     assert re.search(r"acc_norm +think 0\.5 +[01]\.\d{4} +[+-]\d\.\d{4} \[.*\] +2 +12/12", result.stdout)
     (path,) = tmp_path.rglob("think-0.5-*.json")
-    assert json.loads(path.read_text())["counters"]["layers_rewritten"] == 2
+    counters = json.loads(path.read_text())["counters"]
+    assert counters["layers_rewritten"] == 2 and counters["lowering"] == "eager"
 
 
 BAD = {
