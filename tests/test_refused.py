@@ -44,20 +44,6 @@ class CachesLatents(Attending):
         return F.scaled_dot_product_attention(q, k, v), latent
 
 
-class Inferring(Attending):
-    def __init__(self) -> None:
-        super().__init__()
-        self.k, self.v = torch.zeros(2, HEADS, ROOM, D), torch.zeros(2, HEADS, ROOM, D)
-
-    @torch.inference_mode()
-    def forward(self, x, past=None):
-        start = 0 if past is None else past
-        q, k, v = self.heads(x)
-        end = start + x.shape[1]
-        self.k[:, :, start:end], self.v[:, :, start:end] = k, v
-        return F.scaled_dot_product_attention(q, self.k[:, :, :end], self.v[:, :, :end]), end
-
-
 class Chooses(Attending):
     """A ``where`` that is no write to a cache, whose condition is an input."""
 
@@ -161,6 +147,14 @@ class ViewsOfOne(Attending):
         return F.scaled_dot_product_attention(q, self.k[:, :, :end], self.v[:, :, :end]), end
 
 
+class ReadsWhole(ViewsOfOne):
+    """What is written through one tensor is read through another."""
+
+    def forward(self, x, past=None):
+        out, end = super().forward(x, past)
+        return out + self.both.mean(), end
+
+
 def calls(model, lengths=(6, 1, 1)):
     torch.manual_seed(1)
     outputs, past = [], None
@@ -186,7 +180,6 @@ def both(kind):
     [
         (MixesHeads, Reason.UNKNOWN_ATTENTION),
         (CachesLatents, Reason.LATENT),
-        (Inferring, Reason.INFERENCE_MODE),
         (HalfTheBatch, Reason.TRANSFORMED),
         (NoSoftmax, Reason.UNKNOWN_ATTENTION),
         (SoftmaxPlusOne, Reason.UNKNOWN_ATTENTION),
@@ -196,6 +189,7 @@ def both(kind):
         (RoundsToHalf, Reason.TRANSFORMED),
         (RoundsValues, Reason.VALUES_TRANSFORMED),
         (ViewsOfOne, Reason.HELD_OUTSIDE),
+        (ReadsWhole, Reason.NOT_FUNCTIONAL),
     ],
 )
 def test_left_alone_by_its_name(kind, reason):

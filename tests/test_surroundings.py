@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from compare import Rules, Trio, tokens
-from models import PastDecoder, causal_mask, own
+from models import OWN, PastDecoder, causal_mask, own
 
 from think_compile import report, think_compile
 from think_compile.handle import Handle
@@ -69,6 +69,16 @@ def test_assignment_to_positions_of_one_sequence():
     """Torch takes the batch axis from what is assigned to one sequence."""
     trio = Trio("buffer_index_put", rows=1)
     trio.run(tokens(1, 24), [12, 1, 1, 6, 4])
+    assert len(report(trio.model).rewritten) == 2
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("name", OWN)
+@torch.no_grad()
+def test_inference_mode_inside_the_model(name):
+    trio = Trio(name)
+    trio.model.forward = torch.inference_mode()(trio.model.forward)
+    trio.run(tokens(2, 24), [12, 1, 1, 6, 4])
     assert len(report(trio.model).rewritten) == 2
 
 

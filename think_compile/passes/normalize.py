@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.aot_autograd import aot_export_module
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from think_compile.passes.canonicalize import canonicalize
+from think_compile.passes.functional import NotFunctional, functional_graph
 from think_compile.passes.observe import observed
 from think_compile.passes.refusal import Reason, Refused
 
@@ -50,19 +50,20 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     """Export ``gm``, a graph that Dynamo hands to a backend, with plain tensors in place of tensor subclasses.
 
     Raises:
-        Refused: torch cannot export it, because of a control-flow operation or an inference mode in it.
+        Refused: it writes to what it also reads as another input, or holds a control-flow operation or function
+            transform that torch cannot export.
     """
     depth = _transform_depth()
     try:
         return _normalize(gm, example_inputs)
+    except NotFunctional as error:
+        raise Refused(Reason.NOT_FUNCTIONAL, str(error)) from error
     except Exception as error:
         while _transform_depth() > depth:  # a vmap that the failure left open
             torch._C._functorch.pop_dynamic_layer_stack()
         names = sorted({name for node in gm.graph.nodes if (name := _transform(node.target))})
         if names:
             raise Refused(Reason.HIGHER_ORDER, f"{', '.join(names)}: {str(error).splitlines()[0]}") from error
-        if gm.graph.find_nodes(op="call_function", target=torch.autograd.grad_mode._enter_inference_mode):
-            raise Refused(Reason.INFERENCE_MODE, str(error).splitlines()[0]) from error
         raise
 
 
@@ -86,12 +87,8 @@ def _normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
         mode = _fake_mode(example_inputs)
         fakes = [_fake(mode, node, value) for node, value in zip(placeholders, example_inputs, strict=True)]
         with torch.no_grad(), tracing(TracingContext(mode)):
-            exported, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True)
-        graph_module = GraphModule(exported, exported.graph)
-        _hold_constants(graph_module, gm, signature)
-        names = [node.name for node in graph_module.graph.find_nodes(op="placeholder")]
-        written = [names.index(name) for name in signature.user_inputs_to_mutate.values()]
-        count.matches, count.graph = len(names), graph_module.graph
+            graph_module, written = functional_graph(gm, fakes, mode)
+        count.matches, count.graph = len(placeholders), graph_module.graph
     _keep_values(graph_module, fakes)
     _drop_assertions(graph_module)
     canonicalize(graph_module)
@@ -108,24 +105,6 @@ def _drop_idle_dropout(gm: GraphModule) -> None:
             node.replace_all_uses_with(node.args[0] if node.args else node.kwargs["input"])
             gm.graph.erase_node(node)
     gm.recompile()
-
-
-def _hold_constants(graph_module: GraphModule, gm: GraphModule, signature: Any) -> None:
-    """Tensors that the graph holds itself come out of the export as its first inputs: make them its own again."""
-    if signature.buffers_to_mutate:
-        raise NotImplementedError(
-            f"the graph writes to tensors of its own: {list(signature.buffers_to_mutate.values())}"
-        )
-    held = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
-    placeholders = graph_module.graph.find_nodes(op="placeholder")
-    for (name, tensor), node in zip(held.items(), placeholders, strict=False):
-        own = f"held_{name.replace('.', '_')}"
-        graph_module.register_buffer(own, tensor)
-        with graph_module.graph.inserting_before(node):
-            constant = graph_module.graph.get_attr(own)
-        constant.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(constant)
-        graph_module.graph.erase_node(node)
 
 
 def _fake_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:
@@ -149,6 +128,8 @@ def _fake(mode: FakeTensorMode, node: Node, value: Any) -> Any:
     value = node.meta.get("example_value", value)
     if not isinstance(value, Tensor):
         return value
+    if isinstance(value, FakeTensor):  # Dynamo's, who hands backends a mode of their own
+        return value if value.fake_mode is mode else mode.from_tensor(value)
     if type(value) in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return mode.from_tensor(value, static_shapes=True)
     if torch.utils._python_dispatch.is_traceable_wrapper_subclass(value):

@@ -47,10 +47,10 @@ class Reason(enum.Enum):
         "part of a larger one"
     )
     GIVEN_UP = "a later call could not read the packed cache, so that new ones are left dense"
-    INFERENCE_MODE = (
-        "the model enters torch.inference_mode inside its call, and torch cannot export what is written there"
-    )
     HIGHER_ORDER = "the graph holds a control-flow operation or a vmap, and torch cannot export it to ATen operations"
+    NOT_FUNCTIONAL = (
+        "the model writes to a tensor and reads the same memory through another, or changes an input's shape in place"
+    )
     AMBIGUOUS = "more than one reading of this attention as a cached one is possible"
 
 

@@ -1,0 +1,125 @@
+"""Part of pass 1: a graph of torch calls is traced once, into ATen operations that write to nothing.
+
+What ``aot_export_module`` does in two traces, of which the first only tells what a training step, outputs that share
+memory, and tensor subclasses would need. As there, pre-dispatch: attention and ``linear`` stay whole.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._dynamo.guards import compute_overlapping_tensors
+from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch._aot_autograd.functional_utils import (
+    assert_functional_graph,
+    from_fun,
+    has_data_mutation,
+    has_metadata_mutation,
+    to_fun,
+    was_inductor_storage_resized,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx import GraphModule, traceback
+from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
+from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils.stateless import _reparametrize_module
+
+_INFERENCE_MODE = {torch.autograd.grad_mode._enter_inference_mode, torch.autograd.grad_mode._exit_inference_mode}
+
+
+class NotFunctional(Exception):
+    """The graph does something to an input that a functional graph cannot say."""
+
+
+def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> tuple[GraphModule, list[int]]:
+    """Trace ``gm`` with its fake ``inputs``.
+
+    Returns:
+        The graph, with the same inputs, whose outputs are the new values of those that are written to, then those of
+        ``gm``; and which inputs are written to.
+
+    Raises:
+        NotFunctional: an input's shape or storage is changed, it is written to and shares memory with another, or a
+            tensor that ``gm`` holds itself is written to.
+    """
+    held = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
+    fakes = [*(mode.from_tensor(tensor, static_shapes=True) for tensor in held.values()), *inputs]
+    written: list[int] = []
+
+    def call(*args: Any) -> tuple[Any, ...]:
+        # Functionalization has a mode here, which its dispatch key would be active above.
+        above = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
+        with maybe_enable_thunkify(), above:
+            wrapped = [to_fun(arg) for arg in args]
+            outputs = _run(gm, dict(zip(held, wrapped, strict=False)), wrapped[len(held) :])
+            written[:] = _written(args, wrapped)
+            return tuple(from_fun(x) for x in (*(wrapped[i] for i in written), *outputs))
+
+    mode.epoch += 1  # what was found of numbers in tensors in an earlier trace does not count in this one
+    with mode, enable_python_dispatcher(), FunctionalTensorMode(pre_dispatch=True, export=True):
+        traced = make_fx(call, record_module_stack=True, pre_dispatch=True)(*fakes)
+    assert_functional_graph(traced.graph)
+    traced.graph.eliminate_dead_code()
+    own = [name for i, name in enumerate(held) if i in written]
+    if own:
+        raise NotFunctional(f"the graph writes to tensors of its own: {own}")
+    return _holding(held, traced), [i - len(held) for i in written]
+
+
+def _run(gm: GraphModule, held: dict[str, Tensor], inputs: Sequence[Any]) -> Sequence[Any]:
+    """The graph's outputs, node by node, so that what is traced keeps the nodes' metadata."""
+    with _reparametrize_module(gm, held), traceback.preserve_node_meta():
+        return _Interpreter(gm).run(*inputs)
+
+
+class _Interpreter(PropagateUnbackedSymInts):
+    """Leaves inference modes out: there are no gradients anyway, and torch 2.11 finds no writes in them."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return None if target in _INFERENCE_MODE else super().call_function(target, args, kwargs)
+
+
+def _written(args: Sequence[Any], wrapped: Sequence[Any]) -> list[int]:
+    """Which inputs the call has written to; each as it was given, and as functionalization wrapped it."""
+    tensors = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+    for i in tensors:
+        if has_metadata_mutation(wrapped[i], args[i], check_only_storage_mutation=False):
+            raise NotFunctional(f"the shape or the storage of input {i} is changed in place")
+        if was_inductor_storage_resized(wrapped[i]):
+            raise NotFunctional(f"the storage of input {i} is resized")
+    written = [i for i in tensors if has_data_mutation(wrapped[i])]
+    sharing = defaultdict(list)
+    for i in tensors if written else ():
+        sharing[StorageWeakRef(args[i].untyped_storage())].append(i)
+    for group in sharing.values():
+        if len(group) > 1 and not set(group).isdisjoint(written):
+            _check_apart(group, [args[i] for i in group])
+    return written
+
+
+def _check_apart(group: Sequence[int], tensors: Sequence[Tensor]) -> None:
+    symbolic = any(isinstance(n, torch.SymInt) for x in tensors for n in (*x.shape, *x.stride(), x.storage_offset()))
+    if len(compute_overlapping_tensors(list(tensors), symbolic=symbolic)) > 1:
+        raise NotFunctional(f"an input is written to, and others share its memory: inputs {list(group)}")
+
+
+def _holding(held: dict[str, Tensor], traced: GraphModule) -> GraphModule:
+    """Tensors that the caller's graph holds itself are the first inputs of a trace: the graph's own again."""
+    graph_module = GraphModule(traced, traced.graph)
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    for (name, tensor), node in zip(held.items(), placeholders, strict=False):
+        own = f"held_{name.replace('.', '_')}"
+        graph_module.register_buffer(own, tensor)
+        with graph_module.graph.inserting_before(node):
+            constant = graph_module.graph.get_attr(own)
+        constant.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(constant)
+        graph_module.graph.erase_node(node)
+    graph_module.recompile()
+    return graph_module
