@@ -173,15 +173,20 @@ def run(setting: Setting, ways: tuple[Way, ...] = OURS + BASELINES) -> Iterator[
     """The rows, as they are measured; the first is the check."""
     yield {"check": "error over the plain model's in bf16", "ratio": check()}
     bandwidth = read_bandwidth()
+    _release()  # the weights shall lie as in a process that checked nothing
     model = models.llama()
     yield from floors(model, setting, bandwidth)
     for way in ways:
         if way is UNTUNED and setting.batch > 1:
             continue
-        torch._dynamo.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
+        _release()
         yield _measured(way, model, setting)
+
+
+def _release() -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _measured(way: Way, model: Any, setting: Setting) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from think_compile.regions import compile_by_regions
@@ -28,6 +29,7 @@ from think_compile.regions import compile_by_regions
 log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
+_TUNING_IS_KEPT = TorchVersion(torch.__version__) >= "2.13"
 _WITH_WEIGHTS = {aten.linear.default, aten.mm.default, aten.addmm.default}
 
 
@@ -133,11 +135,14 @@ def suited(graph_module: GraphModule) -> dict[str, Any]:
     """Options of Inductor's that suit a graph, where the user has chosen none.
 
     Products of one row, as in steps of one sequence, only read their weights: on a GPU Inductor's own kernels do that
-    at full speed once they are tuned, in one launch with what follows; cuBLAS takes two.
+    at full speed once they are tuned, in one launch with what follows; cuBLAS takes two. Torch before 2.13 forgets in
+    a second process how kernels of its static launcher were tuned.
     """
     products = [node.meta.get("val") for node in graph_module.graph.nodes if node.target in _WITH_WEIGHTS]
     one_row = [x is not None and x.is_cuda and all(size == 1 for size in x.shape[:-1]) for x in products]
-    return {"coordinate_descent_tuning": True} if one_row and all(one_row) else {}
+    if not (one_row and all(one_row)):
+        return {}
+    return {"coordinate_descent_tuning": True} | ({} if _TUNING_IS_KEPT else {"use_static_cuda_launcher": False})
 
 
 def _varying(fakes: Sequence[Any], dims: Sequence[Dims]) -> list[tuple[Getter, int | SymInt]]:

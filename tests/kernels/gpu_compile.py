@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from think_compile.kernels import append, decode
+from think_compile.kernels import append, decode, decode_kernel
 from think_compile.kernels.launch import H100, Device, Launch, launch_for
 
 DEVICES = {
@@ -64,6 +64,7 @@ def share(
     mask="none",
     on_device=True,
     causal=False,
+    new_values=False,
     launch=None,
     device="H100",
 ) -> dict[str, int]:
@@ -80,26 +81,38 @@ def share(
         **{"ALIKE": mask != "float", "HALF_MASK": mask == "float" and dtype == "fp16"},
         **{"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n},
         **({"MASK": None} if mask == "none" else {}),
+        **({"V_NEW": None} if not new_values else {}),
         **({} if on_device else {"FLOOR": None, "START": None}),
     }
-    types = dict.fromkeys(("Q", "K_NEW", "PRUNED", "RECENT", "VALUES"), f"*{dtype}")
+    types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "PRUNED", "RECENT", "VALUES"), f"*{dtype}")
     types |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32") | dict.fromkeys(("CHANNELS", "FLOOR", "START"), "*i64")
     types |= {"scale": "fp64" if on_device else "fp32", "MASK": "*i1" if mask == "bool" else f"*{dtype}"}
-    return compiled(decode._share, types, constants, device, num_warps=launch.warps, num_stages=launch.stages)
+    return compiled(
+        decode_kernel.attend_share, types, constants, device, num_warps=launch.warps, num_stages=launch.stages
+    )
 
 
 def merge() -> dict[str, int]:
     types = {"OUT": "*fp32", "MOST": "*fp32", "TOTAL": "*fp32", "RESULT": "*bf16"}
-    return compiled(decode._merge, types, {"DV": 80, "BLOCK_V": 128, "SPLITS": 33, "BLOCK_S": 64})
+    return compiled(decode_kernel.merge_shares, types, {"DV": 80, "BLOCK_V": 128, "SPLITS": 33, "BLOCK_S": 64})
 
 
 def appended() -> dict[str, int]:
     """The kernel that appends a step's key."""
     types = dict.fromkeys(("Q", "K", "PRUNED", "RECENT"), "*bf16")
     types |= dict.fromkeys(("CHANNELS", "PROGRESS", "START"), "*i64")
-    return compiled(append._append, types, {"GROUP": 4, "D": 96, "T": 48, "BLOCK_D": 128, "BLOCK_T": 64})
+    return compiled(append.append_key, types, {"GROUP": 4, "D": 96, "T": 48, "BLOCK_D": 128, "BLOCK_T": 64})
+
+
+def finished() -> dict[str, int]:
+    """The kernel that merges a step's shares and stores its token."""
+    types = dict.fromkeys(("Q", "K", "V", "PRUNED", "RECENT", "VALUES", "RESULT"), "*bf16")
+    types |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32")
+    types |= dict.fromkeys(("CHANNELS", "PROGRESS", "START"), "*i64")
+    constants = {"GROUP": 4, "D": 96, "T": 48, "BLOCK_D": 128, "BLOCK_T": 64}
+    return compiled(append.finish_step, types, constants | {"DV": 80, "BLOCK_V": 128, "SPLITS": 33, "BLOCK_S": 64})
 
 
 if __name__ == "__main__":
-    kernels = {"share": share, "merge": merge, "append": appended}
+    kernels = {"share": share, "merge": merge, "append": appended, "finish": finished}
     print(json.dumps([kernels[name](**options) for name, options in json.loads(sys.argv[1])]))

@@ -1,9 +1,10 @@
-"""The Triton kernel that appends a step's key to a fixed cache, against the ATen operations that it stands for."""
+"""The Triton kernels that store a step's token in a fixed cache, against the ATen operations that they stand for."""
 
 import math
 
 import pytest
 import torch
+from oracle import assert_close_to
 
 from think_compile.kernels import steps
 
@@ -71,3 +72,60 @@ def test_nothing_is_written_behind_the_end():
     before = given[2].clone()
     append.append_token(*given, torch.tensor(CAPACITY, device=DEVICE), WINDOW, WINDOW)
     assert torch.equal(given[2], before)
+
+
+STEPS = {
+    "grouped": ((2, 4, 2, 32, 16), 32, torch.float32),
+    "odd": ((1, 7, 1, 80, 50), 48, torch.float32),
+    "many heads": ((3, 2, 2, 16, 16), 16, torch.float32),
+    "half": ((2, 6, 2, 32, 16), 20, torch.float16),
+}
+
+
+def in_double(x):
+    return x.double() if x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("start", [0, 3, 20, CAPACITY - 1])
+@pytest.mark.parametrize(("sizes", "dv", "dtype"), STEPS.values(), ids=STEPS)
+def test_a_step_attends_and_then_stores_its_token(sizes, dv, dtype, start, mask):
+    batch, query_heads, heads, d, keep = sizes
+    spec = steps.LayerSpec(keep, d, WINDOW, 8, True)
+    (q, k), stored = drawn(*sizes, spec.ring_rows(0), dtype)
+    stored[3].copy_(torch.tensor([max(start, 20) - 3, max(start, 20)]))  # a step may begin at an earlier token again
+    v, values = torch.randn(batch, heads, 1, dv).to(dtype), torch.randn(batch, heads, CAPACITY, dv).to(dtype)
+    shown = (torch.arange(CAPACITY) <= start) & (torch.rand(batch, 1, 1, CAPACITY) < 0.7)
+    shown[..., start] = True
+    bias = torch.randn(batch, query_heads, 1, CAPACITY).masked_fill(~shown, torch.finfo(dtype).min).to(dtype)
+    mask = {"none": None, "bool": shown, "float": bias}[mask]
+    extent = start + 1 if mask is None else CAPACITY
+
+    def by_aten(change):
+        own = [change(x.clone()) for x in (*stored, values)]
+        given = [change(x) for x in (q, k, v)]
+        shaped = change(mask) if mask is not None else None
+        begin = torch.tensor(start)
+        return steps.step_fixed(*given, shaped, *own, begin, extent, None, False, shaped, spec), own
+
+    (same, expected), (exact, _) = by_aten(lambda x: x), by_aten(in_double)
+    values[:, :, start] = torch.nan  # the attention takes the token's own value from where it was made
+    own = [x.to(DEVICE) for x in (*stored, values)]
+    given = [x.to(DEVICE) for x in (q, k, v)]
+    mask = None if mask is None else mask.to(DEVICE)
+    begin = torch.tensor(start, device=DEVICE)
+    out = append.decode_step(
+        *given, *own, begin, extent, mask, d**-0.5, False, WINDOW, WINDOW, launch=append.Launch(16, 16, 4, 1, 3)
+    )
+    assert_close_to(same, out.cpu(), exact)
+    assert_same([x.cpu() for x in own], expected)
+
+
+def test_a_value_is_not_written_behind_the_end():
+    spec = steps.LayerSpec(16, 32, WINDOW, 8, True)
+    (q, k), stored = drawn(1, 2, 2, 32, 16, spec.ring_rows(0))
+    values = torch.randn(1, 2, CAPACITY, 32)
+    given = [x.to(DEVICE) for x in (q, k, torch.randn(1, 2, 1, 32), *stored, values)]
+    end = torch.tensor(CAPACITY, device=DEVICE)
+    append.decode_step(*given, end, CAPACITY, None, 1.0, False, WINDOW, WINDOW)
+    assert torch.equal(given[3].cpu(), stored[0]) and torch.equal(given[7].cpu(), values)

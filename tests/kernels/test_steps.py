@@ -134,9 +134,7 @@ class Fixed:
             self.stored = steps.first_call_fixed(q, keys, values, mask, torch.tensor(start), self.spec)
             return None
         begin = torch.tensor(start)
-        out = steps.attend_fixed(q, k, v, mask, *self.stored, begin, extent, None, is_causal=False)
-        steps.append_keys_fixed(q, k, mask, *self.stored[:4], begin, extent, self.spec)
-        return out
+        return steps.step_fixed(q, k, v, mask, *self.stored, begin, extent, None, False, mask, self.spec)
 
     def dense(self, length):
         pruned, channels, recent, progress, _ = self.stored

@@ -19,7 +19,7 @@ from think_compile.passes.normalize import normalize
 B, HQ, H, N, P, C, D = 2, 4, 2, 3, 7, 16, 8
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 FIRST = {steps.first_call_growing, steps.first_call_fixed}
-LATER = {steps.attend_growing, steps.attend_fixed}
+LATER = {steps.attend_growing, steps.attend_fixed, steps.step_fixed}
 CONFIG = ThinkConfig(0.5, recent=2, channel_multiple=1, lowering="eager")
 
 

@@ -1,7 +1,8 @@
 """A step of one token on a fixed cache: its key goes into the store, in one kernel.
 
 Written in ATen operations it is five kernels a layer, each of which a captured decode pays for; and a cache that is
-written from its first row again, whose channels are chosen anew, would cost every step what it costs the one.
+written from its first row again, whose channels are chosen anew, would cost every step what it costs the one. Where
+one attention reads the cache, :func:`decode_step` stores key and value in the kernel that merges its shares.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from think_compile.kernels.decode import device_of_launch, traced
+from think_compile.kernels.decode import device_of_launch, four_axes, launch_of, launch_shares, traced
+from think_compile.kernels.decode_kernel import merged_row
+from think_compile.kernels.launch import Launch
 
 
 @triton.jit
@@ -44,12 +47,12 @@ def _choose(q, k, channels, GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexp
 
 
 @triton.jit
-def _append(
-    Q, K, PRUNED, CHANNELS, RECENT, PROGRESS, START, window, whole, capacity, ring_rows,
+def _store_key(
+    Q, K, PRUNED, CHANNELS, RECENT, PROGRESS, START, row, window, whole, capacity, ring_rows,
     GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One KV head of one sequence; the first program also moves the window."""
-    row, start = tl.program_id(0).to(tl.int64), tl.load(START)
+    """Of one KV head of one sequence; that of the first also moves the window."""
+    start = tl.load(START)
     k, channels = K + row * D, CHANNELS + row * T
     if start == 0:
         _choose(Q + row * GROUP * D, k, channels, GROUP, D, T, BLOCK_D)
@@ -65,6 +68,54 @@ def _append(
         floor = tl.maximum(tl.minimum(tl.load(PROGRESS), start), start + 1 - kept_whole)
         tl.store(PROGRESS, floor)
         tl.store(PROGRESS + 1, start + 1)
+
+
+@triton.jit
+def append_key(
+    Q, K, PRUNED, CHANNELS, RECENT, PROGRESS, START, window, whole, capacity, ring_rows,
+    GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One KV head of one sequence."""
+    row = tl.program_id(0).to(tl.int64)
+    _store_key(
+        Q, K, PRUNED, CHANNELS, RECENT, PROGRESS, START, row, window, whole, capacity, ring_rows,
+        GROUP, D, T, BLOCK_D, BLOCK_T,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish_step(
+    OUT, MOST, TOTAL, RESULT, Q, K, V, PRUNED, CHANNELS, RECENT, PROGRESS, VALUES, START,
+    window, whole, capacity, value_rows, ring_rows,
+    GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    DV: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Merge a row of one KV head's queries, or, behind those, store the head's new key and value."""
+    bh, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if row < GROUP:
+        merged_row(OUT, MOST, TOTAL, RESULT, bh, row, GROUP, DV, BLOCK_V, SPLITS, BLOCK_S)
+    else:
+        start, column = tl.load(START), tl.arange(0, BLOCK_V)
+        room = tl.where(start < value_rows, DV, 0)
+        value = tl.load(V + bh * DV + column, mask=column < DV, other=0.0)
+        at = VALUES + (bh * value_rows + start) * DV + column
+        tl.store(at, value.to(VALUES.dtype.element_ty), mask=column < room)
+        _store_key(
+            Q, K, PRUNED, CHANNELS, RECENT, PROGRESS, START, bh, window, whole, capacity, ring_rows,
+            GROUP, D, T, BLOCK_D, BLOCK_T,
+        )  # fmt: skip
+
+
+def _sizes(q: Tensor, k_new: Tensor, channels: Tensor) -> dict[str, int]:
+    """What the key's store is compiled for."""
+    d, kept = q.shape[3], channels.shape[-1]
+    return {
+        "GROUP": q.shape[1] // k_new.shape[1],
+        "D": d,
+        "T": kept,
+        "BLOCK_D": triton.next_power_of_2(d),
+        "BLOCK_T": triton.next_power_of_2(kept),
+    }
 
 
 @triton_op("think_compile::append_token", mutates_args={"pruned", "channels", "recent", "progress"})
@@ -84,11 +135,71 @@ def append_token(
     Where ``start`` is 0 the channels are first chosen anew, by this token's q [B, Hq, 1, D] and key. ``window`` and
     ``whole`` are how many tokens keep whole keys behind a first call and behind later ones.
     """
-    (batch, query_heads, _, d), heads, kept = q.shape, k_new.shape[1], channels.shape[-1]
     with device_of_launch(q):
-        traced(_append)[(batch * heads,)](
+        traced(append_key)[(k_new.shape[0] * k_new.shape[1],)](
             q.contiguous(), k_new.contiguous(), pruned, channels, recent, progress, start,
-            window, whole, pruned.shape[2], recent.shape[2],
-            GROUP=query_heads // heads, D=d, T=kept,
-            BLOCK_D=triton.next_power_of_2(d), BLOCK_T=triton.next_power_of_2(kept),
+            window, whole, pruned.shape[2], recent.shape[2], **_sizes(q, k_new, channels),
         )  # fmt: skip
+
+
+def decode_step(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    pruned: Tensor,
+    channels: Tensor,
+    recent: Tensor,
+    progress: Tensor,
+    values: Tensor,
+    start: Tensor,
+    extent: int,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    window: int,
+    whole: int,
+    launch: Launch | None = None,
+) -> Tensor:
+    """:func:`.decode.decode_attention` of one token on a fixed cache, which then holds it; [B, Hq, 1, Dv].
+
+    As :func:`append_token` with that token's value [B, H, 1, Dv], which the attention does not look for in ``values``.
+    """
+    launch = launch or launch_of(q, k_new, pruned.shape[-1], values.shape[-1], extent)
+    return _decode_step(
+        q.contiguous(), k_new.contiguous(), v_new.to(values.dtype).contiguous(),
+        pruned, channels, recent, progress, values, four_axes(mask), start, extent,
+        scale, is_causal, window, whole, list(launch),
+    )  # fmt: skip
+
+
+@triton_op("think_compile::decode_step", mutates_args={"pruned", "channels", "recent", "progress", "values"})
+def _decode_step(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    pruned: Tensor,
+    channels: Tensor,
+    recent: Tensor,
+    progress: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    start: Tensor,
+    extent: int,
+    scale: float,
+    is_causal: bool,
+    window: int,
+    whole: int,
+    launch: list[int],
+) -> Tensor:
+    result = q.new_empty((*q.shape[:3], values.shape[-1]))
+    with device_of_launch(q):
+        shares = launch_shares(
+            q, k_new, v_new, pruned, channels, recent, values, mask, progress, 0, start, 0, 0, extent,
+            scale, is_causal, Launch(*launch),
+        )  # fmt: skip
+        sizes = _sizes(q, k_new, channels) | shares.sizes()
+        traced(finish_step)[(k_new.shape[0] * k_new.shape[1], sizes["GROUP"] + 1)](
+            *shares, result, q, k_new, v_new, pruned, channels, recent, progress, values, start,
+            window, whole, pruned.shape[2], values.shape[2], recent.shape[2], **sizes,
+        )  # fmt: skip
+    return result

@@ -1,266 +1,21 @@
-"""The Triton kernel of later calls: split-KV attention over pruned keys, the ring and the call's own, and its merge.
-
-Each program takes a share of the positions and attends to it with an online softmax: the stored narrow rows with the
-queries gathered on the kept channels, or the ring and the new keys with the whole queries. A second kernel merges the
-shares. Lengths are numbers (growing caches) or read from device memory (fixed ones), so that one captured graph serves
-all steps. What it computes is :func:`.reference.pruned_attention`; letters as there.
-"""
+"""How the kernels of later calls are called: as one operation of torch that Inductor traces through."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from think_compile.kernels.decode_kernel import attend_share, merge_shares
 from think_compile.kernels.launch import LONG, Launch, device_of, launch_for
 from think_compile.kernels.reference import Length
 
 _LOG2E = 1.4426950408889634
 WHOLE_SHARE = 128  # about as many positions with whole keys does a program take
-
-
-@triton.jit
-def _columns(part0: tl.constexpr, part1: tl.constexpr):
-    """Column numbers of a row that is read in two parts of a power of two each."""
-    return tl.arange(0, part0), part0 + tl.arange(0, part1)
-
-
-@triton.jit
-def _queries(q_row, real, i0, i1, ok0, ok1):
-    """The queries' columns ``i0`` and ``i1``, the two parts that :func:`_scores` multiplies."""
-    q0 = tl.load(q_row + i0[None, :], mask=real[:, None] & ok0[None, :], other=0.0)
-    return q0, tl.load(q_row + i1[None, :], mask=real[:, None] & ok1[None, :], other=0.0)
-
-
-@triton.jit
-def _scores(q0, q1, base, rows, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
-    """Products [M, N] of queries with key rows ``rows`` of ``width`` columns at ``base``."""
-    c0, c1 = _columns(part0, part1)
-    at = base + rows.to(tl.int64)[:, None] * width
-    k0 = tl.load(at + c0[None, :], mask=ok[:, None] & (c0 < width)[None, :], other=0.0)
-    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-    if part0 < width:
-        k1 = tl.load(at + c1[None, :], mask=ok[:, None] & (c1 < width)[None, :], other=0.0)
-        s += tl.dot(q1, tl.trans(k1), input_precision="ieee")
-    return s
-
-
-@triton.jit
-def _masked(MASK, mask_row, column, ok, sm_s, kind: tl.constexpr, alike: tl.constexpr):
-    """What the model's mask says of some columns, [1, N] where ``alike``, else [M, N]; a row of zeros without a mask.
-
-    ``alike``: the mask is one for all rows, and ``mask_row`` a number.
-    """
-    if kind == 0:
-        value = tl.zeros([1, column.shape[0]], tl.int8)
-    else:
-        columns = column.to(tl.int64)[None, :] * sm_s
-        at = MASK + mask_row + columns if alike else MASK + mask_row[:, None] + columns
-        value = tl.load(at, mask=ok[None, :], other=0)
-    return value
-
-
-@triton.jit
-def _hidden(s, value, column, query, ok, kind: tl.constexpr, causal: tl.constexpr):
-    """Logits (base 2) after a mask's ``value``: none (0), bool (1), float that is added (2); -inf where not ``ok``."""
-    shown = ok[None, :]
-    if causal:
-        shown = shown & (column[None, :] <= query[:, None])
-    if kind == 1:
-        shown = shown & (value != 0)
-    if kind == 2:
-        added = tl.maximum(value.to(tl.float32), -2e38) * 1.4426950408889634  # a minimum stays finite in base 2
-        s += tl.where(value == float("-inf"), float("-inf"), added)
-    return tl.where(shown, s, float("-inf"))
-
-
-@triton.jit
-def _absorb(
-    m,
-    total,
-    o0,
-    o1,
-    s,
-    base,
-    rows,
-    ok,
-    width: tl.constexpr,
-    part0: tl.constexpr,
-    part1: tl.constexpr,
-):
-    """The online softmax after one more tile of logits ``s`` and value rows."""
-    c0, c1 = _columns(part0, part1)
-    new = tl.maximum(m, tl.max(s, 1))
-    safe = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(s - safe[:, None])
-    shrink = tl.exp2(m - safe)
-    at = base + rows.to(tl.int64)[:, None] * width
-    v0 = tl.load(at + c0[None, :], mask=ok[:, None] & (c0 < width)[None, :], other=0.0)
-    o0 = o0 * shrink[:, None] + tl.dot(p.to(v0.dtype), v0, input_precision="ieee")
-    if part0 < width:
-        v1 = tl.load(at + c1[None, :], mask=ok[:, None] & (c1 < width)[None, :], other=0.0)
-        o1 = o1 * shrink[:, None] + tl.dot(p.to(v1.dtype), v1, input_precision="ieee")
-    return new, total * shrink + tl.sum(p, 1), o0, o1
-
-
-@triton.jit
-def _walk(
-    m, total, o0, o1, q0, q1, keys, values, low, high, shift, ring_rows, MASK, mask_row, query, first, sm_s, scale,
-    IN_RING: tl.constexpr, WIDTH: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
-    DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
-    KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Attend to positions [low, high), whose keys stand in rows position - shift, or in a ring."""
-    position = low + tl.arange(0, BLOCK_N)
-    value = _masked(MASK, mask_row, position - first, position < high, sm_s, KIND, ALIKE)
-    for at in range(low, high, BLOCK_N):
-        position = at + tl.arange(0, BLOCK_N)
-        ok, behind = position < high, position + BLOCK_N
-        rows = position - shift
-        if IN_RING:
-            rows = position % ring_rows
-        s = _scores(q0, q1, keys, rows, ok, WIDTH, PART0, PART1)
-        s = _hidden(s * scale, value, position - first, query, ok, KIND, CAUSAL)
-        # read a tile ahead: too small for the pipeline that hides the wait for keys and values
-        value = _masked(MASK, mask_row, behind - first, behind < high, sm_s, KIND, ALIKE)
-        m, total, o0, o1 = _absorb(m, total, o0, o1, s, values, position, ok, DV, DV0, DV1)
-    return m, total, o0, o1
-
-
-@triton.jit
-def _counts(value, m, real, ok, kind: tl.constexpr, alike: tl.constexpr, half: tl.constexpr):
-    """Whether a mask's ``value`` shows a row that is ``real`` a column that is ``ok``; ``m``: the rows' largest logits.
-
-    What a float mask hides by the minimum of its type, or half of that, counts only where it hides all.
-    """
-    hidden: tl.constexpr = -47252.0 if half else -1e30  # base 2, as the logits
-    if alike:
-        shown = tl.zeros([1, ok.shape[0]], tl.float32)
-        most = shown + tl.min(m, 0)
-    else:
-        shown = tl.where(real[:, None], tl.zeros([real.shape[0], ok.shape[0]], tl.float32), float("-inf"))
-        most = m[:, None]
-    shown = _hidden(shown, value, 0, 0, ok, kind, False)
-    counts = (shown > hidden) | ((shown > float("-inf")) & (most < hidden / 2))
-    return tl.max(tl.max(counts.to(tl.int32), 1), 0) > 0
-
-
-@triton.jit
-def _part(low, high, i, parts, BLOCK_N: tl.constexpr):
-    """Bounds of the ``i``-th of ``parts`` equal parts of [low, high), in whole tiles."""
-    share = tl.cdiv(tl.cdiv(high - low, parts), BLOCK_N) * BLOCK_N
-    low += i * share
-    return low, tl.minimum(low + share, high)
-
-
-# A length that changes with each token must not make a new variant of the kernel each time.
-@triton.jit(do_not_specialize=["floor", "start", "first", "extent", "splits", "whole_splits"])
-def _share(
-    Q, K_NEW, PRUNED, CHANNELS, RECENT, VALUES, MASK, FLOOR, START, OUT, MOST, TOTAL,
-    floor, start, first, extent, scale, queries, heads, capacity, value_rows, ring_rows, splits, whole_splits,
-    sm_b, sm_h, sm_n, sm_s,
-    GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    T: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
-    ON_DEVICE: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, HALF_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One share of the positions of one KV head, for BLOCK_M of its rows (query head of the group, query)."""
-    scale = tl.cast(scale, tl.float32)  # a Python float arrives as float64 from Inductor
-    bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    if ON_DEVICE:
-        start = tl.load(START)
-        floor = tl.minimum(tl.load(FLOOR), start)
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n_rows = GROUP * queries
-    real = row < n_rows
-    query = row % queries
-    q_row = Q + (bh * n_rows + row)[:, None] * D
-    mask_row = bh // heads * sm_b
-    if not ALIKE:
-        mask_row += ((bh % heads) * GROUP + row // queries) * sm_h + query.to(tl.int64) * sm_n
-        mask_row = tl.where(real, mask_row, 0)  # no tile is read behind the mask's end
-    pruned, values = PRUNED + bh * capacity * T, VALUES + bh * value_rows * DV
-    ring, new = RECENT + bh * ring_rows * D, K_NEW + bh * queries * D
-
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    o0 = tl.zeros([BLOCK_M, DV0], tl.float32)
-    o1 = tl.zeros([BLOCK_M, DV1], tl.float32)
-
-    end = tl.minimum(start + queries, extent)
-    if split < splits:  # narrow keys, in equal shares, and the rows behind the tokens, which hold nothing
-        CHUNK: tl.constexpr = 1024 if ALIKE else 128
-        BEHIND: tl.constexpr = 0 if CAUSAL else KIND  # causal queries never see those rows
-        chunk = tl.arange(0, CHUNK)
-        c0, c1 = _columns(T0, T1)
-        i0 = tl.load(CHANNELS + bh * T + c0, mask=c0 < T, other=0)
-        i1 = tl.load(CHANNELS + bh * T + c1, mask=c1 < T, other=0)
-        q0, q1 = _queries(q_row, real, i0, i1, c0 < T, c1 < T)
-        low, high = _part(first, tl.minimum(floor, end), split, splits, BLOCK_N)
-        # Of the rows behind only the mask is read, unless it shows some: asked for here, looked at behind the tokens.
-        behind, last = _part(end, extent, split, splits, CHUNK)
-        value = _masked(MASK, mask_row, behind + chunk - first, behind + chunk < last, sm_s, BEHIND, ALIKE)
-        m, total, o0, o1 = _walk(
-            m, total, o0, o1, q0, q1, pruned, values, low, high, 0, ring_rows, MASK, mask_row, query, first, sm_s,
-            scale, False, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, BLOCK_N,
-        )  # fmt: skip
-        if not CAUSAL:
-            for at in range(behind, last, CHUNK):
-                if _counts(value, m, real, at + chunk < last, KIND, ALIKE, HALF_MASK):
-                    m, total, o0, o1 = _walk(
-                        m, total, o0, o1, q0, q1, pruned, values, at, tl.minimum(at + CHUNK, last), 0, ring_rows, MASK,
-                        mask_row, query, first, sm_s, scale, False, T, T0, T1, DV, DV0, DV1,
-                        KIND, CAUSAL, ALIKE, BLOCK_N,
-                    )  # fmt: skip
-                position = at + CHUNK + chunk
-                value = _masked(MASK, mask_row, position - first, position < last, sm_s, KIND, ALIKE)
-    else:  # whole keys
-        w0, w1 = _columns(D0, D1)
-        whole0, whole1 = _queries(q_row, real, w0, w1, w0 < D, w1 < D)
-        low, high = _part(tl.maximum(first, floor), end, split - splits, whole_splits, BLOCK_N)
-        m, total, o0, o1 = _walk(
-            m, total, o0, o1, whole0, whole1, ring, values, low, tl.minimum(high, start), 0, ring_rows, MASK,
-            mask_row, query, first, sm_s, scale, True, D, D0, D1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, BLOCK_N,
-        )  # fmt: skip
-        m, total, o0, o1 = _walk(
-            m, total, o0, o1, whole0, whole1, new, values, tl.maximum(low, start), high, start, ring_rows, MASK,
-            mask_row, query, first, sm_s, scale, False, D, D0, D1, DV, DV0, DV1,
-            KIND, CAUSAL, ALIKE, BLOCK_N,
-        )  # fmt: skip
-
-    seen = total > 0
-    total = tl.where(seen, total, 1.0)
-    out = (bh * (splits + whole_splits) + split) * n_rows + row
-    v0, v1 = _columns(DV0, DV1)
-    tl.store(OUT + out[:, None] * DV + v0[None, :], o0 / total[:, None], mask=real[:, None] & (v0 < DV)[None, :])
-    if DV0 < DV:
-        tl.store(OUT + out[:, None] * DV + v1[None, :], o1 / total[:, None], mask=real[:, None] & (v1 < DV)[None, :])
-    tl.store(MOST + out, m, mask=real)
-    tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)
-
-
-@triton.jit
-def _merge(
-    OUT, MOST, TOTAL, RESULT, n_rows,
-    DV: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """The shares of one row, weighted by what they saw; a row that saw nothing is zero."""
-    bh, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    split, column = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
-    at, real = (bh * SPLITS + split) * n_rows + row, split < SPLITS
-    m = tl.load(MOST + at, mask=real, other=float("-inf"))
-    most = tl.max(m, 0)
-    weight = tl.load(TOTAL + at, mask=real, other=0.0) * tl.exp2(m - tl.where(most == float("-inf"), 0.0, most))
-    total = tl.sum(weight, 0)
-    weight = weight / tl.where(total > 0, total, 1.0)
-    parts = tl.load(OUT + at[:, None] * DV + column[None, :], mask=real[:, None] & (column < DV)[None, :], other=0.0)
-    result = tl.sum(parts * weight[:, None], 0)
-    tl.store(RESULT + (bh * n_rows + row) * DV + column, result.to(RESULT.dtype.element_ty), mask=column < DV)
 
 
 def traced(kernel: Any) -> Any:
@@ -272,6 +27,11 @@ def device_of_launch(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of ``x``; in Inductor's code it always is."""
     elsewhere = x.is_cuda and x.device.index not in (None, torch.cuda.current_device())
     return torch.cuda.device(x.device) if elsewhere else nullcontext()
+
+
+def four_axes(mask: Tensor | None) -> Tensor | None:
+    """A mask as [B or 1, Hq or 1, N or 1, S]."""
+    return None if mask is None else mask[(None,) * (4 - mask.dim())]
 
 
 def _strides(mask: Tensor | None) -> tuple[int, ...]:
@@ -313,17 +73,16 @@ def decode_attention(
     ``pruned``, ``recent`` and ``values`` are the stores' own tensors, which are contiguous. ``start`` and ``floor``
     are both numbers or both 0-d int64 tensors; a floor above the start counts as the start.
     """
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.dim())]
+    mask = four_axes(mask)
     if launch is None:
-        launch = _launch(q, k_new, pruned.shape[-1], values.shape[-1], extent)
+        launch = launch_of(q, k_new, pruned.shape[-1], values.shape[-1], extent)
     return _decode(
         q.contiguous(), k_new.contiguous(), pruned, channels.contiguous(), recent, values, mask,
         *_on_device(floor), *_on_device(start), first, extent, scale, is_causal, list(launch),
     )  # fmt: skip
 
 
-def _launch(q: Tensor, k_new: Tensor, kept: int, dv: int, extent: int) -> Launch:
+def launch_of(q: Tensor, k_new: Tensor, kept: int, dv: int, extent: int) -> Launch:
     """The launch for a call; of sizes that vary, for those that a graph is made with."""
     (batch, query_heads, queries, d), heads = (_hint(size) for size in q.shape), _hint(k_new.shape[1])
     tokens = extent if isinstance(extent, int) else max(LONG, _hint(extent))
@@ -334,6 +93,65 @@ def _launch(q: Tensor, k_new: Tensor, kept: int, dv: int, extent: int) -> Launch
 def _hint(size: int | torch.SymInt) -> int:
     """A number that is typical of a size, with no guard on it."""
     return size if isinstance(size, int) else int(size.node.hint)
+
+
+class Shares(NamedTuple):
+    """What the first kernel leaves, fp32: the attention of each share, its largest logit and its sum, by row."""
+
+    out: Tensor
+    most: Tensor
+    total: Tensor
+
+    def sizes(self) -> dict[str, int]:
+        """The merge's constants."""
+        splits, dv = self.out.shape[1], self.out.shape[3]
+        return {
+            "DV": dv,
+            "BLOCK_V": triton.next_power_of_2(dv),
+            "SPLITS": splits,
+            "BLOCK_S": triton.next_power_of_2(splits),
+        }
+
+
+def launch_shares(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor | None,
+    pruned: Tensor,
+    channels: Tensor,
+    recent: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    floor_at: Tensor | None,
+    floor: int,
+    start_at: Tensor | None,
+    start: int,
+    first: int,
+    extent: int,
+    scale: float,
+    is_causal: bool,
+    how: Launch,
+) -> Shares:
+    """Attend in shares; the new values are read from ``v_new``, or without one from the buffer that they are in."""
+    (batch, query_heads, queries, d), heads, width, dv = q.shape, k_new.shape[1], pruned.shape[-1], values.shape[-1]
+    rows, all_heads = query_heads // heads * queries, batch * heads
+    whole_splits = min(how.splits, -(-(_hint(recent.shape[2]) + _hint(queries)) // WHOLE_SHARE))
+    splits = how.splits + whole_splits
+    out = q.new_empty((all_heads, splits, rows, dv), dtype=torch.float32)
+    most, total = (q.new_empty((all_heads, splits, rows), dtype=torch.float32) for _ in range(2))
+    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+    strides = _strides(mask)
+    traced(attend_share)[(all_heads, triton.cdiv(rows, how.block_m), splits)](
+        q, k_new, v_new, pruned, channels, recent, values, mask, floor_at, start_at, out, most, total,
+        floor, start, first, extent, scale * _LOG2E, queries, heads,
+        pruned.shape[2], values.shape[2], recent.shape[2], how.splits, whole_splits, *strides,
+        GROUP=query_heads // heads, D=d, D0=_parts(d)[0], D1=_parts(d)[1],
+        T=width, T0=_parts(width)[0], T1=_parts(width)[1], DV=dv, DV0=_parts(dv)[0], DV1=_parts(dv)[1],
+        ON_DEVICE=start_at is not None, KIND=kind, CAUSAL=is_causal, ALIKE=strides[1] == 0 and strides[2] == 0,
+        HALF_MASK=mask is not None and mask.dtype == torch.float16,
+        BLOCK_M=how.block_m, BLOCK_N=how.block_n, num_warps=how.warps, num_stages=how.stages,
+    )  # fmt: skip
+    return Shares(out, most, total)
 
 
 @triton_op("think_compile::decode_attention", mutates_args={})
@@ -355,30 +173,12 @@ def _decode(
     is_causal: bool,
     launch: list[int],
 ) -> Tensor:
-    how = Launch(*launch)
-    (batch, query_heads, queries, d), heads, width, dv = q.shape, k_new.shape[1], pruned.shape[-1], values.shape[-1]
-    rows, all_heads = query_heads // heads * queries, batch * heads
-    whole_splits = min(how.splits, -(-(_hint(recent.shape[2]) + _hint(queries)) // WHOLE_SHARE))
-    splits = how.splits + whole_splits
-    out = q.new_empty((all_heads, splits, rows, dv), dtype=torch.float32)
-    most, total = (q.new_empty((all_heads, splits, rows), dtype=torch.float32) for _ in range(2))
-    result = q.new_empty((batch, query_heads, queries, dv))
-    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-    strides = _strides(mask)
-    grid = (all_heads, triton.cdiv(rows, how.block_m), splits)
+    result = q.new_empty((*q.shape[:3], values.shape[-1]))
     with device_of_launch(q):
-        traced(_share)[grid](
-            q, k_new, pruned, channels, recent, values, mask, floor_at, start_at, out, most, total,
-            floor, start, first, extent, scale * _LOG2E, queries, heads,
-            pruned.shape[2], values.shape[2], recent.shape[2], how.splits, whole_splits, *strides,
-            GROUP=query_heads // heads, D=d, D0=_parts(d)[0], D1=_parts(d)[1],
-            T=width, T0=_parts(width)[0], T1=_parts(width)[1], DV=dv, DV0=_parts(dv)[0], DV1=_parts(dv)[1],
-            ON_DEVICE=start_at is not None, KIND=kind, CAUSAL=is_causal, ALIKE=strides[1] == 0 and strides[2] == 0,
-            HALF_MASK=mask is not None and mask.dtype == torch.float16,
-            BLOCK_M=how.block_m, BLOCK_N=how.block_n, num_warps=how.warps, num_stages=how.stages,
+        shares = launch_shares(
+            q, k_new, None, pruned, channels, recent, values, mask, floor_at, floor, start_at, start, first, extent,
+            scale, is_causal, Launch(*launch),
         )  # fmt: skip
-        block_s, block_v = triton.next_power_of_2(splits), triton.next_power_of_2(dv)
-        traced(_merge)[(all_heads, rows)](
-            out, most, total, result, rows, DV=dv, BLOCK_V=block_v, SPLITS=splits, BLOCK_S=block_s
-        )
+        all_heads, _, rows, _ = shares.out.shape
+        traced(merge_shares)[(all_heads, rows)](*shares, result, rows, **shares.sizes())
     return result

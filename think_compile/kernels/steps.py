@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from think_compile.kernels import reference as ref
-from think_compile.kernels.attend import attend
+from think_compile.kernels.attend import attend, kernel_takes
 
 GROWTH_ROWS = 16
 
@@ -276,6 +276,46 @@ def attend_fixed(
     return attend(q, k_new, packed, values, start, progress[0], extent, mask, default_scale(q, scale), is_causal)
 
 
+def step_fixed(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    mask: Tensor | None,
+    pruned: Tensor,
+    channels: Tensor,
+    recent: Tensor,
+    progress: Tensor,
+    values: Tensor,
+    start: Tensor | int,
+    extent: int,
+    scale: float | None,
+    is_causal: bool,
+    seen: Tensor | None,
+    spec: LayerSpec,
+) -> Tensor:
+    """:func:`attend_fixed`, then :func:`append_keys_fixed` with the mask ``seen``: of a cache that nothing else reads.
+
+    On a GPU a single token is stored by the kernel that merges the attention's shares.
+    """
+    start = torch.as_tensor(start, device=q.device)
+    packed = ref.Packed(pruned, channels, recent)
+    pinned = default_scale(q, scale)
+    if _is_stored_by_kernel(q, k_new) and kernel_takes(q, k_new, packed, values, mask, pinned):
+        from think_compile.kernels.append import decode_step
+
+        tensors = q, k_new, v_new, *packed, progress, values
+        whole = spec.whole_tokens(recent.shape[2])
+        return decode_step(*tensors, start, extent, mask, pinned, is_causal, spec.recent, whole)
+    out = attend_fixed(q, k_new, v_new, mask, *packed, progress, values, start, extent, scale, is_causal)
+    append_keys_fixed(q, k_new, seen, *packed, progress, start, extent, spec)
+    return out
+
+
+def _is_stored_by_kernel(q: Tensor, k_new: Tensor) -> bool:
+    """Whether Triton writes a call's keys into a fixed cache: those of a single token on a GPU."""
+    return q.is_cuda and k_new.shape[2] == 1 and has_triton() and q.dtype != torch.float64
+
+
 def append_keys_fixed(
     q: Tensor,
     k_new: Tensor,
@@ -290,7 +330,7 @@ def append_keys_fixed(
 ) -> None:
     """Write the new keys into a fixed cache from ``start`` on. To be run once the call has attended."""
     start = torch.as_tensor(start, device=q.device)
-    if q.is_cuda and k_new.shape[2] == 1 and has_triton() and q.dtype != torch.float64:
+    if _is_stored_by_kernel(q, k_new):
         from think_compile.kernels.append import append_token
 
         whole = spec.whole_tokens(recent.shape[2])

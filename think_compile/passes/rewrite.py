@@ -38,7 +38,7 @@ from think_compile.passes.plan import (
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
-_WRITE_IN_PLACE = {steps.append_keys_fixed, filling.append_filling}
+_WRITE_IN_PLACE = {steps.step_fixed, steps.append_keys_fixed, filling.append_filling}
 
 
 class _Later(NamedTuple):
@@ -186,6 +186,10 @@ class _Rewriter(Draft):
         site = readers[0]
         if site.values.read_elsewhere or any(reader.attention.region is not None for reader in readers):
             self._replace_values(site)
+        if site.fixed and len(readers) == 1 and site.attention.region is None:
+            self._attend(site, and_append=True)
+            self._leave_fixed(site)
+            return
         for reader in readers:
             attend = self._attend if reader.attention.region is None else self._attend_written_out
             attend(reader)
@@ -200,8 +204,8 @@ class _Rewriter(Draft):
     def _new_rows(self, tensor: CacheTensor) -> Node:
         return self.canonical(self.at(tensor.join.new), tensor)
 
-    def _attend(self, site: CachedAttention) -> None:
-        """In the place of the attention operation."""
+    def _attend(self, site: CachedAttention, and_append: bool = False) -> None:
+        """In the place of the attention operation; ``and_append``: to a fixed cache, which then holds the tokens."""
         attention = site.attention
         with self.graph.inserting_before(self.at(attention.node)):
             k_new, v_new = self._new_rows(site.keys), self._new_rows(site.values)
@@ -209,7 +213,10 @@ class _Rewriter(Draft):
             arguments = [self.queries(site, k_new), k_new, v_new, mask]
             arguments += [*self.stored_keys(site), self.stored_values(site), *self.span(site)]
             arguments += [self.at(attention.scale), attention.is_causal, *self.part(site)]
-            out = self.in_turn(site, self.graph.call_function(_later(site).attend, tuple(arguments)))
+            if and_append:
+                arguments += [self.mask(site, k_new), layer_spec(site, self.config)]
+            step = steps.step_fixed if and_append else _later(site).attend
+            out = self.in_turn(site, self.graph.call_function(step, tuple(arguments)))
             if attention.layout != CANONICAL:
                 out = self.graph.call_function(from_canonical, (out, attention.layout))
             out = self._as(out, attention.node)
