@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import cProfile
 import pstats
+import re
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from benchmarks.decode import Setting
 from think_compile import ThinkConfig, think_compile
 
 STEPS, LINES = 20, 25
+_LEADING = re.compile(r".*/site-packages/|" + re.escape(f"{Path(__file__).parents[1]}/"))  # where things are installed
 
 
 def run(setting: Setting, layers: int = 32) -> Iterator[dict[str, Any]]:
@@ -63,5 +66,5 @@ def host_rows(model: Any, tokens: Any, cache: Any) -> Iterator[dict[str, Any]]:
     torch.cuda.synchronize()
     found = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
     for (path, line, name), (_, calls, own, inclusive, _) in sorted(found.items(), key=lambda kv: -kv[1][2])[:LINES]:
-        row = {"host": f"{path}:{line}({name})"[-90:], "calls": calls / STEPS}
+        row = {"host": f"{_LEADING.sub('', path)}:{line}({name})", "calls": calls / STEPS}
         yield row | {"own_ms": round(own / STEPS * 1e3, 4), "inclusive_ms": round(inclusive / STEPS * 1e3, 4)}
