@@ -140,6 +140,13 @@ def test_inputs_that_share_memory_may_be_read():
     assert written == []
 
 
+def test_an_input_that_comes_twice_is_read_as_two():
+    """The graph may be called with two tensors later."""
+    x = torch.randn(3)
+    graph_module, _ = traced(lambda x, y: (x - y,), x, x)
+    assert graph_module(torch.full((3,), 5.0), torch.full((3,), 2.0))[0].tolist() == [3, 3, 3]
+
+
 @pytest.mark.parametrize("change", [lambda x: x.t_(), lambda x: x.resize_(2), lambda x: x.unsqueeze_(0)])
 def test_an_input_whose_shape_is_changed_is_refused(change):
     def reshape(x):

@@ -49,7 +49,7 @@ def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMod
             tensor that ``gm`` holds itself is written to.
     """
     held = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
-    fakes = [*(mode.from_tensor(tensor, static_shapes=True) for tensor in held.values()), *inputs]
+    fakes = _distinct([*(mode.from_tensor(tensor, static_shapes=True) for tensor in held.values()), *inputs])
     written: list[int] = []
 
     def call(*args: Any) -> tuple[Any, ...]:
@@ -70,6 +70,16 @@ def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMod
     if own:
         raise NotFunctional(f"the graph writes to tensors of its own: {own}")
     return _holding(held, traced), [i - len(held) for i in written]
+
+
+def _distinct(fakes: Sequence[Any]) -> list[Any]:
+    """A tensor that comes again becomes a view of itself: the trace tells its inputs apart by what they are."""
+    seen: set[int] = set()
+    found = []
+    for fake in fakes:
+        found.append(fake.detach() if isinstance(fake, Tensor) and id(fake) in seen else fake)
+        seen.add(id(fake))
+    return found
 
 
 def _run(gm: GraphModule, held: dict[str, Tensor], inputs: Sequence[Any]) -> Sequence[Any]:
