@@ -172,11 +172,24 @@ def test_later_call_on_a_fixed_cache():
     _, result = rewritten(fixed, *fixed_inputs(), packed=(3, 4))
     after = result.graph_module
     assert count(after, {SDPA, torch.ops.aten.index_copy.default, torch.ops.aten.copy_.default}) == 0
-    assert count(after, LATER) == 1
+    assert count(after, LATER) == count(after, {steps.step_fixed}) == 1
+    assert count(after, {steps.append_keys_fixed}) == 0
     stored = {(what.index, what.name) for what in result.inputs if isinstance(what, plan.FromStore)}
     assert stored == {(3, "rows"), (3, "channels"), (3, "recent"), (3, "progress"), (4, "rows")}
     assert result.replaced == []
     assert not any(isinstance(what, plan.FloorOf | plan.PastLength) for what in result.inputs)
+
+
+def read_twice(q, k, v, pk, pv, pos, mask):
+    """Two attentions to one fixed cache."""
+    (once,) = fixed(q, k, v, pk, pv, pos, mask)
+    return once, F.scaled_dot_product_attention(2 * q, pk, pv, mask, enable_gqa=True)
+
+
+def test_a_cache_that_two_attentions_read_is_appended_to_behind_both():
+    _, result = rewritten(read_twice, *fixed_inputs(), packed=(3, 4))
+    order = [n.target for n in result.graph_module.graph.nodes if n.target in LATER | {steps.append_keys_fixed}]
+    assert order == [steps.attend_fixed, steps.attend_fixed, steps.append_keys_fixed]
 
 
 def test_layers_of_one_length_share_its_numbers():

@@ -49,7 +49,8 @@ class Reason(enum.Enum):
     GIVEN_UP = "a later call could not read the packed cache, so that new ones are left dense"
     HIGHER_ORDER = "the graph holds a control-flow operation or a vmap, and torch cannot export it to ATen operations"
     NOT_FUNCTIONAL = (
-        "the model writes to a tensor and reads the same memory through another, or changes an input's shape in place"
+        "the model writes to a tensor and reads the same memory through another, or to a tensor that its graph holds "
+        "itself, or changes an input's shape in place"
     )
     AMBIGUOUS = "more than one reading of this attention as a cached one is possible"
 
