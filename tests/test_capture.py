@@ -40,7 +40,8 @@ def replayed(monkeypatch):
     StandIn.made, StandIn.fails = 0, False
     monkeypatch.setattr(capture, "Capture", StandIn)
     monkeypatch.setattr(capture, "obstacle", lambda values: "")
-    return Replayed(Lowered(), [0])
+    lowered = Lowered()
+    return Replayed(lowered, lowered, [0])
 
 
 def test_captured_in_the_second_call_and_replayed_from_then_on(replayed):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
-from think_compile.handle import Handle, handle_for
+from think_compile.handle import Cell, Handle, handle_for
 from think_compile.kernels import steps
 from think_compile.store import (
     Dense,
@@ -108,7 +109,7 @@ def pair(kind="keys", layout=BHSD, batch=2, length=7, recent=RECENT) -> tuple[Ha
     twin = Twin(dense.clone(), kept, floor, recent, layout)._prune()
     if kind.startswith("fixed"):
         twin.recent = 10**6  # joins and crops of a fixed cache are plain tensors
-    return handle_for(store, tuple((axis,) for axis in layout)), twin
+    return handle_for(Cell(store), tuple((axis,) for axis in layout)), twin
 
 
 def same(got: Tensor, expected: Tensor) -> None:
@@ -817,11 +818,62 @@ def test_attention_of_torch_reads_the_dense_numbers():
     same(keys, keys_twin.plain())
 
 
-def test_numbers_without_storage_raise():
+OUTSIDE = {
+    "numpy": lambda t: torch.from_numpy(t.numpy()),
+    "numpy.asarray": lambda t: torch.from_numpy(np.asarray(t)),
+    "numpy.asarray as another type": lambda t: torch.from_numpy(np.asarray(t, dtype=np.float32)),
+    "numpy.from_dlpack": lambda t: torch.from_numpy(np.from_dlpack(t).copy()),
+    "torch.from_dlpack": torch.from_dlpack,
+    "tolist": lambda t: torch.tensor(t.tolist(), dtype=t.dtype),
+}
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("read", OUTSIDE.values(), ids=OUTSIDE)
+def test_code_outside_of_torch_reads_the_dense_numbers(read):
+    handle, twin = pair()
+    torch.testing.assert_close(read(handle), read(twin.plain()))
+    same(handle, twin.plain())
+
+
+MEMORY = {
+    "data_ptr": lambda t, _: t.data_ptr(),
+    "storage": lambda t, _: t.storage(),
+    "safetensors": lambda t, folder: save_file({"keys": t}, folder / "keys.safetensors"),
+    "share_memory_": lambda t, _: t.share_memory_(),
+}
+
+
+@pytest.mark.parametrize("read", MEMORY.values(), ids=MEMORY)
+def test_memory_of_a_packed_cache_is_refused_with_the_way_out(read, tmp_path):
     handle, _ = pair()
-    for read in (lambda h: h.numpy(), lambda h: h.tolist(), np.asarray):
-        with pytest.raises((RuntimeError, TypeError)):
-            read(handle)
+    with pytest.raises(RuntimeError, match=r"cache\.dense\(\)"):
+        read(handle, tmp_path)
+    with pytest.raises(ValueError, match="copy"):
+        np.asarray(handle, copy=False)
+
+
+def test_a_shallow_copy_shares_the_cache():
+    handle, twin = pair("fixed_keys")
+    other = copy.copy(handle)
+    assert isinstance(other, Handle) and other.cell is handle.cell
+    handle[:, :, 3] = 7
+    assert torch.equal(other.dense(), handle.dense()) and (other.dense()[:, :, 3] == 7).all()
+    deep = copy.deepcopy(handle)
+    handle.zero_()
+    assert not other.dense().any() and deep.dense().any()
+
+
+def test_one_cache_in_two_layouts_is_one_cache():
+    handle, twin = pair("fixed_keys")
+    other = Handle.on(handle.cell, tuple(handle.axes[i] for i in (0, 2, 1, 3)))
+    same(other, twin.plain().transpose(1, 2))
+    handle.zero_()
+    assert not other.dense().any()
+    other[:, 3] = 7
+    assert (handle.dense()[:, :, 3] == 7).all()
+    handle[:, :, 4] = 8
+    assert (other.dense()[:, 4] == 8).all() and (other.dense()[:, 3] == 7).all()
 
 
 # ------------------------------------------------------------------ the last tokens

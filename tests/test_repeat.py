@@ -15,7 +15,7 @@ from tiny import tiny_llama
 from transformers import StaticCache
 
 from think_compile import CacheFull, capture, restore, think_compile
-from think_compile.handle import LostWrite, handle_for
+from think_compile.handle import Cell, LostWrite, handle_for
 from think_compile.repeat import Repeated
 
 ROOM, PROMPT = 24, 9
@@ -135,7 +135,7 @@ def test_other_handles_on_the_same_memory(models, repeated):
     caches = begun(models)
     for layer in caches[0].layers:
         layer.keys, layer.values = (
-            handle_for(dataclasses.replace(x.store), x.axes) for x in (layer.keys, layer.values)
+            handle_for(Cell(dataclasses.replace(x.store)), x.axes) for x in (layer.keys, layer.values)
         )
     for _ in range(3):
         both(models, torch.randint(0, 60, (2, 1)), caches)

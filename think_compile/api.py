@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
 
 from think_compile import adapter
-from think_compile.backend import Backend, NothingRewritten
+from think_compile.backend import Backend
 from think_compile.config import ThinkConfig
-from think_compile.handle import RUNNING, Running
+from think_compile.frames import compiled_call
 from think_compile.report import Report
 
 M = TypeVar("M", bound=nn.Module)
-
-# Graphs of one piece of code before torch gives up compiling it and runs it op by op. Torch's own limit of 8 is reached
-# by a few conversations that differ in batch, padding and cache; beyond it no new cache would be pruned.
-MAX_GRAPHS = 64
-MAX_GRAPHS_OF_A_LAYER = 8  # where graph breaks part the layers, which have one piece of code
 
 _backends: weakref.WeakKeyDictionary[nn.Module, Backend] = weakref.WeakKeyDictionary()
 
@@ -91,57 +83,17 @@ def think_compile(
 
 
 def _install(model: nn.Module, backend: Backend) -> Backend:
-    """Compile the model's call in place. Its code object is its own, so that models do not share recompile limits."""
-    compiled, reference = _compiled(model, backend), weakref.ref(model)
+    """Compile the model's call in place."""
+    compiled, reference = compiled_call(model, backend), weakref.ref(model)
 
-    def compiled_call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         return compiled(reference(), args, kwargs)
 
-    model._compiled_call_impl = compiled_call
+    model._compiled_call_impl = call
     config = backend.config
     # who asks for windows to be pruned gets caches that grow: windows in buffers move up with each token
     adapter.on_wrap(model, static_cache=config.static_cache and not config.sliding)
     return backend
-
-
-def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return model._call_impl(*args, **kwargs)
-
-
-def _compiled(model: nn.Module, backend: Backend) -> Callable[..., Any]:
-    """``_call`` compiled for one model; our own errors come out as they are.
-
-    Code that Dynamo itself fails on runs as it was written, as with our own failures, and Dynamo logs why.
-    """
-    code = _call.__code__.replace(co_name=f"{type(model).__name__}_call")
-    compiled = torch.compile(types.FunctionType(code, globals()), backend=backend)
-    limits = _limits(model)
-
-    def call(*args: Any) -> Any:
-        running = RUNNING.set(Running(object(), backend.warn_once, args))
-        try:
-            with torch._dynamo.config.patch(limits | {"suppress_errors": backend.may_fall_back}):
-                result = compiled(*args)
-        except BackendCompilerFailed as failed:
-            if isinstance(failed.inner_exception, NothingRewritten):
-                raise failed.inner_exception from None
-            raise
-        finally:
-            RUNNING.reset(running)
-        backend.check_attention_was_seen()
-        return result
-
-    return call
-
-
-def _limits(model: nn.Module) -> dict[str, int]:
-    """How often Dynamo may compile a piece of code of the model."""
-    kinds = Counter(type(module) for module in model.modules() if next(module.children(), None) is not None)
-    limit = max(MAX_GRAPHS, MAX_GRAPHS_OF_A_LAYER * max(kinds.values(), default=0))
-    return {
-        "recompile_limit": limit,
-        "accumulated_recompile_limit": max(limit, torch._dynamo.config.accumulated_recompile_limit),
-    }
 
 
 def _backend_of(model: nn.Module) -> Backend:
@@ -197,7 +149,7 @@ def explain(
     wrapped = _backends.get(model)
     config = ThinkConfig(**options) if options or wrapped is None else wrapped.config
     backend = Backend(model, dataclasses.replace(config, strict=False), dry=True)  # it tells, and does not raise
-    call = _compiled(model, backend)
+    call = compiled_call(model, backend)
     with torch.no_grad():
         output = call(model, *_arguments(example_inputs))
         following = None if next_inputs is None else next_inputs(output)

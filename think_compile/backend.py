@@ -1,4 +1,4 @@
-"""The Dynamo backend: the pass list, in order, and what happens when a graph is not to be rewritten."""
+"""The Dynamo backend of one model: the passes in their order, and the refusals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,22 +14,19 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from think_compile.config import ThinkConfig, fallback_allowed
-from think_compile.handle import RUNNING, Handle, LostWrite
+from think_compile.graph import CompiledGraph, FailedGraph
+from think_compile.handle import Cell, Handle
 from think_compile.holders import Place, holders, owns_its_storage
-from think_compile.lower import CompilationFailed
 from think_compile.passes.attention import Attention, find_attention, module_path
 from think_compile.passes.broken import broken_attention
-from think_compile.passes.kv_cache import CachedAttention, Findings, find_caches
-from think_compile.passes.naming import full_path, with_full_path
+from think_compile.passes.kv_cache import Findings, find_caches
+from think_compile.passes.naming import full_path, told_apart, with_full_path
 from think_compile.passes.normalize import Normalized, normalize
-from think_compile.passes.own_rows import find_own_rows
 from think_compile.passes.readers import reads_any
 from think_compile.passes.refusal import Reason, Refused, where
-from think_compile.passes.rewrite import rewrite
-from think_compile.passes.room import find_starts
-from think_compile.report import Ledger, Report, refused_graph, refused_record, rewritten_record
-from think_compile.runtime import BeginsAgain, CacheFull, PackedInputs, Program
-from think_compile.store import Store, writable
+from think_compile.report import Ledger, Report, refused_graph, refused_record, rewritten_record, sentence
+from think_compile.running import RUNNING, FrameFailure
+from think_compile.store import writable
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +48,7 @@ class Backend:
         self.model, self.config, self.dry = weakref.ref(model), config, dry
         self.lock = threading.RLock()  # a graph remembers its last step: threads take turns
         self.ledger = Ledger()
-        self.stores: weakref.WeakSet[Store] = weakref.WeakSet()
+        self.cells: weakref.WeakSet[Cell] = weakref.WeakSet()
         self.graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
         self.warned: set[str] = set()
         self.given_up: set[str] = set()  # layers that a later call could not read packed: new caches stay dense
@@ -64,7 +61,7 @@ class Backend:
         except NothingRewritten:
             raise
         except Exception as error:
-            return self._fall_back(gm, error)
+            return FailedGraph(self, gm, error)
 
     @property
     def may_fall_back(self) -> bool:
@@ -78,7 +75,7 @@ class Backend:
 
     def report(self) -> Report:
         """What was done so far, and the caches that live now."""
-        return Report.of(self.config, self.ledger, self.stores)
+        return Report.of(self.config, self.ledger, self.cells)
 
     # ------------------------------------------------------------------------------------------------ compiling
 
@@ -94,10 +91,11 @@ class Backend:
             self._refuse_graph(refused)
             return self._plain(gm, example_inputs)
         names = self._parameter_names(normalized, example_inputs)
-        sites = [with_full_path(site, names) for site in find_attention(normalized.graph_module)]
+        frame = self._path_of_frame()
+        sites = told_apart([with_full_path(site, names, frame) for site in find_attention(normalized.graph_module)])
         if not sites:
             for part, why in broken_attention(normalized):
-                layer = full_path(module_path(part), part, names)
+                layer = full_path(module_path(part), part, names) or frame
                 self._refuse_graph(Refused(why, where(part)), layer)
             return self._plain(gm, example_inputs)
         findings = find_caches(normalized, sites, self.config.recent if self.config.sliding else None)
@@ -116,6 +114,15 @@ class Backend:
         inputs = zip(normalized.placeholders, example_inputs, strict=True)
         return {node: names[id(value)] for node, value in inputs if id(value) in names}
 
+    def _path_of_frame(self) -> str:
+        """The path, in the model, of the innermost module among the variables of the code that is compiled."""
+        model, running = self.model(), RUNNING.get()
+        if model is None or running is None:
+            return ""
+        held = {id(value) for value in running.names.values() if isinstance(value, torch.nn.Module)}
+        paths = [path for path, module in model.named_modules() if id(module) in held]
+        return max(paths, key=lambda path: path.count("."), default="")
+
     def _own_tensors(self, example_inputs: Sequence[Any]) -> frozenset[int]:
         """The graph's inputs that are the model's parameters and buffers."""
         model = self.model()
@@ -130,9 +137,9 @@ class Backend:
         read = packed.difference(*(site.past for site in findings.cached if site.past is not None))
         read = {i for i in read if _is_read(normalized.placeholders[i])}
         if read:
-            self.warn_once(f"{len(read)} pruned caches are read densely from now on: {_sentence(findings.refused)}")
+            self.warn_once(f"{len(read)} pruned caches are read densely from now on: {sentence(findings.refused)}")
             inputs = {normalized.placeholders[i] for i in read}
-            given_up = [refused for refused in findings.refused if refused[0].path and reads_any(refused[0], inputs)]
+            given_up = [refused for refused in findings.refused if reads_any(refused[0], inputs)]
             self.given_up |= {site.path for site, _ in given_up}
             self.ledger.give_up(refused_record(*refused) for refused in given_up)
 
@@ -160,6 +167,7 @@ class Backend:
 
     def replace(self, tensor: Tensor, handle: Handle) -> None:
         """Put a handle where a written dense cache tensor stood."""
+        self.adopt([handle])
         if isinstance(tensor, Handle):
             tensor.pack_anew(handle.cell)
             return
@@ -180,18 +188,30 @@ class Backend:
         options = dict(self.config.inductor_options) or None
         return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=options))
 
-    def _fall_back(self, gm: GraphModule, error: Exception) -> Callable[..., Any]:
-        self.excuse(error)
-        return gm.forward
+    def adopt(self, values: Iterable[Any]) -> None:
+        """Count the caches among ``values`` in the report."""
+        for value in values:
+            if isinstance(value, Handle) and value.cell is not None:
+                value.cell.join(self.cells)
 
-    def excuse(self, error: Exception) -> None:
-        """Warn of an internal failure, or raise it where falling back is not wanted."""
+    # ----------------------------------------------------------------------------------------------- failures
+
+    def excuse(self, error: Exception, layers: Sequence[Attention] = ()) -> None:
+        """Take in that a graph failed where the plain one succeeds; raises ``error`` if falling back is forbidden."""
+        self._excuse(error, "This graph runs", layers)
+
+    def excuse_frame(self, failure: FrameFailure) -> None:
+        """Take in that Dynamo failed on code that runs as it was written; raises as :meth:`excuse`."""
+        self._excuse(failure.error, f"Calls of this kind run {failure.code.co_name}", ())
+
+    def _excuse(self, error: Exception, what: str, layers: Sequence[Attention]) -> None:
         if not self.may_fall_back:
             raise error
-        self.warn_once(
-            f"an internal failure, {type(error).__name__}: {error}. This graph runs as the model wrote it, with no "
-            f"saving; {ISSUES}."
-        )
+        said = f"{type(error).__name__}: {error}"
+        refused = Refused(Reason.FAILED, said.splitlines()[0])
+        records = [refused_record(site, refused) for site in layers]
+        self.ledger.fail(records or [refused_graph(refused)])
+        self.warn_once(f"an internal failure, {said}. {what} as the model wrote it, with no saving; {ISSUES}.")
         log.debug("internal failure", exc_info=error)
 
     # ---------------------------------------------------------------------------------------------- reporting
@@ -210,9 +230,9 @@ class Backend:
         problems = [r for r in findings.refused if r[1].reason is not Reason.NOT_CACHED]
         nothing = not any(record.reason is None for record in self.ledger.layers.values())
         if self.config.strict and (problems or nothing):
-            raise NothingRewritten(f"strict=True, and {_sentence(problems or findings.refused)}")
+            raise NothingRewritten(f"strict=True, and {sentence(problems or findings.refused)}")
         if nothing and not self.given_up:
-            self.warn_once(f"nothing was rewritten: {_sentence(findings.refused)}")
+            self.warn_once(f"nothing was rewritten: {sentence(findings.refused)}")
 
     def check_attention_was_seen(self) -> None:
         """After a whole call: a model in which there is nothing to rewrite."""
@@ -236,109 +256,3 @@ class Backend:
 def _is_read(node: Node) -> bool:
     """Whether something reads an input, and does not only write over all of it."""
     return any(user.target is not torch.ops.aten.copy.default or user.args[1] is node for user in node.users)
-
-
-def _sentence(refused: Sequence[tuple[Attention, Refused]]) -> str:
-    """The refusals for people: layers of one reason together."""
-    by_reason: dict[str, list[str]] = {}
-    for site, why in refused:
-        detail = f" [{why.detail}]" if why.detail else ""
-        by_reason.setdefault(why.reason.value + detail, []).append(site.path or "an attention")
-    return "; ".join(f"{len(paths)} layers ({paths[0]}, ...): {reason}" for reason, paths in by_reason.items())
-
-
-class CompiledGraph:
-    """A graph with rewritten layers, as Dynamo calls it."""
-
-    def __init__(
-        self,
-        backend: Backend,
-        gm: GraphModule,
-        normalized: Normalized,
-        sites: list[CachedAttention],
-        own: frozenset[int],
-    ) -> None:
-        self.backend, self.gm, self.normalized, self.sites, self.own = backend, gm, normalized, sites, own
-        self.own_rows, self.starts = find_own_rows(normalized, sites), find_starts(normalized, sites)
-        self.packed_inputs = PackedInputs(sites)
-        self.programs: dict[tuple[frozenset[int], int, bool], Program] = {}
-        self.latest: tuple[frozenset[int], int, bool] | None = None  # the program that ran last
-        backend.graphs.add(self)
-        self.plain: Callable[..., Any] | None = None  # after an internal failure: the graph as the model wrote it
-
-    def __call__(self, *args: Any) -> Any:
-        if self.plain is None:
-            try:
-                with self.backend.lock:
-                    return self._run_or_give_up(args)
-            except (CacheFull, LostWrite, torch.OutOfMemoryError):
-                raise  # the caller's own, and nothing that the plain graph would do better
-            except Exception as error:
-                self.backend.excuse(error.error if isinstance(error, CompilationFailed) else error)
-                self.plain = self.gm.forward
-        return self.plain(*args)
-
-    def _run_or_give_up(self, args: Sequence[Any]) -> Any:
-        try:
-            return self._run(args)
-        except BeginsAgain:
-            self._give_up_rings(args)
-            return self._run(args)
-
-    def _give_up_rings(self, args: Sequence[Any]) -> None:
-        """Caches whose positions turn out to begin again while all rows are read: dense from now on."""
-        why = Refused(Reason.UNKNOWN_WINDOW, "its first row is written again while the others are read")
-        rings = [site for site in self.sites if site.fixed and site.past is not None]
-        for handle in (args[i] for site in rings for i in site.past or ()):
-            if isinstance(handle, Handle):
-                handle.densify()
-        refused = [(site.attention, why) for site in rings]
-        self.backend.given_up |= {site.attention.path for site in rings}
-        self.backend.ledger.give_up(refused_record(*one) for one in refused)
-        self.backend.warn_once(f"pruned caches are read densely from now on: {_sentence(refused)}")
-
-    def _run(self, args: Sequence[Any]) -> Any:
-        again = self._run_again(args)
-        if again is not None:
-            return again
-        packed = self.packed_inputs.of(args, self.backend.config)
-        own_rows = self.own_rows is not None and self.own_rows.suffice(args)
-        key = packed, len(self.backend.given_up), own_rows
-        if key not in self.programs:
-            self._warn_of_unusable(packed, args)
-            self.programs[key] = self._program(packed, own_rows)
-        self.latest = key if self.own_rows is None else None
-        outputs = self.programs[key].run(args, self.backend.replace)
-        for output in outputs:
-            if isinstance(output, Handle) and output.store is not None:
-                self.backend.stores.add(output.store)
-        return outputs
-
-    def _run_again(self, args: Sequence[Any]) -> tuple[Any, ...] | None:
-        """The outputs, if the call is a step like the last one."""
-        if self.latest is None or self.latest[1] != len(self.backend.given_up):
-            return None
-        program = self.programs.get(self.latest)
-        return None if program is None else program.run_again(args)
-
-    def _warn_of_unusable(self, packed: frozenset[int], args: Sequence[Any]) -> None:
-        past = {index for site in self.sites if site.past is not None for index in site.past}
-        unusable = [args[i] for i in past - packed if isinstance(args[i], Handle) and not args[i].is_dense]
-        if unusable:
-            self.backend.warn_once(
-                f"{len(unusable)} pruned caches were made with other settings or do not fit this call, for example "
-                f"{unusable[0]}; they are read densely and pruned anew"
-            )
-
-    def _program(self, packed: frozenset[int], own_rows: bool) -> Program:
-        config = self.backend.config
-        sites = [site for site in self.sites if self._is_wanted(site, packed)]
-        roots = self.own_rows.roots if self.own_rows is not None and own_rows else frozenset()
-        return Program(
-            self.normalized, rewrite(self.normalized, sites, packed, config, roots), config, self.own, self.starts
-        )
-
-    def _is_wanted(self, site: CachedAttention, packed: frozenset[int]) -> bool:
-        """Whether a layer is to be rewritten: it was not given up, or what it reads is packed already."""
-        is_packed = site.past is not None and packed.issuperset(site.past)
-        return is_packed or site.attention.path not in self.backend.given_up

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,14 +23,16 @@ log = logging.getLogger(__name__)
 
 MAX_CAPTURES = 8  # of one graph; the oldest is let go for a ninth
 ATTEMPTS = 3  # a capture fails for good when it has failed so often: memory may be short for a while
+Launched = Callable[[Sequence[Any]], Sequence[Any]]
 LARGE = 16 * 2**20  # bytes; an input of that size is read in place, and another address is another capture
 
 
 class Replayed:
     """A lowered graph whose inputs ``in_place`` are parameters or caches, which lie where they lie."""
 
-    def __init__(self, lowered: Inductor, in_place: Sequence[int]) -> None:
-        self.lowered, self.in_place = lowered, frozenset(in_place)
+    def __init__(self, lowered: Inductor, launched: Launched, in_place: Sequence[int]) -> None:
+        """``launched`` runs ``lowered`` where nothing is captured or replayed."""
+        self.lowered, self.launched, self.in_place = lowered, launched, frozenset(in_place)
         self.captures: list[Capture] = []
         self.latest: Capture | None = None  # that the last call replayed
         self.seen: Signature | None = None  # of the last call that was not replayed
@@ -38,7 +40,7 @@ class Replayed:
 
     def __call__(self, values: Sequence[Any]) -> Sequence[Any]:
         if self.refused:
-            return self.lowered(values)
+            return self.launched(values)
         for capture in self.captures:
             if capture.fits(values):
                 self.latest = capture
@@ -47,7 +49,7 @@ class Replayed:
         signature = Signature(values, self.in_place)
         if signature != self.seen:  # a graph runs once as it is, which also compiles it, before it is captured
             self.seen = signature
-            return self.lowered(values)
+            return self.launched(values)
         return self._capture(values, signature)
 
     def _capture(self, values: Sequence[Any], signature: Signature) -> Sequence[Any]:
@@ -59,7 +61,7 @@ class Replayed:
                 return self._failed(values, error)
         if self.refused:
             log.warning("steps are launched one by one and not replayed from a CUDA graph: %s", self.refused)
-            return self.lowered(values)
+            return self.launched(values)
         log.info("captured a CUDA graph")
         self.captures = [capture, *self.captures][:MAX_CAPTURES]
         return capture.replay(values)
@@ -71,7 +73,7 @@ class Replayed:
         if self.failures == ATTEMPTS:
             self.refused = str(error)
             log.warning("steps are launched one by one and not replayed from a CUDA graph: %s", self.refused)
-        return self.lowered(values)
+        return self.launched(values)
 
 
 class Signature:

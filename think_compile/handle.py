@@ -9,9 +9,9 @@ makes the handle dense; a write to a view of it, which is a copy, is found out a
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from think_compile import packed
 from think_compile.kernels.canonical import BATCH, CANONICAL, TOKEN, Layout, from_canonical, shape_of, token_axis
+from think_compile.running import RUNNING, Running
 from think_compile.store import Dense, FixedKeys, FixedValues, GrowingKeys, Rows, Store, allocating, join_batches
 
 aten = torch.ops.aten
@@ -29,24 +30,36 @@ class LostWrite(RuntimeError):
     """Somebody wrote in place to a copy of packed numbers."""
 
 
-class Running(NamedTuple):
-    """A call of a wrapped model, while it runs: what tells it from others, what takes a warning, what it was given."""
-
-    token: object
-    warn: Callable[[str], None]
-    arguments: Any = None
-
-
-RUNNING: ContextVar[Running | None] = ContextVar("think_compile_running", default=None)
-
-
 class Cell:
-    """What the aliases of one cache tensor share: its store, and how often they have written to it themselves."""
+    """A cache tensor's place: its store now, shared by the aliases of the tensor.
 
-    def __init__(self, store: Store) -> None:
+    Attributes:
+        store: the store; a write to the tensor that no packed form can express puts a dense one here.
+        of_keys: whether the tensor holds keys.
+        family: the living cells of one model's caches, for the report.
+        pruned_in: the call that pruned these keys, their first.
+    """
+
+    def __init__(self, store: Store, parent: Cell | None = None) -> None:
+        """``parent``: the cell of the tensor that this one is made of."""
         self.store = store
-        self.version = 0
-        self.pruned_in: object = None  # the call that pruned these keys, its first
+        self.of_keys = isinstance(store, (GrowingKeys, FixedKeys)) if parent is None else parent.of_keys
+        self.family: weakref.WeakSet[Cell] | None = None
+        self.pruned_in: object = None
+        if parent is not None and parent.family is not None:
+            self.join(parent.family)
+
+    def join(self, family: weakref.WeakSet[Cell]) -> None:
+        """Become a member of ``family``."""
+        self.family = family
+        family.add(self)
+
+
+class Tally:
+    """How often a tensor and its aliases have written to their cell themselves: autograd counts other writes too."""
+
+    def __init__(self) -> None:
+        self.writes = 0
 
 
 class Handle(torch.Tensor):
@@ -56,6 +69,7 @@ class Handle(torch.Tensor):
     """
 
     cell: Cell | None
+    tally: Tally
     axes: Layout
     anchor: Tensor
     sliced: bool
@@ -63,14 +77,19 @@ class Handle(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, store: Store, layout: Layout = CANONICAL, anchor: Tensor | None = None) -> Handle:
-        shape = shape_of(store.logical_shape, layout)
-        return Handle._wrap(shape, Cell(store), layout, store.rows.tensor.new_empty(1) if anchor is None else anchor)
+    def __new__(cls, store: Store, layout: Layout = CANONICAL) -> Handle:
+        return Handle.on(Cell(store), layout)
+
+    @staticmethod
+    def on(cell: Cell, layout: Layout, anchor: Tensor | None = None) -> Handle:
+        """A handle in ``layout`` on a cell; ``anchor``: that of another handle of this dtype and device."""
+        shape = shape_of(cell.store.logical_shape, layout)
+        return Handle._wrap(shape, cell, layout, cell.store.rows.tensor.new_empty(1) if anchor is None else anchor)
 
     @staticmethod
     def _wrap(shape: Any, cell: Cell | None, layout: Layout, anchor: Tensor) -> Handle:
         self = torch.Tensor._make_wrapper_subclass(Handle, shape, dtype=anchor.dtype, device=anchor.device)
-        self.cell, self.axes, self.anchor, self.sliced = cell, layout, anchor, False
+        self.cell, self.tally, self.axes, self.anchor, self.sliced = cell, Tally(), layout, anchor, False
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -107,11 +126,12 @@ class Handle(torch.Tensor):
         if self.cell is None:
             return self._traced_dense()
         self.check_unwritten()
-        return from_canonical(self.cell.store.dense(), self.axes).contiguous()
+        dense = from_canonical(self.cell.store.dense(), self.axes)
+        return dense if self.is_dense else dense.contiguous()  # a copy would take writes that are the cache's
 
     def check_unwritten(self) -> None:
         """Raise if somebody wrote to a view of this packed tensor: such a view is a copy, the numbers are lost."""
-        if self.cell is None or self.is_inference() or self._version == self.cell.version:
+        if self.cell is None or self.is_inference() or self._version == self.tally.writes:
             return
         if not self.is_dense:
             raise LostWrite(
@@ -139,11 +159,17 @@ class Handle(torch.Tensor):
         return from_canonical(self.cell.store.dense(), self.axes)
 
     def pack_anew(self, cell: Cell | None) -> None:
-        """Take a packed store in place of the dense one, whose writes, which are in it, are counted."""
+        """Take a packed store in place of the dense one; that one holds all writes so far."""
         assert cell is not None
         if cell is not self.cell:
-            cell.version = 0 if self.is_inference() else self._version
+            self.tally.writes = 0 if self.is_inference() else self._version
             self.cell = cell
+
+    def put_back(self, store: Store | None) -> None:
+        """Undo all writes since ``store`` was this tensor's."""
+        assert self.cell is not None and store is not None
+        self.cell.store = store
+        self.tally.writes = 0 if self.is_inference() else self._version
 
     def mark_pruned(self) -> None:
         """Note that the call that runs has pruned these keys, which it had whole."""
@@ -154,7 +180,7 @@ class Handle(torch.Tensor):
     def with_store(self, store: Store) -> Handle:
         """A handle in the same layout on another store."""
         anchor = self.anchor if (store.device, store.dtype) == (self.device, self.dtype) else None
-        return Handle(store, self.axes, anchor)
+        return Handle.on(Cell(store, self.cell), self.axes, anchor)
 
     def clone_packed(self) -> Handle:
         """A copy that shares nothing."""
@@ -163,13 +189,45 @@ class Handle(torch.Tensor):
 
     # -------------------------------------------------------------------------------- operations on the handle
 
-    def share_memory_(self) -> Handle:
-        """Raises: a packed cache is no one memory that processes could share."""
+    def share_memory_(self) -> NoReturn:
+        """Raises: a packed cache has no single memory to share between processes."""
         raise RuntimeError("a packed cache cannot be moved to shared memory; use cache.dense().share_memory_()")
+
+    def storage(self) -> NoReturn:
+        """Raises: the packed store is several tensors, none of them of this shape."""
+        _refuse_memory("storage()")
+
+    def data_ptr(self) -> NoReturn:
+        """Raises as :meth:`storage`."""
+        _refuse_memory("data_ptr()")
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """A copy of the dense numbers."""
+        return self.dense().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The dense numbers."""
+        return self.dense().tolist()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        if copy is False and not self.is_dense:
+            raise ValueError("a packed cache becomes an array by a copy only")
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """A capsule of a copy of the dense numbers."""
+        return self.dense().__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.dense().__dlpack_device__()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         kind = type(self.store).__name__
         return f"Handle({tuple(self.shape)}, {self.dtype}, {self.device}, {kind})"
+
+    def __copy__(self) -> Handle:
+        return _alias(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         if id(self) not in memo:
@@ -263,6 +321,10 @@ def _was_pruned_in(x: Any, running: Running) -> bool:
     return isinstance(store, (GrowingKeys, FixedKeys)) and store.channels.shape[-1] < store.width
 
 
+def _refuse_memory(what: str) -> NoReturn:
+    raise RuntimeError(f"{what}: a packed cache has no memory of its shape; cache.dense() is a plain tensor")
+
+
 def _refuse_slices(handle: Handle, what: Any) -> None:
     if handle.sliced:
         raise RuntimeError(
@@ -283,7 +345,7 @@ def _dense_argument(argument: Any, written: bool) -> Any:
 
 def _alias(handle: Handle) -> Handle:
     alias = Handle._wrap(handle.shape, handle.cell, handle.axes, handle.anchor)
-    alias.sliced = handle.sliced
+    alias.sliced, alias.tally = handle.sliced, handle.tally
     return alias
 
 
@@ -301,8 +363,7 @@ def _zero_(handle: Handle) -> Handle | None:
     if handle.sliced or not isinstance(handle.store, (FixedKeys, FixedValues)):
         return None
     handle.store.clear()
-    assert handle.cell is not None
-    handle.cell.version += 1  # autograd counts this write too
+    handle.tally.writes += 1  # autograd counts this write too
     return handle
 
 
@@ -343,12 +404,12 @@ _PACKED: dict[Any, Callable[..., Handle | None]] = {
 }
 
 
-def handle_for(store: Store, layout: Layout) -> Handle:
+def handle_for(cell: Cell, layout: Layout) -> Handle:
     """A handle as a compiled call returns it: of one that grows the token axis is dynamic, so that no step recompiles.
 
     A fixed one keeps its size, and a graph with symbols takes longer to trace.
     """
-    handle = Handle(store, layout)
-    if not isinstance(store, (FixedKeys, FixedValues)):
+    handle = Handle.on(cell, layout)
+    if not isinstance(cell.store, (FixedKeys, FixedValues)):
         torch._dynamo.maybe_mark_dynamic(handle, token_axis(layout))
     return handle

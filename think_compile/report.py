@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from think_compile.config import ThinkConfig
+from think_compile.handle import Cell
 from think_compile.kernels.canonical import HEAD, describe
 from think_compile.passes.attention import Attention
 from think_compile.passes.kv_cache import CachedAttention
 from think_compile.passes.refusal import Reason, Refused
-from think_compile.store import FixedKeys, GrowingKeys, Store
+from think_compile.store import Store
 
 # The arguments of the compiled call, and a module's own dictionaries, in the names that a trace gives to its inputs.
 _SPELLINGS = (
@@ -117,10 +118,21 @@ def refused_graph(refused: Refused, layer: str = "") -> LayerRecord:
     return LayerRecord(layer, "none", "", "", None, None, None, None, refused.reason, refused.detail)
 
 
+def sentence(refused: Sequence[tuple[Attention, Refused]]) -> str:
+    """The refusals for people: layers of one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for site, why in refused:
+        detail = f" [{why.detail}]" if why.detail else ""
+        by_reason.setdefault(why.reason.value + detail, []).append(site.path or "an attention")
+    return "; ".join(f"{len(paths)} layers ({paths[0]}, ...): {reason}" for reason, paths in by_reason.items())
+
+
 def _weight(record: LayerRecord) -> int:
-    """Which of two records of a layer tells more: one with a cache over one without, a rewriting over a refusal."""
+    """How much a record of a layer tells: failures most, then rewritings, refusals, and calls without a cache."""
     if record.reason is None:
         return 2
+    if record.reason is Reason.FAILED:
+        return 3
     return 0 if record.reason in (Reason.NOT_CACHED, Reason.GIVEN_UP) else 1
 
 
@@ -145,6 +157,8 @@ class Ledger:
             known = self.layers.get(record.layer)
             self.layers[record.layer] = replace(record, source=known.source if known else "")
 
+    fail = give_up
+
 
 def _merged(known: LayerRecord | None, record: LayerRecord) -> LayerRecord:
     """What is known of a layer after one more graph."""
@@ -155,10 +169,6 @@ def _merged(known: LayerRecord | None, record: LayerRecord) -> LayerRecord:
     if _weight(known) == 2 and _weight(record) == 1:
         return replace(known, detail=f"a later call reads it densely: {record.why}")
     return known
-
-
-def _is_keys(store: Store) -> bool:
-    return isinstance(store, (GrowingKeys, FixedKeys))
 
 
 def _stored(stores: Iterable[Store]) -> int:
@@ -210,11 +220,11 @@ class Report:
     dense_value_bytes: int
 
     @classmethod
-    def of(cls, config: ThinkConfig, ledger: Ledger, stores: Iterable[Store]) -> Report:
+    def of(cls, config: ThinkConfig, ledger: Ledger, cells: Iterable[Cell]) -> Report:
         """The report of now."""
-        live = list(stores)
-        keys = [s for s in live if _is_keys(s)]
-        values = [s for s in live if not _is_keys(s)]
+        live = list(cells)
+        keys = [cell.store for cell in live if cell.of_keys]
+        values = [cell.store for cell in live if not cell.of_keys]
         layers = ledger.layers.values()
         return cls(
             config,

@@ -10,7 +10,7 @@ from torch import SymInt, Tensor
 
 from think_compile.capture import Replayed
 from think_compile.config import ThinkConfig
-from think_compile.handle import Handle, handle_for
+from think_compile.handle import Cell, Handle, handle_for
 from think_compile.kernels.attend import MAX_KERNEL_QUERIES
 from think_compile.kernels.steps import capacity_for
 from think_compile.lower import Dims, Eager, Inductor
@@ -35,7 +35,7 @@ from think_compile.store import (
 Replace = Callable[[Any, Handle], None]
 
 
-class CacheFull(ValueError):
+class CacheFull(ValueError, IndexError):
     """A call would write behind the end of a cache of fixed size; it was not run."""
 
 
@@ -70,6 +70,7 @@ class Program:
         graph = rewritten.graph_module
         self.lowered = Eager(graph) if config.lowering == "eager" else Inductor(graph, dims, config.inductor_options)
         self.written_fixed = [(index, self._number(n)) for index, n in rewritten.written_fixed]
+        self.launched = Undone(self.lowered, rewritten)
         self.starts = starts
         self.replayed = self._replayed(self.lowered, own) if config.cuda_graphs else None
         self.repeated: Repeated | None = None
@@ -81,9 +82,9 @@ class Program:
             self._take_room(args)
             stores = self._reserved(args, counts)
             stores |= {index: args[index].store.map_batch(torch.clone) for index in self.rewritten.copied}
-            lowered = self.lowered if self.replayed is None or self._is_long(args) else self.replayed
-            values = lowered([fetch(args, stores) for fetch in self.fetchers])
-            self.repeated = self._found_by(args) if lowered is self.replayed else None
+            launched = self.launched if self.replayed is None or self._is_long(args) else self.replayed
+            values = launched([fetch(args, stores) for fetch in self.fetchers])
+            self.repeated = self._found_by(args) if launched is self.replayed else None
             made = _Made(args, stores, counts, values, lambda size: self._number(size)(args))
             for index, what in self.rewritten.replaced:
                 replace(args[index], made.output(what))
@@ -148,7 +149,7 @@ class Program:
             isinstance(what, plan.FromStore) or (isinstance(what, plan.Passed) and what.index in in_place)
             for what in self.rewritten.inputs
         ]
-        return Replayed(lowered, [i for i, is_placed in enumerate(placed) if is_placed])
+        return Replayed(lowered, self.launched, [i for i, is_placed in enumerate(placed) if is_placed])
 
     def _is_long(self, args: Sequence[Any]) -> bool:
         """Whether a call is a chunk of a prompt: launching it costs little, and keeping its memory much."""
@@ -227,7 +228,7 @@ def _dims(what: plan.Input, placeholders: Sequence[Any]) -> Dims:
 
 
 class _Made:
-    """Makes the caller's outputs; a store made once serves every output that names it."""
+    """Makes the caller's outputs; a cell made once serves every output that names it, in whatever layout."""
 
     def __init__(
         self,
@@ -238,7 +239,7 @@ class _Made:
         number: Callable[[Any], int],
     ) -> None:
         self.args, self.stores, self.counts, self.values, self.number = args, stores, counts, values, number
-        self.made: dict[Any, Store] = {}
+        self.made: dict[Any, Cell] = {}
 
     def output(self, what: plan.Output) -> Any:
         if isinstance(what, plan.Returned):
@@ -251,7 +252,7 @@ class _Made:
             return self.args[what.index].with_store(self.stores[what.index])
         key = (type(what), what.index if isinstance(what, (plan.GrownKeys, plan.GrownValues)) else what.position)
         if key not in self.made:
-            self.made[key] = self._store(what)
+            self.made[key] = Cell(self._store(what))
         handle = handle_for(self.made[key], what.layout)
         if isinstance(what, plan.NewKeys):
             handle.mark_pruned()
@@ -280,6 +281,31 @@ class _Made:
     def _new_values(self, what: plan.NewValues) -> Store:
         values = self.values[what.position].contiguous()
         return FixedValues(Rows(values)) if what.fixed else GrowingValues(Rows(values), self.number(what.length))
+
+
+class Undone:
+    """Runs a lowered graph; one that fails midway leaves the windows of fixed caches as they were.
+
+    Made again, the call then sees the same whole keys in every layer, whether that had run before or not. Narrow rows
+    and values need no undoing: the call writes them again before they are read. Nor does the ring after one token,
+    which takes the place of a key that has left the window.
+    """
+
+    def __init__(self, lowered: Eager | Inductor, rewritten: plan.Rewritten) -> None:
+        self.lowered = lowered
+        undone = {(index, "progress") for index, _ in rewritten.written_fixed}
+        undone |= {(index, "recent") for index, n in rewritten.written_fixed if not (isinstance(n, int) and n == 1)}
+        stored = [(i, what) for i, what in enumerate(rewritten.inputs) if isinstance(what, plan.FromStore)]
+        self.places = [i for i, what in stored if (what.index, what.name) in undone]
+
+    def __call__(self, values: Sequence[Any]) -> Sequence[Any]:
+        before = [values[i].clone() for i in self.places]
+        try:
+            return self.lowered(values)
+        except BaseException:
+            for i, tensor in zip(self.places, before, strict=True):
+                values[i].copy_(tensor)
+            raise
 
 
 class PackedInputs:

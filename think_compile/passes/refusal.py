@@ -52,6 +52,7 @@ class Reason(enum.Enum):
         "the model writes to a tensor and reads the same memory through another, or to a tensor that its graph holds "
         "itself, or changes an input's shape in place"
     )
+    FAILED = "an internal failure: calls of this kind run as the model wrote them"
     AMBIGUOUS = "more than one reading of this attention as a cached one is possible"
 
 
