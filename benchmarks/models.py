@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from think_compile import ThinkConfig
-from think_compile.handle import handle_for
+from think_compile.handle import Cell, handle_for
 from think_compile.kernels.canonical import CANONICAL
 from think_compile.kernels.steps import LayerSpec
 from think_compile.store import FixedKeys, FixedValues, Rows
@@ -112,9 +112,9 @@ def pruned_past(model: LlamaForCausalLM, batch: int, tokens: int, config: ThinkC
         rows = _drawn(model, batch, heads, tokens + SPARE, spec.keep)
         ring = _drawn(model, batch, heads, spec.ring_rows(0), d)
         progress = torch.tensor([tokens - spec.recent, tokens], device=model.device)
-        layer.keys = handle_for(FixedKeys(Rows(rows), channels, ring, progress, spec, tokens), CANONICAL)
+        layer.keys = handle_for(Cell(FixedKeys(Rows(rows), channels, ring, progress, spec, tokens)), CANONICAL)
         values = _drawn(model, batch, heads, tokens + SPARE, d)
-        layer.values = handle_for(FixedValues(Rows(values)), CANONICAL)
+        layer.values = handle_for(Cell(FixedValues(Rows(values))), CANONICAL)
     return cache
 
 

@@ -1,18 +1,18 @@
-"""Failed calls, with the fall-back of users: the plain model's error comes out, and the next call is as if they had not been."""
+"""Failed calls under the users' fall-back: the plain model's error comes out, and later calls are as if there were none."""
 
-import copy
 import warnings
 
 import pytest
 import torch
 from compare import tokens
-from models import build, own
+from models import BufferDecoder, build, own, session
 from oracle import CACHE
 from transformers import StaticCache
 
 from think_compile import ThinkWarning, report, think_compile
 from think_compile.handle import Handle
-from think_compile.kernels import steps
+from think_compile.kernels import reference
+from think_compile.passes.refusal import Reason
 from think_compile.runtime import CacheFull
 
 SMALL = {"recent": 4, "observe": 8, "channel_multiple": 1, "lowering": "eager"}
@@ -25,6 +25,12 @@ def as_users_have_it(monkeypatch):
 
 def wrapped(name="llama", **options):
     return think_compile(build(name), **{**SMALL, **options})
+
+
+def talk(name, model, ids, calls):
+    conversation = session(name, model)
+    with torch.no_grad():
+        return [conversation.step(part) for part in ids.split(calls, dim=1)], conversation
 
 
 def ids_of(batch, length, seed=1):
@@ -42,10 +48,6 @@ def generate(model, ids=GOOD, n=8, **options):
 def past_of(model, rows):
     with torch.no_grad():
         return model(ids_of(rows, 12), use_cache=True)[CACHE]
-
-
-def past_of_another(model):
-    return past_of(build("llama", seed=3).float() if CACHE else None, 2)
 
 
 def embedded(model, value):
@@ -140,3 +142,113 @@ def test_a_bad_call_ends_as_the_plain_models_and_changes_nothing(caplog):
     assert not differ
     assert len(report(model).rewritten) == 2 and not report(model).refused
     assert not [record for record in caplog.records if record.name.startswith("torch") and record.levelno > 20]
+
+
+# ------------------------------------------------------------------ failures in the middle of a call
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """``failing.at(error)``: appending to the ring of the second layer raises that, once."""
+
+    class Failing:
+        plain, error, layer = staticmethod(reference.advance_ring), None, 0
+
+        def at(self, error):
+            self.error, self.layer = error, 0
+
+        def __call__(self, *args):
+            self.layer += 1
+            if self.error is not None and self.layer == 2:
+                error, self.error = self.error, None
+                raise error
+            return self.plain(*args)
+
+    fails = Failing()
+    monkeypatch.setattr(reference, "advance_ring", fails)
+    return fails
+
+
+NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no memory"), MemoryError(), NO_MEMORY])
+@torch.no_grad()
+def test_what_the_plain_graph_cannot_mend_comes_out_and_changes_nothing(error, failing):
+    ids = tokens(2, 12)
+    expected, _ = talk("tuple_cat", wrapped("tuple_cat"), ids, [9, 1, 1, 1])
+    model = wrapped("tuple_cat")
+    got, conversation = talk("tuple_cat", model, ids[:, :10], [9, 1])
+    graphs = report(model).graphs
+    failing.at(error)
+    with warnings.catch_warnings(), pytest.raises(type(error)):
+        warnings.simplefilter("error", ThinkWarning)
+        conversation.call(ids[:, 10:11])
+    got += [conversation.step(ids[:, 10:11]), conversation.step(ids[:, 11:])]
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert report(model).graphs == graphs and len(report(model).rewritten) == 2
+
+
+def test_the_report_tells_of_a_failure_of_ours(failing):
+    ids = tokens(2, 14)
+    model, plain = wrapped("tuple_cat", ratio=0.0), own("tuple_cat")
+    _, conversation = talk("tuple_cat", model, ids[:, :10], [9, 1])
+    assert len(report(model).rewritten) == 2
+    failing.at(ZeroDivisionError("made up"))
+    with torch.no_grad(), pytest.warns(ThinkWarning, match="made up") as seen:
+        got = [conversation.step(part) for part in ids[:, 10:].split(1, dim=1)]
+    assert len([w for w in seen if issubclass(w.category, ThinkWarning)]) == 1
+    expected, _ = talk("tuple_cat", plain, ids, [9, 1, 1, 1, 1, 1])
+    for ours, theirs in zip(got, expected[2:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    found = report(model)
+    assert not found.rewritten and len(found.refused) == 2
+    assert all(record.reason is Reason.FAILED and "made up" in record.detail for record in found.refused)
+    talk("tuple_cat", model, tokens(3, 9), [9])  # another kind of call is compressed, and the failure stays told
+    assert len(report(model).refused) == 2
+
+
+def test_an_error_of_the_model_after_its_layers_leaves_fixed_caches_packed():
+    """The plain graph, which runs to tell whose error it is, makes the buffers dense that it writes to."""
+
+    class Checked(BufferDecoder):
+        def forward(self, ids, pos, mask=None):
+            logits = super().forward(ids, pos, mask)
+            torch._assert_async((ids < 61).all(), "such ids are not answered")
+            return logits
+
+    ids = tokens(3, 14).clamp(max=60)
+    models = [think_compile(own("buffer_index_put"), **SMALL) for _ in range(2)]
+    for model in models:
+        model.__class__ = Checked
+    (expected, _), (got, conversation) = (
+        talk("buffer_index_put", model, ids[:, :n], calls)
+        for model, n, calls in zip(models, (14, 12), ([9, 1, 1, 1, 1, 1], [9, 1, 1, 1]), strict=True)
+    )
+    bad = torch.full_like(ids[:, :1], 61)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", ThinkWarning)
+        with pytest.raises(RuntimeError, match="such ids are not answered"):
+            conversation.call(bad)
+        got += [conversation.step(part) for part in ids[:, 12:].split(1, dim=1)]
+    keys = models[1].layers[0].attention.cache_k
+    assert isinstance(keys, Handle) and not keys.is_dense
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("calls", [[12, 1, 1, 1, 1], [12, 1, 6, 1, 1]], ids=["one token", "several"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), NO_MEMORY], ids=["interrupt", "memory"])
+@torch.no_grad()
+def test_a_failed_call_on_a_fixed_cache_made_again_is_exact(calls, error, failing):
+    """The first layer has run, and moved its window, when the second fails."""
+    ids = tokens(3, sum(calls))
+    expected, _ = talk("buffer_index_put", wrapped("buffer_index_put"), ids, calls)
+    conversation = session("buffer_index_put", wrapped("buffer_index_put"))
+    for n, (part, logits) in enumerate(zip(ids.split(calls, dim=1), expected, strict=True)):
+        if n == 2:
+            failing.at(error)
+            with pytest.raises(type(error)):
+                conversation.call(part)
+        torch.testing.assert_close(conversation.step(part), logits)

@@ -854,7 +854,7 @@ def test_memory_of_a_packed_cache_is_refused_with_the_way_out(read, tmp_path):
 
 
 def test_a_shallow_copy_shares_the_cache():
-    handle, twin = pair("fixed_keys")
+    handle, _twin = pair("fixed_keys")
     other = copy.copy(handle)
     assert isinstance(other, Handle) and other.cell is handle.cell
     handle[:, :, 3] = 7

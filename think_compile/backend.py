@@ -6,7 +6,7 @@ import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from think_compile.handle import Cell, Handle
 from think_compile.holders import Place, holders, owns_its_storage
 from think_compile.passes.attention import Attention, find_attention, module_path
 from think_compile.passes.broken import broken_attention
-from think_compile.passes.kv_cache import Findings, find_caches
+from think_compile.passes.kv_cache import CachedAttention, Findings, find_caches
 from think_compile.passes.naming import full_path, told_apart, with_full_path
 from think_compile.passes.normalize import Normalized, normalize
 from think_compile.passes.readers import reads_any
@@ -51,6 +51,7 @@ class Backend:
         self.cells: weakref.WeakSet[Cell] = weakref.WeakSet()
         self.graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
         self.warned: set[str] = set()
+        self.paths: dict[int, str] = {}  # of the model's modules, by identity
         self.given_up: set[str] = set()  # layers that a later call could not read packed: new caches stay dense
         self.checked = self.graphs_refused_for_gradients = False
 
@@ -91,7 +92,9 @@ class Backend:
             self._refuse_graph(refused)
             return self._plain(gm, example_inputs)
         names = self._parameter_names(normalized, example_inputs)
-        frame = self._path_of_frame()
+        running, model = RUNNING.get(), self.model()
+        self.paths = {} if model is None else {id(module): path for path, module in model.named_modules()}
+        frame = "" if running is None else self.innermost_module(running.names)
         sites = told_apart([with_full_path(site, names, frame) for site in find_attention(normalized.graph_module)])
         if not sites:
             for part, why in broken_attention(normalized):
@@ -105,7 +108,9 @@ class Backend:
         self._give_up_what_is_read_densely(normalized, findings, example_inputs)
         if self.dry or not findings.cached:
             return self._plain(gm, example_inputs)
-        return CompiledGraph(self, gm, normalized, findings.cached, self._own_tensors(example_inputs))
+        graph = CompiledGraph(self, gm, normalized, findings.cached, self._own_tensors(example_inputs))
+        graph.frame = frame if any(site.attention.path.startswith(frame) for site in findings.cached) else ""
+        return graph
 
     def _parameter_names(self, normalized: Normalized, example_inputs: Sequence[Any]) -> dict[Node, str]:
         """The names, in the model, of the graph's inputs that are its parameters."""
@@ -114,14 +119,10 @@ class Backend:
         inputs = zip(normalized.placeholders, example_inputs, strict=True)
         return {node: names[id(value)] for node, value in inputs if id(value) in names}
 
-    def _path_of_frame(self) -> str:
-        """The path, in the model, of the innermost module among the variables of the code that is compiled."""
-        model, running = self.model(), RUNNING.get()
-        if model is None or running is None:
-            return ""
-        held = {id(value) for value in running.names.values() if isinstance(value, torch.nn.Module)}
-        paths = [path for path, module in model.named_modules() if id(module) in held]
-        return max(paths, key=lambda path: path.count("."), default="")
+    def innermost_module(self, variables: Mapping[str, Any]) -> str:
+        """The path, in the model, of the innermost module among the variables of a piece of code; "" for none."""
+        held = [self.paths.get(id(value), "") for value in variables.values() if isinstance(value, torch.nn.Module)]
+        return max(held, key=lambda path: path.count("."), default="")
 
     def _own_tensors(self, example_inputs: Sequence[Any]) -> frozenset[int]:
         """The graph's inputs that are the model's parameters and buffers."""
@@ -223,12 +224,15 @@ class Backend:
             raise NothingRewritten(f"strict=True, and {text}")
         self.warn_once(text)
 
+    def record(self, normalized: Normalized, sites: Sequence[CachedAttention]) -> None:
+        """Note the layers that a graph compresses."""
+        self.ledger.add(rewritten_record(site, normalized.sources, self.config) for site in sites)
+
     def _record(self, normalized: Normalized, findings: Findings) -> None:
-        records = [rewritten_record(site, normalized.sources, self.config) for site in findings.cached]
-        records += [refused_record(site, refused) for site, refused in findings.refused]
-        self.ledger.add(records)
+        self.record(normalized, findings.cached)
+        self.ledger.add(refused_record(site, refused) for site, refused in findings.refused)
         problems = [r for r in findings.refused if r[1].reason is not Reason.NOT_CACHED]
-        nothing = not any(record.reason is None for record in self.ledger.layers.values())
+        nothing = not (findings.cached or any(record.reason is None for record in self.ledger.layers.values()))
         if self.config.strict and (problems or nothing):
             raise NothingRewritten(f"strict=True, and {sentence(problems or findings.refused)}")
         if nothing and not self.given_up:

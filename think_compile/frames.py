@@ -18,6 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import set_code_exec_strategy
+from torch._dynamo.eval_frame import OptimizeContext
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
@@ -38,7 +39,7 @@ _SKIPPED = FrameExecStrategy(FrameAction.SKIP, FrameAction.DEFAULT)
 class _Converter:
     """Dynamo's callback for the frames of one model's calls, around Dynamo's own ``convert``."""
 
-    def __init__(self, convert: Callable[..., ConvertFrameReturn]) -> None:
+    def __init__(self, convert: Any) -> None:
         self._torchdynamo_orig_backend = convert  # by this name Dynamo finds the backend of compiled code
         self.failed: dict[CodeType, set[tuple[Any, ...]]] = {}
 
@@ -82,11 +83,18 @@ def compiled_call(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     come out as they are.
     """
     code = _call.__code__.replace(co_name=f"{type(model).__name__}_call")
-    context = torch._dynamo.optimize(backend)
-    context.callback = converter = _Converter(context.callback)
+    context: Any = torch._dynamo.optimize(backend)
+    converter = _Converter(getattr(context, "callback", None))
+    if isinstance(context, OptimizeContext):  # else the environment turns Dynamo off
+        context.callback = converter
     compiled = context(types.FunctionType(code, globals()))
     limit, accumulated = _limits(model)
-    settings = {"recompile_limit": limit, "accumulated_recompile_limit": accumulated, "suppress_errors": False}
+    settings = {
+        "recompile_limit": limit,
+        "accumulated_recompile_limit": accumulated,
+        "suppress_errors": False,
+        "skip_nnmodule_hook_guards": False,  # hooks may come and go between calls
+    }
 
     def call(*args: Any) -> Any:
         running = Running(backend.warn_once, args)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule
@@ -74,6 +76,22 @@ class FailedGraph(_Graph):
         return self.gm.forward(*args) if self.is_plain else self._plain_instead(self.error, args)
 
 
+class Key(NamedTuple):
+    """What the program of a call depends on, beside the graph.
+
+    Attributes:
+        packed: the inputs that are read packed.
+        given_up: how many layers were given up so far.
+        own_rows: whether first calls on fixed caches read their own rows only.
+        floors_apart: whether the windows of growing caches of one length differ.
+    """
+
+    packed: frozenset[int]
+    given_up: int
+    own_rows: bool
+    floors_apart: bool
+
+
 class CompiledGraph(_Graph):
     """A graph with rewritten layers."""
 
@@ -89,8 +107,10 @@ class CompiledGraph(_Graph):
         self.normalized, self.sites, self.own = normalized, sites, own
         self.own_rows, self.starts = find_own_rows(normalized, sites), find_starts(normalized, sites)
         self.packed_inputs = PackedInputs(sites)
-        self.programs: dict[tuple[frozenset[int], int, bool], Program] = {}
-        self.latest: tuple[frozenset[int], int, bool] | None = None  # the program that ran last
+        self.programs: dict[Key, Program] = {}
+        self.frame = ""  # the module whose code was compiled, where the sites' paths come from that
+        self.layers: set[str] = set()  # the modules whose code it has served
+        self.latest: Key | None = None  # the program that ran last
         backend.graphs.add(self)
 
     def __call__(self, *args: Any) -> Any:
@@ -132,22 +152,36 @@ class CompiledGraph(_Graph):
             return again
         packed = self.packed_inputs.of(args, self.backend.config)
         own_rows = self.own_rows is not None and self.own_rows.suffice(args)
-        key = packed, len(self.backend.given_up), own_rows
+        key = Key(packed, len(self.backend.given_up), own_rows, self.packed_inputs.floors_apart(args, packed))
         if key not in self.programs:
             self._warn_of_unusable(packed, args)
-            self.programs[key] = self._program(packed, own_rows)
+            self.programs[key] = self._program(key)
         self.latest = key if self.own_rows is None else None
         self.backend.adopt(args)
+        if self.frame:
+            self._record_layer()
         outputs = self.programs[key].run(args, self.backend.replace)
         self.backend.adopt(outputs)
         return outputs
 
     def _run_again(self, args: Sequence[Any]) -> tuple[Any, ...] | None:
         """The outputs, if the call is a step like the last one."""
-        if self.latest is None or self.latest[1] != len(self.backend.given_up):
+        if self.latest is None or self.latest.given_up != len(self.backend.given_up):
             return None
         program = self.programs.get(self.latest)
         return None if program is None else program.run_again(args)
+
+    def _record_layer(self) -> None:
+        """Note which layer this call is of: after graph breaks, layers of one kind share a graph."""
+        frame = sys._getframe()
+        while frame is not None and not (path := self.backend.innermost_module(frame.f_locals)):
+            frame = frame.f_back
+        if frame is None or path in self.layers:
+            return
+        self.layers.add(path)
+        named = [replace(site.attention, path=site.attention.path.replace(self.frame, path, 1)) for site in self.sites]
+        sites = [replace(site, attention=attention) for site, attention in zip(self.sites, named, strict=True)]
+        self.backend.record(self.normalized, sites)
 
     def _warn_of_unusable(self, packed: frozenset[int], args: Sequence[Any]) -> None:
         past = {index for site in self.sites if site.past is not None for index in site.past}
@@ -158,13 +192,12 @@ class CompiledGraph(_Graph):
                 f"{unusable[0]}; they are read densely and pruned anew"
             )
 
-    def _program(self, packed: frozenset[int], own_rows: bool) -> Program:
+    def _program(self, key: Key) -> Program:
         config = self.backend.config
-        sites = [site for site in self.sites if self._is_wanted(site, packed)]
-        roots = self.own_rows.roots if self.own_rows is not None and own_rows else frozenset()
-        return Program(
-            self.normalized, rewrite(self.normalized, sites, packed, config, roots), config, self.own, self.starts
-        )
+        sites = [site for site in self.sites if self._is_wanted(site, key.packed)]
+        roots = self.own_rows.roots if self.own_rows is not None and key.own_rows else frozenset()
+        rewritten = rewrite(self.normalized, sites, key.packed, config, roots, key.floors_apart)
+        return Program(self.normalized, rewritten, config, self.own, self.starts)
 
     def _is_wanted(self, site: CachedAttention, packed: frozenset[int]) -> bool:
         """Whether a layer is to be rewritten: it was not given up, or what it reads is packed already."""

@@ -43,7 +43,7 @@ class Cell:
     def __init__(self, store: Store, parent: Cell | None = None) -> None:
         """``parent``: the cell of the tensor that this one is made of."""
         self.store = store
-        self.of_keys = isinstance(store, (GrowingKeys, FixedKeys)) if parent is None else parent.of_keys
+        self.of_keys: bool = isinstance(store, (GrowingKeys, FixedKeys)) if parent is None else parent.of_keys
         self.family: weakref.WeakSet[Cell] | None = None
         self.pruned_in: object = None
         if parent is not None and parent.family is not None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from think_compile.config import ThinkConfig
@@ -208,6 +208,7 @@ class Report:
         graphs: graphs that were compiled.
         stored_key_bytes, stored_value_bytes: bytes of the tensors that the live caches hold.
         dense_key_bytes, dense_value_bytes: bytes of plain caches of the same tokens.
+        rank: of a process in a group (its rank, the group's size): all of the above is this rank's.
     """
 
     config: ThinkConfig
@@ -218,6 +219,7 @@ class Report:
     dense_key_bytes: int
     stored_value_bytes: int
     dense_value_bytes: int
+    rank: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, config: ThinkConfig, ledger: Ledger, cells: Iterable[Cell]) -> Report:
@@ -235,6 +237,7 @@ class Report:
             _dense(keys),
             _stored(values),
             _dense(values),
+            _rank(),
         )
 
     @property
@@ -253,7 +256,8 @@ class Report:
         return self.dense_key_bytes + self.dense_value_bytes
 
     def __str__(self) -> str:
-        lines = [f"think_compile: {len(self.rewritten)} layers rewritten, {len(self.refused)} left as they were"]
+        whose = "" if self.rank is None else f" (this rank, {self.rank[0]} of {self.rank[1]})"
+        lines = [f"think_compile: {len(self.rewritten)} layers rewritten, {len(self.refused)} left as they were{whose}"]
         lines += [_line(record) for record in (*self.rewritten, *self.refused)]
         if len(lines) == 1:
             lines.append("  no attention with a cache was found" if self.graphs else "  the model was not called yet")
@@ -261,6 +265,13 @@ class Report:
             lines.append(_bytes_line("keys", self.stored_key_bytes, self.dense_key_bytes))
             lines.append(_bytes_line("values", self.stored_value_bytes, self.dense_value_bytes))
         return "\n".join(lines)
+
+
+def _rank() -> tuple[int, int] | None:
+    """Rank and size of the default process group; None for a process alone."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return None
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 def _line(record: LayerRecord) -> str:

@@ -177,7 +177,7 @@ class Program:
             return lambda args, stores: number(args)
         if isinstance(what, plan.FirstOf):
             return lambda args, stores: stores[what.indices[0]].first
-        return lambda args, stores: max(stores[index].floor for index in what.indices)
+        return lambda args, stores: stores[what.indices[0]].floor
 
     def _number(self, size: Any) -> Callable[[Sequence[Any]], int]:
         """The value of a size of the caller's graph, given the caller's inputs."""
@@ -321,6 +321,18 @@ class PackedInputs:
     def of(self, args: Sequence[Any], config: ThinkConfig) -> frozenset[int]:
         """Their indices."""
         return frozenset(index for site in self.sites if self._usable(site, args, config) for index in site.past or ())
+
+    def floors_apart(self, args: Sequence[Any], packed: frozenset[int]) -> bool:
+        """Whether growing caches of one length have windows of several lengths, as their histories differ."""
+        windows: dict[int, tuple[int, int]] = {}
+        for site in self.sites:
+            if site.past is None or site.in_buffer or not packed.issuperset(site.past):
+                continue
+            store = args[site.past[0]].store
+            window = store.floor - store.first, store.recent.shape[2]
+            if windows.setdefault(store.length, window) != window:
+                return True
+        return False
 
     def _usable(self, site: CachedAttention, args: Sequence[Any], config: ThinkConfig) -> bool:
         assert site.past is not None

@@ -30,8 +30,9 @@ aten = torch.ops.aten
 class Draft:
     """A copy of the graph, what is known of its inputs so far, and the nodes that are asked for by role."""
 
-    def __init__(self, normalized: Normalized, config: ThinkConfig) -> None:
-        self.normalized, self.config = normalized, config
+    def __init__(self, normalized: Normalized, config: ThinkConfig, floors_apart: bool = False) -> None:
+        """``floors_apart``: whether growing caches of one length may have windows of several lengths."""
+        self.normalized, self.config, self.floors_apart = normalized, config, floors_apart
         self.graph = Graph()
         self.map: dict[Node, Node] = {}
         result = self.graph.graph_copy(normalized.graph_module.graph, self.map)
@@ -260,9 +261,9 @@ class Draft:
             return self.input(f"past_length_{site.past[0]}", PastLength(site.past[0]))
 
     def floor(self, start: Any, index: int) -> Node:
-        """One input for the floors of all handles of one length; writing every row narrow makes the highest right."""
+        """The input for the floor of a handle; handles of one length share it, unless their histories differ."""
         for node, what in self.inputs.items():
-            if isinstance(what, FloorOf) and node.meta["start"] == start:
+            if isinstance(what, FloorOf) and node.meta["start"] == start and not self.floors_apart:
                 self.inputs[node] = FloorOf((*what.indices, index))
                 return node
         node = self.input(f"floor_{index}", FloorOf((index,)))

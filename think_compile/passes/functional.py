@@ -30,6 +30,7 @@ from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.stateless import _reparametrize_module
 
+ASSERTIONS = {torch.ops.aten._assert_async.default, torch.ops.aten._assert_async.msg}  # the model's own
 _INFERENCE_MODE = {torch.autograd.grad_mode._enter_inference_mode, torch.autograd.grad_mode._exit_inference_mode}
 
 
@@ -65,7 +66,7 @@ def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMod
     with mode, enable_python_dispatcher(), FunctionalTensorMode(pre_dispatch=True, export=True):
         traced = make_fx(call, record_module_stack=True, pre_dispatch=True)(*fakes)
     assert_functional_graph(traced.graph)
-    traced.graph.eliminate_dead_code()
+    traced.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or node.target in ASSERTIONS)
     own = [name for i, name in enumerate(held) if i in written]
     if own:
         raise NotFunctional(f"the graph writes to tensors of its own: {own}")

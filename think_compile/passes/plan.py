@@ -41,7 +41,7 @@ class PastLength:
 
 @dataclass(frozen=True)
 class FloorOf:
-    """The lowest position with a whole key in the handles at these inputs."""
+    """The lowest position with a whole key in the handles at these inputs, the same in all."""
 
     indices: tuple[int, ...]
 

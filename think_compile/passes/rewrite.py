@@ -19,6 +19,7 @@ from think_compile.config import ThinkConfig
 from think_compile.kernels import filling, steps, written_out
 from think_compile.kernels.canonical import CANONICAL, HEAD, TOKEN, from_canonical
 from think_compile.passes.draft import Draft
+from think_compile.passes.functional import ASSERTIONS
 from think_compile.passes.kv_cache import CachedAttention, CacheTensor
 from think_compile.passes.layout import arranged, stride_order
 from think_compile.passes.normalize import AUTOCAST, Normalized
@@ -74,14 +75,15 @@ def rewrite(
     packed: frozenset[int],
     config: ThinkConfig,
     own_rows: frozenset[Node] = frozenset(),
+    floors_apart: bool = False,
 ) -> Rewritten:
     """Rewrite ``sites``.
 
     ``packed`` are the inputs that hold handles with packed stores, ``own_rows`` the key caches of which a first call
-    needs to read its own rows only.
+    needs to read its own rows only; ``floors_apart`` as in :class:`.draft.Draft`.
     """
     with observed("rewrite", normalized.graph_module.graph) as count:
-        rewritten = _Rewriter(normalized, packed, config, own_rows).run(sites)
+        rewritten = _Rewriter(normalized, packed, config, own_rows, floors_apart).run(sites)
         count.matches, count.graph = len(sites), rewritten.graph_module.graph
     return rewritten
 
@@ -90,9 +92,14 @@ class _Rewriter(Draft):
     """One rewriting, and what is known of its outputs so far."""
 
     def __init__(
-        self, normalized: Normalized, packed: frozenset[int], config: ThinkConfig, own_rows: frozenset[Node]
+        self,
+        normalized: Normalized,
+        packed: frozenset[int],
+        config: ThinkConfig,
+        own_rows: frozenset[Node],
+        floors_apart: bool,
     ) -> None:
-        super().__init__(normalized, config)
+        super().__init__(normalized, config, floors_apart)
         self.packed, self.own_rows = packed, own_rows
         self.results: list[Node] = []
         self.made: dict[int, Output] = {}  # output index of the normalized graph -> how it is made
@@ -376,7 +383,7 @@ def _length_kept(tensor: CacheTensor) -> Any:
 
 
 def _must_stay(node: Node) -> bool:
-    if node.op in ("placeholder", "output") or node.target in _WRITE_IN_PLACE | AUTOCAST:
+    if node.op in ("placeholder", "output") or node.target in _WRITE_IN_PLACE | AUTOCAST | ASSERTIONS:
         return True
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
