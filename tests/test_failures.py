@@ -1,4 +1,4 @@
-"""Failed calls under the users' fall-back: the plain model's error comes out, and later calls are as if there were none."""
+"""Failed calls under the users' fall-back: the plain model's error comes out, and nothing of the call is left."""
 
 import warnings
 

@@ -18,7 +18,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import set_code_exec_strategy
-from torch._dynamo.eval_frame import OptimizeContext
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
@@ -83,10 +82,8 @@ def compiled_call(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     come out as they are.
     """
     code = _call.__code__.replace(co_name=f"{type(model).__name__}_call")
-    context: Any = torch._dynamo.optimize(backend)
-    converter = _Converter(getattr(context, "callback", None))
-    if isinstance(context, OptimizeContext):  # else the environment turns Dynamo off
-        context.callback = converter
+    context: Any = torch._dynamo.optimize(backend)  # does nothing where the environment turns Dynamo off
+    context.callback = converter = _Converter(getattr(context, "callback", None))
     compiled = context(types.FunctionType(code, globals()))
     limit, accumulated = _limits(model)
     settings = {

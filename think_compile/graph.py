@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -173,7 +174,7 @@ class CompiledGraph(_Graph):
 
     def _record_layer(self) -> None:
         """Note which layer this call is of: after graph breaks, layers of one kind share a graph."""
-        frame = sys._getframe()
+        frame: FrameType | None = sys._getframe()
         while frame is not None and not (path := self.backend.innermost_module(frame.f_locals)):
             frame = frame.f_back
         if frame is None or path in self.layers:
