@@ -7,6 +7,7 @@ import torch
 from compare import tokens
 from models import BufferDecoder, build, own, session
 from oracle import CACHE
+from torch._dynamo.variables import builder
 from transformers import StaticCache
 
 from think_compile import ThinkWarning, report, think_compile
@@ -252,3 +253,31 @@ def test_a_failed_call_on_a_fixed_cache_made_again_is_exact(calls, error, failin
             with pytest.raises(type(error)):
                 conversation.call(part)
         torch.testing.assert_close(conversation.step(part), logits)
+
+
+def test_a_kind_of_call_that_dynamo_fails_on_runs_plain_and_the_others_stay_compressed(monkeypatch):
+    trace, attempts = builder.wrap_to_fake_tensor_and_record, []
+
+    def fails_on_batches_of_two(value, *args, **kwargs):
+        if value.dim() == 2 and value.dtype == torch.long and value.shape[0] == 2:
+            attempts.append(value)
+            raise ZeroDivisionError("made up")
+        return trace(value, *args, **kwargs)
+
+    model = wrapped("tuple_cat")
+    talk("tuple_cat", model, tokens(1, 10), [9, 1])
+    monkeypatch.setattr(builder, "wrap_to_fake_tensor_and_record", fails_on_batches_of_two)
+    with pytest.warns(ThinkWarning, match="made up. Calls of this kind run as the model wrote them"):
+        _, plain = talk("tuple_cat", model, tokens(2, 9), [9])
+    assert not any(isinstance(keys, Handle) for keys, _ in plain.past)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ThinkWarning)
+        for _ in range(4):  # the code inside is tried for itself
+            tried = len(attempts)
+            talk("tuple_cat", model, tokens(2, 9), [9])
+        assert len(attempts) == tried, "this kind of call is traced again and again"
+        for rows in (1, 3):
+            _, conversation = talk("tuple_cat", model, tokens(rows, 10), [9, 1])
+            assert all(isinstance(keys, Handle) for keys, _ in conversation.past)
+    assert [record.reason for record in report(model).refused] == [Reason.FAILED]
+    assert len(report(model).rewritten) == 2

@@ -208,3 +208,24 @@ def test_bytes_of_tensor_subclasses_are_those_of_their_parts():
     """As of a cache whose keys are sharded or quantized."""
     keys = Quantized.of(torch.randn(1, 2, 8, 16))
     assert _stored([Dense(Rows(keys))]) == 2 * 8 * 16 + keys.scale.nbytes
+
+
+def halved(module, args, out):
+    return out * 0.5
+
+
+@torch.no_grad()
+def test_hooks_that_come_and_go_between_calls_are_honoured():
+    plain, ids = own("tuple_cat"), tokens(2, 16)
+    ours = think_compile(copy.deepcopy(plain), lowering="eager", **SMALL | {"ratio": 0.0})
+    results = []
+    for model in (plain, ours):
+        before, _ = talked(model, ids)
+        hook = model.layers[0].up.register_forward_hook(halved)
+        during, _ = talked(model, ids)
+        hook.remove()
+        results.append((before, during, talked(model, ids)[0]))
+    for expected, got in zip(*results, strict=True):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(results[0][0][0], results[0][1][0])

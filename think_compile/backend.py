@@ -199,20 +199,20 @@ class Backend:
 
     def excuse(self, error: Exception, layers: Sequence[Attention] = ()) -> None:
         """Take in that a graph failed where the plain one succeeds; raises ``error`` if falling back is forbidden."""
-        self._excuse(error, "This graph runs", layers)
+        self._excuse(error, "Calls of this graph run", layers)
 
     def excuse_frame(self, failure: FrameFailure) -> None:
         """Take in that Dynamo failed on code that runs as it was written; raises as :meth:`excuse`."""
-        self._excuse(failure.error, f"Calls of this kind run {failure.code.co_name}", ())
+        self._excuse(failure.error, "Calls of this kind run", ())
 
     def _excuse(self, error: Exception, what: str, layers: Sequence[Attention]) -> None:
         if not self.may_fall_back:
             raise error
-        said = f"{type(error).__name__}: {error}"
-        refused = Refused(Reason.FAILED, said.splitlines()[0])
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        refused = Refused(Reason.FAILED, said)
         records = [refused_record(site, refused) for site in layers]
         self.ledger.fail(records or [refused_graph(refused)])
-        self.warn_once(f"an internal failure, {said}. {what} as the model wrote it, with no saving; {ISSUES}.")
+        self.warn_once(f"an internal failure, {said}. {what} as the model wrote them, with no saving; {ISSUES}.")
         log.debug("internal failure", exc_info=error)
 
     # ---------------------------------------------------------------------------------------------- reporting
