@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracle import CACHE
 from tiny import tiny_llama
+from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from think_compile import adapter, restore, think_compile
@@ -97,6 +98,25 @@ def test_models_that_keep_latents_keep_their_caches(on_a_gpu):
     model = wrapped()
     model.config.kv_lora_rank = 16
     assert isinstance(generated(model), DynamicCache)
+
+
+def test_a_stage_of_a_pipeline_gets_the_cache_that_grows(on_a_gpu):
+    model = wrapped()
+    model._pp_stage = object()
+    assert isinstance(generated(model), DynamicCache)
+
+
+def test_a_model_without_its_first_layer_gets_the_cache_that_grows(on_a_gpu):
+    model = wrapped()
+    model.model.layers[0] = First()
+    assert isinstance(generated(model), DynamicCache)
+
+
+class First(nn.Identity):
+    """In the place of a layer that another process runs."""
+
+    def forward(self, x, *args, **kwargs):
+        return x
 
 
 def test_sizes_are_few_and_not_much_larger():

@@ -95,11 +95,27 @@ def _is_open(model: Any, settings: Any, model_kwargs: Any, mode: Any) -> bool:
         getattr(mode, "value", mode) in ("greedy_search", "sample") and settings.num_return_sequences == 1
     )
     fits = getattr(model, "_can_compile_fullgraph", False) and not model.config.is_encoder_decoder
-    return _on_gpu(model) and _has_plain_keys(model) and fits and one_token_a_step and not chosen
+    return _on_gpu(model) and _has_plain_keys(model) and fits and one_token_a_step and not chosen and _is_whole(model)
 
 
 def _on_gpu(model: Any) -> bool:
     return model.device.type == "cuda"
+
+
+def _is_whole(model: Any) -> bool:
+    """Whether this process runs all layers of the model.
+
+    Under pipeline parallelism other processes run some, and identities stand in their places. The length of a static
+    cache is that of its first layer, which a later stage never fills: its tokens would not be the model's.
+    """
+    return getattr(model, "_pp_stage", None) is None and not _misses_layers(model)
+
+
+def _misses_layers(model: Any) -> bool:
+    """Whether an identity stands where the model's configuration counts a layer."""
+    n_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers)
+    return any(isinstance(layer, nn.Identity) for one in lists for layer in one)
 
 
 def _has_plain_keys(model: Any) -> bool:
