@@ -248,15 +248,6 @@ def test_a_dropped_model_is_freed():
     assert gone() is None
 
 
-def test_settings_of_generate_are_given_back():
-    model = build("llama")
-    model.generation_config.disable_compile = False
-    think_compile(model, **SMALL)
-    assert model.generation_config.disable_compile is True
-    restore(model)
-    assert model.generation_config.disable_compile is False
-
-
 # ------------------------------------------------------------------ reports
 
 

@@ -14,23 +14,21 @@ from typing import Any
 
 from torch import nn
 
-_switched_off: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_rounding: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose static caches get one of a few sizes, on a GPU
+_wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _static: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that get a static cache where the user chose none
 
 PREPARE, MAKE_STATIC = "_prepare_cache_for_generation", "_prepare_static_cache"
+COMPILES = "_valid_auto_compile_criteria"
 SMALLEST = 256  # tokens
 
 
 def on_wrap(model: nn.Module, *, static_cache: bool) -> None:
-    """Change what ``generate`` does; ``static_cache``: also which cache it makes on a GPU."""
-    settings = getattr(model, "generation_config", None)
-    if settings is None:
-        return
-    if not getattr(settings, "disable_compile", False):
-        settings.disable_compile = True
-        _switched_off.add(model)
-    _rounding.add(model)
+    """Change what ``generate`` does; ``static_cache``: also which cache it makes on a GPU.
+
+    The model's own settings stay as they are: they are saved, copied and pickled with it.
+    """
+    _wrapped.add(model)
+    _around(type(model), COMPILES, _whether_to_compile)
     _around(type(model), MAKE_STATIC, _make_static)
     if static_cache:
         _static.add(model)
@@ -39,10 +37,7 @@ def on_wrap(model: nn.Module, *, static_cache: bool) -> None:
 
 def on_restore(model: nn.Module) -> None:
     """Give ``generate`` back what :func:`on_wrap` took."""
-    if model in _switched_off:
-        _switched_off.discard(model)
-        model.generation_config.disable_compile = False  # type: ignore[union-attr]
-    _rounding.discard(model)
+    _wrapped.discard(model)
     _static.discard(model)
 
 
@@ -73,8 +68,12 @@ def rounded(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def _whether_to_compile(plain: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model not in _wrapped and plain(model, *args, **kwargs)
+
+
 def _make_static(plain: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if model in _rounding and "max_cache_len" in kwargs and _on_gpu(model) and _has_plain_keys(model):
+    if model in _wrapped and "max_cache_len" in kwargs and _on_gpu(model) and _has_plain_keys(model):
         kwargs["max_cache_len"] = rounded(kwargs["max_cache_len"])
     return plain(model, *args, **kwargs)
 
