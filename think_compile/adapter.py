@@ -22,6 +22,17 @@ COMPILES = "_valid_auto_compile_criteria"
 SMALLEST = 256  # tokens
 
 
+def called_by_generate(model: nn.Module) -> list[nn.Module]:
+    """``model``, and the modules inside it that its ``generate`` calls, as far as its class tells.
+
+    The stock ``generate`` calls the model. Another one, of a wrapper or of a decoder behind an encoder of images, may
+    hand on to the ``generate`` of a model inside.
+    """
+    if _owner(type(model), "generate") is _owner(type(model), PREPARE) is not None:
+        return [model]
+    return [part for part in model.modules() if part is model or _owner(type(part), PREPARE) is not None]
+
+
 def on_wrap(model: nn.Module, *, static_cache: bool) -> None:
     """Change what ``generate`` does; ``static_cache``: also which cache it makes on a GPU.
 
@@ -46,7 +57,7 @@ def _around(cls: type, name: str, ours: Callable[..., Any]) -> None:
 
     Not on the model, whose attributes are copied and pickled with it.
     """
-    owner = next((base for base in cls.__mro__ if name in vars(base)), None)
+    owner = _owner(cls, name)
     if owner is None or hasattr(vars(owner)[name], "think_compile"):
         return
     plain = vars(owner)[name]
@@ -57,6 +68,11 @@ def _around(cls: type, name: str, ours: Callable[..., Any]) -> None:
 
     method.think_compile = True  # type: ignore[attr-defined]
     setattr(owner, name, method)
+
+
+def _owner(cls: type, name: str) -> type | None:
+    """The class that defines a method of ``cls``."""
+    return next((base for base in cls.__mro__ if name in vars(base)), None)
 
 
 def rounded(tokens: int) -> int:
