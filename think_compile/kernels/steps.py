@@ -140,10 +140,19 @@ def hides_other_rows(mask: Tensor) -> Tensor:
     return (others <= hidden).all() & (own > hidden).any(-1).all()
 
 
-def sees_other_rows(mask: Tensor, n_new: int) -> Tensor:
-    """0-d bool: whether a mask [..., S] over a cache's rows shows some query a row behind the first ``n_new``."""
-    others = mask[..., n_new:]
-    return others.any() if others.dtype == torch.bool else (others > torch.finfo(mask.dtype).min / 2).any()
+def sees_later_rows(mask: Tensor, start: Tensor | int, n_new: int) -> Tensor:
+    """0-d bool: whether a mask [..., S] over a cache's rows shows some query a row behind the ``n_new`` from ``start``.
+
+    ``start`` as in :func:`start_of`, or its first element.
+    """
+    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    end = torch.as_tensor(highest_start([start]) + n_new).to(mask.device)
+    return (shown & (torch.arange(mask.shape[-1], device=mask.device) >= end)).any()
+
+
+def reads_later_rows(rows: int, start: Tensor | int, n_new: int) -> Tensor | bool:
+    """As :func:`sees_later_rows`, of an attention to all the first ``rows``."""
+    return highest_start([start]) + n_new < rows
 
 
 def any_holds(answers: list[Tensor | bool]) -> Tensor | bool:
