@@ -114,11 +114,11 @@ def attend_own_rows(
 ) -> Tensor:
     """The stock attention to the call's own rows [B, H, N, *], of a mask the first N columns: [B, Hq, N, Dv].
 
-    ``grouped``: the keys are passed with their H heads (``enable_gqa``), and not repeated for each query head.
+    ``grouped``: the keys are passed with their H heads (``enable_gqa``), and not with a copy for each query head.
     """
-    group = q.shape[1] // k_new.shape[1]
-    if not grouped and group > 1:
-        k_new, v_new = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k_new, v_new))
+    if not grouped:
+        copies = q.shape[1] // k_new.shape[1]
+        k_new, v_new = (x.unsqueeze(2).expand(-1, -1, copies, -1, -1).flatten(1, 2) for x in (k_new, v_new))
     mask = own_columns(mask, k_new)
     return F.scaled_dot_product_attention(q, k_new, v_new, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
 
