@@ -90,15 +90,15 @@ def test_a_wrapper_that_is_called_itself():
 
 def test_a_model_inside_is_wrapped_or_compiled_once():
     model = think_compile(Around(tiny_llama()), 0.5, **RULES)
-    with pytest.raises(ValueError, match="wrapped by think_compile already"):
+    with pytest.raises(ValueError, match="this model is wrapped by think_compile already"):
         think_compile(model.inner)
     restore(model.inner)
     assert not compiled(model)
     think_compile(model.inner, 0.5, **RULES)
-    with pytest.raises(ValueError, match="wrapped by think_compile already"):
+    with pytest.raises(ValueError, match="the LlamaForCausalLM inside this model is wrapped by think_compile already"):
         think_compile(model)
     restore(model.inner).compile(backend="eager")
-    with pytest.raises(ValueError, match="compiled already"):
+    with pytest.raises(ValueError, match="the LlamaForCausalLM inside this model is compiled already"):
         think_compile(model)
 
 

@@ -80,13 +80,15 @@ def think_compile(
         inductor_options=inductor_options,
     )
     parts = adapter.called_by_generate(model)
-    if any(part in _backends for part in parts):
-        raise ValueError(
-            "this model is wrapped by think_compile already; think_compile.restore(model) undoes it, "
-            "then wrap it again with the new arguments."
-        )
-    if any(part._compiled_call_impl is not None for part in parts):
-        raise ValueError("this model is compiled already (model.compile()); wrap it before, or a fresh copy of it.")
+    for part in parts:
+        which = "this model" if part is model else f"the {type(part).__name__} inside this model"
+        if part in _backends:
+            raise ValueError(
+                f"{which} is wrapped by think_compile already; think_compile.restore(model) undoes it, "
+                "then wrap it again with the new arguments."
+            )
+        if part._compiled_call_impl is not None:
+            raise ValueError(f"{which} is compiled already (model.compile()); wrap it before, or a fresh copy of it.")
     backend = Backend(model, config)
     for part in parts:
         _backends[part] = _install(part, backend)
