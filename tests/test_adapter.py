@@ -7,7 +7,8 @@ import pytest
 import torch
 from oracle import CACHE
 from tiny import tiny_llama
-from transformers import DynamicCache, StaticCache
+from torch import nn
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from think_compile import adapter, restore, think_compile
 
@@ -82,6 +83,39 @@ def test_other_models_and_restored_ones_are_left_alone(on_a_gpu):
     assert static.layers[0].keys.shape[2] < adapter.SMALLEST
 
 
+def files(model, folder):
+    model.save_pretrained(folder)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_what_is_saved_is_what_was_saved_before(tmp_path):
+    model = tiny_llama()
+    before = files(model, tmp_path / "before")
+    think_compile(model, 0.5, lowering="eager")
+    assert files(model, tmp_path / "wrapped") == before
+    settings = copy.deepcopy(model).generation_config, pickle.loads(pickle.dumps(model)).generation_config
+    assert not any(one.disable_compile for one in settings)
+    assert files(restore(model), tmp_path / "restored") == before
+
+
+class Compiled(Exception):
+    """generate compiles the model's call."""
+
+
+def test_generate_does_not_compile_the_call_again(monkeypatch):
+    def compiled(*args):
+        raise Compiled
+
+    model, everywhere = wrapped(), CompileConfig()
+    everywhere._compile_all_devices = True
+    monkeypatch.setattr(type(model), "get_compiled_call", compiled)
+    settings = {"cache_implementation": "static", "compile_config": everywhere}
+    assert isinstance(generated(model, **settings), StaticCache)
+    for other in (copy.deepcopy(model), restore(model)):
+        with pytest.raises(Compiled):
+            generated(other, **settings)
+
+
 def test_copies_and_pickles_of_a_wrapped_model():
     model = wrapped()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -97,6 +131,25 @@ def test_models_that_keep_latents_keep_their_caches(on_a_gpu):
     model = wrapped()
     model.config.kv_lora_rank = 16
     assert isinstance(generated(model), DynamicCache)
+
+
+def test_a_stage_of_a_pipeline_gets_the_cache_that_grows(on_a_gpu):
+    model = wrapped()
+    model._pp_stage = object()
+    assert isinstance(generated(model), DynamicCache)
+
+
+def test_a_model_without_its_first_layer_gets_the_cache_that_grows(on_a_gpu):
+    model = wrapped()
+    model.model.layers[0] = First()
+    assert isinstance(generated(model), DynamicCache)
+
+
+class First(nn.Identity):
+    """In the place of a layer that another process runs."""
+
+    def forward(self, x, *args, **kwargs):
+        return x
 
 
 def test_sizes_are_few_and_not_much_larger():

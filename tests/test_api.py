@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import gc
+import json
+import operator
 import pickle
 import warnings
 import weakref
@@ -131,6 +133,41 @@ def test_configuration_is_frozen_and_complete():
     assert ThinkConfig() == ThinkConfig(0.5) != ThinkConfig(0.4)
 
 
+CHANGES = {
+    "set": lambda options: options.__setitem__("max_autotune", True),
+    "delete": lambda options: options.__delitem__("max_autotune"),
+    "or": lambda options: operator.ior(options, {"max_autotune": True}),
+    "update": lambda options: options.update(max_autotune=True),
+    "setdefault": lambda options: options.setdefault("epilogue_fusion", False),
+    "pop": lambda options: options.pop("max_autotune"),
+    "popitem": lambda options: options.popitem(),
+    "clear": lambda options: options.clear(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_options_of_a_configuration_do_not_change(change):
+    config = ThinkConfig(inductor_options={"max_autotune": False})
+    before = hash(config)
+    for one in (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        with pytest.raises(TypeError, match="do not change"):
+            change(one.inductor_options)
+        assert one.inductor_options == {"max_autotune": False} and hash(one) == before
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["inductor_options"] == {"max_autotune": False}
+
+
+@pytest.mark.parametrize("name", ["max-autotune", "max_autotune", "triton.cudagraphs", "triton.autotune-pointwise"])
+def test_inductor_knows_the_options_that_are_taken(name):
+    options = ThinkConfig(inductor_options={name: False}).inductor_options
+    with torch._inductor.config.patch(dict(options)):
+        assert torch._inductor.config.get_config_copy()[name.replace("-", "_")] is False
+
+
+def test_an_option_given_twice():
+    with pytest.raises(TypeError, match=r"'max_autotune'.*twice"):
+        ThinkConfig(inductor_options={"max-autotune": True, "max_autotune": False})
+
+
 @pytest.mark.parametrize("way", [hash, dataclasses.asdict, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
 def test_configuration_is_a_value(way):
     way(ThinkConfig(inductor_options={"max_autotune": False}))
@@ -247,15 +284,6 @@ def test_a_dropped_model_is_freed():
     torch._dynamo.reset()
     gc.collect()
     assert gone() is None
-
-
-def test_settings_of_generate_are_given_back():
-    model = build("llama")
-    model.generation_config.disable_compile = False
-    think_compile(model, **SMALL)
-    assert model.generation_config.disable_compile is True
-    restore(model)
-    assert model.generation_config.disable_compile is False
 
 
 # ------------------------------------------------------------------ reports

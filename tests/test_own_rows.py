@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 from think_compile import lower, report, think_compile
+from think_compile.passes.refusal import Reason
 
 HEADS, KV_HEADS, DIM, ROWS, NEW = 4, 2, 8, 24, 9
 
@@ -111,6 +112,56 @@ KEYS_AND_VALUES = 2  # at ratio 0 keys are stored as wide as values
 @torch.no_grad()
 def test_hidden_rows_are_not_read(see, grouped, shapes):
     assert check(Fixed(SEE[see], grouped=grouped), shapes) == KEYS_AND_VALUES
+
+
+class Dealt(nn.Module):
+    """``copies`` makes a cache of two heads one that eight query heads read, with ``enable_gqa`` or without."""
+
+    def __init__(self, copies, grouped):
+        super().__init__()
+        self.project = nn.Linear(16, (8 + 2 * KV_HEADS) * DIM)
+        self.copies, self.grouped = copies, grouped
+
+    def forward(self, x, pos, past=None):
+        heads = torch.unflatten(self.project(x), -1, (-1, DIM)).transpose(1, 2)
+        q, k, v = heads.split([8, KV_HEADS, KV_HEADS], 1)
+        past = past or [x.new_zeros((x.shape[0], KV_HEADS, ROWS, DIM)) for _ in range(2)]
+        k, v = (before.index_copy(2, pos, new) for before, new in zip(past, (k, v), strict=True))
+        mask = SEE["bool"](pos[:, None], torch.arange(ROWS, device=x.device))
+        out = F.scaled_dot_product_attention(q, self.copies(k), self.copies(v), mask, enable_gqa=self.grouped)
+        return out, (k, v)
+
+
+DEALT = {
+    "grouped": (lambda x: x, True, True),
+    "repeated": (lambda x: x.repeat_interleave(4, 1), False, True),
+    "repeated, and said to be grouped": (lambda x: x.repeat_interleave(4, 1), True, True),
+    "repeated in part": (lambda x: x.repeat_interleave(2, 1), True, True),
+    "in turn": (lambda x: x.repeat(1, 4, 1, 1), False, False),
+}
+DEALT_BOTH_WAYS = {
+    "in turn, then grouped": (lambda x: x.repeat(1, 2, 1, 1), True),
+    "in turn, then side by side": (lambda x: x.repeat(1, 2, 1, 1).repeat_interleave(2, 1), False),
+}
+
+
+@pytest.mark.parametrize(("copies", "grouped", "own_rows"), DEALT.values(), ids=DEALT)
+@torch.no_grad()
+def test_heads_are_dealt_as_the_model_deals_them(copies, grouped, own_rows, shapes):
+    assert (check(Dealt(copies, grouped), shapes) == KEYS_AND_VALUES) is own_rows
+
+
+@pytest.mark.parametrize(("copies", "grouped"), DEALT_BOTH_WAYS.values(), ids=DEALT_BOTH_WAYS)
+@torch.no_grad()
+def test_heads_that_are_dealt_both_ways_are_refused(copies, grouped):
+    model = randomize(Dealt(copies, grouped))
+    ours, past, plain_past = think_compile(copy.deepcopy(model), ratio=0.0, lowering="eager"), None, None
+    for pos in (torch.arange(NEW), torch.tensor([NEW])):
+        x = torch.randn(2, len(pos), 16)
+        (got, past), (expected, plain_past) = ours(x, pos, past), model(x, pos, plain_past)
+        torch.testing.assert_close(got, expected)
+    (record,) = report(ours).refused
+    assert record.reason is Reason.UNKNOWN_LAYOUT and "repeated in turn and" in record.detail
 
 
 @torch.no_grad()

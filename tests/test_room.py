@@ -10,7 +10,7 @@ from tiny import tiny_llama
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
-from think_compile import CacheFull, report, think_compile
+from think_compile import CacheFull, ThinkWarning, report, think_compile
 from think_compile.kernels.steps import capacity_for
 from think_compile.store import FixedKeys, Rows
 
@@ -127,9 +127,51 @@ def test_a_ring_whose_rows_are_told_from_outside(ratio):
             assert ((kept == 0) | torch.isclose(kept, true, atol=1e-5)).all(), start
             if start < ROOM:
                 assert isinstance(ours.k.store, FixedKeys)
-    assert [w for w in seen if "its first row is written again while the others are read" in str(w.message)]
+    assert [w for w in seen if "its rows are written again while those behind are read" in str(w.message)]
     assert not report(ours).rewritten and len(report(ours).refused) == 1
     assert (ours.k == plain.k).all() if ratio == 0 else (ours.k[:, :, :6] == plain.k[:, :, :6]).all()
+
+
+class Unmasked(Buffered):
+    """Reads all rows, with no mask."""
+
+    def forward(self, x, rows, written):
+        q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        self.k.index_copy_(2, rows, k)
+        self.v.index_copy_(2, rows, v)
+        return F.scaled_dot_product_attention(q, self.k, self.v)
+
+
+SINKS, WINDOW = 4, 5
+
+
+def row_behind_sinks(token):
+    """The first tokens stay, the others are a ring of the latest."""
+    return token if token < ROOM else SINKS + (token - ROOM) % (ROOM - SINKS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Ring, Unmasked])
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_ring_behind_attention_sinks_keeps_its_window(kind, ratio):
+    """Its first row is never written again. When another is, what the window holds stays whole."""
+    plain, ours = kind(), kind()
+    ours.load_state_dict(plain.state_dict())
+    think_compile(ours, ratio, **(RULES | {"recent": WINDOW}))
+    told = pytest.warns(ThinkWarning, match="its rows are written again")
+    for start in (0, *range(8, ROOM)):
+        n = 8 if start == 0 else 1
+        x, rows = torch.randn(2, n, 32), torch.arange(start, start + n)
+        ours(x, rows, torch.tensor(start + n)), plain(x, rows, torch.tensor(start + n))
+    assert isinstance(ours.k.store, FixedKeys)
+    whole = slice(ROOM - WINDOW, ROOM)
+    torch.testing.assert_close(ours.k.dense()[:, :, whole], plain.k[:, :, whole])
+    plain.k.copy_(ours.k.dense())  # as the rule leaves it
+    with told:
+        for token in range(ROOM, ROOM + 2 * (ROOM - SINKS) + 3):
+            x, rows = torch.randn(2, 1, 32), torch.tensor([row_behind_sinks(token)])
+            torch.testing.assert_close(*(model(x, rows, torch.tensor(ROOM)) for model in (ours, plain)))
+    torch.testing.assert_close(ours.k, plain.k)
 
 
 @torch.no_grad()

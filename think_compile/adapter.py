@@ -14,23 +14,32 @@ from typing import Any
 
 from torch import nn
 
-_switched_off: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_rounding: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose static caches get one of a few sizes, on a GPU
+_wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _static: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that get a static cache where the user chose none
 
 PREPARE, MAKE_STATIC = "_prepare_cache_for_generation", "_prepare_static_cache"
+COMPILES = "_valid_auto_compile_criteria"
 SMALLEST = 256  # tokens
 
 
+def called_by_generate(model: nn.Module) -> list[nn.Module]:
+    """``model``, and the modules inside it that its ``generate`` calls, as far as its class tells.
+
+    The stock ``generate`` calls the model. Another one, of a wrapper or of a decoder behind an encoder of images, may
+    hand on to the ``generate`` of a model inside.
+    """
+    if _owner(type(model), "generate") is _owner(type(model), PREPARE) is not None:
+        return [model]
+    return [part for part in model.modules() if part is model or _owner(type(part), PREPARE) is not None]
+
+
 def on_wrap(model: nn.Module, *, static_cache: bool) -> None:
-    """Change what ``generate`` does; ``static_cache``: also which cache it makes on a GPU."""
-    settings = getattr(model, "generation_config", None)
-    if settings is None:
-        return
-    if not getattr(settings, "disable_compile", False):
-        settings.disable_compile = True
-        _switched_off.add(model)
-    _rounding.add(model)
+    """Change what ``generate`` does; ``static_cache``: also which cache it makes on a GPU.
+
+    The model's own settings stay as they are: they are saved, copied and pickled with it.
+    """
+    _wrapped.add(model)
+    _around(type(model), COMPILES, _whether_to_compile)
     _around(type(model), MAKE_STATIC, _make_static)
     if static_cache:
         _static.add(model)
@@ -39,10 +48,7 @@ def on_wrap(model: nn.Module, *, static_cache: bool) -> None:
 
 def on_restore(model: nn.Module) -> None:
     """Give ``generate`` back what :func:`on_wrap` took."""
-    if model in _switched_off:
-        _switched_off.discard(model)
-        model.generation_config.disable_compile = False  # type: ignore[union-attr]
-    _rounding.discard(model)
+    _wrapped.discard(model)
     _static.discard(model)
 
 
@@ -51,7 +57,7 @@ def _around(cls: type, name: str, ours: Callable[..., Any]) -> None:
 
     Not on the model, whose attributes are copied and pickled with it.
     """
-    owner = next((base for base in cls.__mro__ if name in vars(base)), None)
+    owner = _owner(cls, name)
     if owner is None or hasattr(vars(owner)[name], "think_compile"):
         return
     plain = vars(owner)[name]
@@ -64,6 +70,11 @@ def _around(cls: type, name: str, ours: Callable[..., Any]) -> None:
     setattr(owner, name, method)
 
 
+def _owner(cls: type, name: str) -> type | None:
+    """The class that defines a method of ``cls``."""
+    return next((base for base in cls.__mro__ if name in vars(base)), None)
+
+
 def rounded(tokens: int) -> int:
     """The size of cache that ``tokens`` get: a multiple of 256, beyond 2,048 of no more than an eighth of them.
 
@@ -73,8 +84,12 @@ def rounded(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def _whether_to_compile(plain: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model not in _wrapped and plain(model, *args, **kwargs)
+
+
 def _make_static(plain: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if model in _rounding and "max_cache_len" in kwargs and _on_gpu(model) and _has_plain_keys(model):
+    if model in _wrapped and "max_cache_len" in kwargs and _on_gpu(model) and _has_plain_keys(model):
         kwargs["max_cache_len"] = rounded(kwargs["max_cache_len"])
     return plain(model, *args, **kwargs)
 
@@ -95,11 +110,27 @@ def _is_open(model: Any, settings: Any, model_kwargs: Any, mode: Any) -> bool:
         getattr(mode, "value", mode) in ("greedy_search", "sample") and settings.num_return_sequences == 1
     )
     fits = getattr(model, "_can_compile_fullgraph", False) and not model.config.is_encoder_decoder
-    return _on_gpu(model) and _has_plain_keys(model) and fits and one_token_a_step and not chosen
+    return _on_gpu(model) and _has_plain_keys(model) and fits and one_token_a_step and not chosen and _is_whole(model)
 
 
 def _on_gpu(model: Any) -> bool:
     return model.device.type == "cuda"
+
+
+def _is_whole(model: Any) -> bool:
+    """Whether this process runs all layers of the model.
+
+    Under pipeline parallelism other processes run some, and identities stand in their places. The length of a static
+    cache is that of its first layer, which a later stage never fills: its tokens would not be the model's.
+    """
+    return getattr(model, "_pp_stage", None) is None and not _misses_layers(model)
+
+
+def _misses_layers(model: Any) -> bool:
+    """Whether an identity stands where the model's configuration counts a layer."""
+    n_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers)
+    return any(isinstance(layer, nn.Identity) for one in lists for layer in one)
 
 
 def _has_plain_keys(model: Any) -> bool:

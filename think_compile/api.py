@@ -39,7 +39,7 @@ def think_compile(
     """Compile ``model`` in place so that its key cache is pruned (ThinK, arXiv 2407.21018); returns the same object.
 
     Args:
-        model: any ``nn.Module`` decoder that keeps a key/value cache.
+        model: any ``nn.Module`` decoder that keeps a key/value cache, or a module around one (of peft, for example).
         ratio: share of the key channels to drop, in [0, 1). 0 keeps all.
         recent: number of latest tokens whose keys stay whole.
         observe: number of latest queries that score the channels.
@@ -71,14 +71,19 @@ def think_compile(
         static_cache=static_cache,
         inductor_options=inductor_options,
     )
-    if model in _backends:
-        raise ValueError(
-            "this model is wrapped by think_compile already; think_compile.restore(model) undoes it, "
-            "then wrap it again with the new arguments."
-        )
-    if model._compiled_call_impl is not None:
-        raise ValueError("this model is compiled already (model.compile()); wrap it before, or a fresh copy of it.")
-    _backends[model] = _install(model, Backend(model, config))
+    parts = adapter.called_by_generate(model)
+    for part in parts:
+        which = "this model" if part is model else f"the {type(part).__name__} inside this model"
+        if part in _backends:
+            raise ValueError(
+                f"{which} is wrapped by think_compile already; think_compile.restore(model) undoes it, "
+                "then wrap it again with the new arguments."
+            )
+        if part._compiled_call_impl is not None:
+            raise ValueError(f"{which} is compiled already (model.compile()); wrap it before, or a fresh copy of it.")
+    backend = Backend(model, config)
+    for part in parts:
+        _backends[part] = _install(part, backend)
     return model
 
 
@@ -121,10 +126,11 @@ def restore(model: M) -> M:
     Raises:
         ValueError: the model is not wrapped.
     """
-    _backend_of(model)
-    del _backends[model]
-    model._compiled_call_impl = None
-    adapter.on_restore(model)
+    backend = _backend_of(model)
+    for part in [part for part, its in _backends.items() if its is backend]:
+        del _backends[part]
+        part._compiled_call_impl = None
+        adapter.on_restore(part)
     return model
 
 

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 LOWERINGS = ("inductor", "eager")
 
@@ -38,18 +38,25 @@ def _check_ratio(ratio: Any) -> None:
         raise ValueError(f"ratio must be in [0, 1), the share of key channels to drop; got {ratio}.")
 
 
-def _check_inductor_options(options: Mapping[str, Any]) -> None:
+def _inductor_options(options: Mapping[str, Any]) -> Options:
+    """The options under their names in ``torch._inductor.config``: ``max-autotune`` is its ``max_autotune``."""
     if not options:
-        return
+        return Options()
     from torch._inductor import config as inductor_config
 
     known = inductor_config.get_config_copy()
-    for name in options:
-        if name.replace("-", "_") not in known:
+    named: dict[str, Any] = {}
+    for given, value in options.items():
+        name = given.replace("-", "_")
+        if name not in known:
             raise TypeError(
-                f"unknown argument {name!r}: it is neither an option of think_compile nor one of "
+                f"unknown argument {given!r}: it is neither an option of think_compile nor one of "
                 "torch._inductor.config (torch._inductor.list_options() names those)."
             )
+        if name in named:
+            raise TypeError(f"the option {name!r} of torch._inductor.config is given twice, once as {given!r}.")
+        named[name] = value
+    return Options(named)
 
 
 class Options(dict[str, Any]):
@@ -58,11 +65,14 @@ class Options(dict[str, Any]):
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(sorted((name, repr(value)) for name, value in self.items())))
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        raise TypeError("the options of a ThinkConfig do not change; make another ThinkConfig")
-
     def __reduce__(self) -> Any:
         return Options, (dict(self),)
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("the options of a ThinkConfig do not change; make another ThinkConfig")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
 
 
 @dataclass(frozen=True)
@@ -111,8 +121,7 @@ class ThinkConfig:
             raise ValueError(f"lowering must be one of {LOWERINGS}, got {self.lowering!r}.")
         if self.inductor_options and self.lowering != "inductor":
             raise ValueError(f"{sorted(self.inductor_options)} need lowering='inductor', got {self.lowering!r}.")
-        _check_inductor_options(self.inductor_options)
-        object.__setattr__(self, "inductor_options", Options(self.inductor_options))
+        object.__setattr__(self, "inductor_options", _inductor_options(self.inductor_options))
 
     def kept_channels(self, head_dim: int) -> int:
         """T of ``head_dim`` channels: D - int(D * ratio), rounded up to ``channel_multiple``, at most D."""

@@ -137,7 +137,7 @@ class CompiledGraph(_Graph):
 
     def _give_up_rings(self, args: Sequence[Any]) -> None:
         """Caches whose positions turn out to begin again while all rows are read: dense from now on."""
-        why = Refused(Reason.UNKNOWN_WINDOW, "its first row is written again while the others are read")
+        why = Refused(Reason.UNKNOWN_WINDOW, "its rows are written again while those behind are read")
         rings = [site for site in self.sites if site.fixed and site.past is not None]
         for handle in (args[i] for site in rings for i in site.past or ()):
             if isinstance(handle, Handle):

@@ -19,7 +19,7 @@ def holders(tensor: Tensor, model: nn.Module | None, arguments: Any) -> list[Pla
     """The places in the model's modules and in the ``arguments`` of its call that hold this very tensor."""
     places = [d for m in model.modules() for d in (m._buffers, m.__dict__)] if model is not None else []
     found: list[Place] = []
-    for place in (*places, *_containers(arguments, set())):
+    for place in (*places, *_containers(arguments)):
         items = place.items() if isinstance(place, dict) else enumerate(place)
         found += [(place, name) for name, held in items if held is tensor]
     return found
@@ -30,15 +30,18 @@ def owns_its_storage(tensor: Tensor) -> bool:
     return tensor._base is None and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def _containers(value: Any, seen: set[int]) -> Iterator[dict[Any, Any] | list[Any]]:
+def _containers(value: Any) -> Iterator[dict[Any, Any] | list[Any]]:
     """All dicts and lists to be reached from ``value``, and the attributes of the objects among them."""
-    if isinstance(value, _LEAVES) or id(value) in seen:
-        return
-    seen.add(id(value))
-    inside = value if isinstance(value, (dict, list, tuple, set)) else getattr(value, "__dict__", None)
-    if isinstance(inside, (dict, list)):
-        yield inside
-    if isinstance(value, dict) and hasattr(value, "__dict__"):
-        yield from _containers(value.__dict__, seen)
-    for held in inside.values() if isinstance(inside, dict) else inside or ():
-        yield from _containers(held, seen)
+    waiting, seen = [value], set[int]()  # no recursion: arguments may be linked deeper than Python calls
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, _LEAVES) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        inside = value if isinstance(value, (dict, list, tuple, set)) else getattr(value, "__dict__", None)
+        if isinstance(inside, (dict, list)):
+            yield inside
+        held = list(inside.values() if isinstance(inside, dict) else inside or ())
+        if isinstance(value, dict) and hasattr(value, "__dict__"):
+            held.insert(0, value.__dict__)
+        waiting += reversed(held)

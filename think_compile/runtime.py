@@ -40,7 +40,7 @@ class CacheFull(ValueError, IndexError):
 
 
 class BeginsAgain(Exception):
-    """A full cache of fixed size would be written from its first row while its other rows are read; nothing was run."""
+    """A full cache of fixed size would be written again while rows behind the new ones are read; nothing was run."""
 
 
 class Program:
@@ -126,7 +126,7 @@ class Program:
             return
         first, others = self.starts(*args)
         start = int(first)
-        if start == 0 and others and any(store.progress[1] == store.rows.capacity for store, _ in keys):
+        if others and any(store.progress[1] == store.rows.capacity for store, _ in keys):
             raise BeginsAgain
         for store, n in keys:
             if start + n > store.rows.capacity:

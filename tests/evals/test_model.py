@@ -267,6 +267,26 @@ def test_truncated_prompts_are_counted():
     assert lm.counters.truncated_contexts == 1
 
 
+def answers(lm, tokens):
+    arguments = {"until": ["[UNK]"], "max_gen_toks": tokens, "do_sample": False}
+    return lm.generate_until([instance("generate_until", (words(20, 1), arguments))], disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [(PRUNED | {"recent": 64}, 5), (SIMULATED | {"channel_multiple": 32}, 5), (SIMULATED, 1)],
+    ids=["all in the window", "no channel dropped", "the exact token only"],
+)
+def test_a_generation_that_measures_the_dense_model_is_an_error(options, tokens):
+    model = random_model()
+    lm = think(model, **options)
+    with pytest.raises(ValueError, match=rf"none of {tokens} tokens was generated through .* ended with its first"):
+        answers(lm, tokens)
+    lm.close()
+    assert len(answers(think(model, **DENSE), tokens)) == 1
+    assert len(answers(think(model, **options | {"ratio": 0}), tokens)) == 1
+
+
 @pytest.mark.parametrize("options", [{"recent": 64}, {"channel_multiple": 32}], ids=str)
 def test_a_run_that_measures_the_dense_model_is_an_error(options):
     lm = think(random_model(), **SIMULATED | options)

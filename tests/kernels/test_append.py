@@ -65,13 +65,29 @@ def test_ties_and_what_is_no_number():
     assert_same(*([x.nan_to_num(7) for x in side] for side in (by_kernel, by_aten)))
 
 
-def test_nothing_is_written_behind_the_end():
+@pytest.mark.parametrize("start", [CAPACITY, CAPACITY + 3])
+def test_nothing_is_written_behind_the_end(start):
     spec = steps.LayerSpec(16, 32, WINDOW, 8, True)
-    new, stored = drawn(1, 2, 2, 32, 16, spec.ring_rows(0))
-    given = [x.to(DEVICE) for x in (*new, *stored)]
-    before = given[2].clone()
-    append.append_token(*given, torch.tensor(CAPACITY, device=DEVICE), WINDOW, WINDOW)
-    assert torch.equal(given[2], before)
+    new, stored = drawn(2, 2, 2, 32, 16, spec.ring_rows(0))
+    given = [x.clone().to(DEVICE) for x in stored]
+    append.append_token(*(x.to(DEVICE) for x in new), *given, torch.tensor(start, device=DEVICE), WINDOW, WINDOW)
+    assert_same([x.cpu() for x in given], stored)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("length", [1, 2])
+def test_aten_refuses_to_write_behind_the_end(length):
+    """An index out of range ends a process on a GPU."""
+    spec = steps.LayerSpec(16, 32, WINDOW, 8, True)
+    (q, k), stored = drawn(2, 2, 2, 32, 16, spec.ring_rows(0))
+    values, start = torch.randn(2, 2, CAPACITY, 32), torch.tensor(CAPACITY)
+    q, k, v = (x.expand(-1, -1, length, -1) for x in (q, k, torch.randn(2, 2, 1, 32)))
+    before = [x.clone() for x in (*stored, values)]
+    with pytest.raises(IndexError, match="out of"):
+        steps.append_keys_fixed(q, k, None, *stored, start, CAPACITY, spec)
+    with pytest.raises(IndexError, match="out of"):
+        steps.step_fixed(q, k, v, None, *stored, values, start, CAPACITY, None, False, None, spec)
+    assert_same((*stored, values), before)
 
 
 STEPS = {
@@ -121,11 +137,12 @@ def test_a_step_attends_and_then_stores_its_token(sizes, dv, dtype, start, mask)
     assert_same([x.cpu() for x in own], expected)
 
 
-def test_a_value_is_not_written_behind_the_end():
+@pytest.mark.parametrize("start", [CAPACITY, CAPACITY + 3])
+def test_a_step_behind_the_end_changes_nothing(start):
     spec = steps.LayerSpec(16, 32, WINDOW, 8, True)
-    (q, k), stored = drawn(1, 2, 2, 32, 16, spec.ring_rows(0))
-    values = torch.randn(1, 2, CAPACITY, 32)
-    given = [x.to(DEVICE) for x in (q, k, torch.randn(1, 2, 1, 32), *stored, values)]
-    end = torch.tensor(CAPACITY, device=DEVICE)
-    append.decode_step(*given, end, CAPACITY, None, 1.0, False, WINDOW, WINDOW)
-    assert torch.equal(given[3].cpu(), stored[0]) and torch.equal(given[7].cpu(), values)
+    (q, k), stored = drawn(2, 2, 2, 32, 16, spec.ring_rows(0))
+    kept = [*stored, torch.randn(2, 2, CAPACITY, 32)]
+    given = [x.to(DEVICE) for x in (q, k, torch.randn(2, 2, 1, 32))]
+    own = [x.clone().to(DEVICE) for x in kept]
+    append.decode_step(*given, *own, torch.tensor(start, device=DEVICE), CAPACITY, None, 1.0, False, WINDOW, WINDOW)
+    assert_same([x.cpu() for x in own], kept)

@@ -266,6 +266,25 @@ def test_hides_other_rows(dtype):
     assert steps.hides_other_rows(mask(blind)) == (dtype == torch.bool)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_sees_later_rows(dtype):
+    def sees(allowed, start, n_new):
+        mask = allowed if dtype == torch.bool else torch.where(allowed, 0.0, torch.finfo(dtype).min)
+        return {bool(steps.sees_later_rows(mask, at, n_new)) for at in (start, torch.tensor(start), first + start)}
+
+    first, allowed = torch.arange(3), causal(3, 12, 4)
+    assert sees(allowed, 4, 3) == {False}
+    assert sees(allowed, 4, 2) == sees(allowed, 3, 3) == {True}
+    allowed[..., 1, 11] = True
+    assert sees(allowed, 4, 3) == {True} and sees(allowed, 9, 3) == {False}
+
+
+def test_reads_later_rows():
+    for start in (4, torch.tensor(4), torch.arange(4, 7)):
+        assert steps.reads_later_rows(8, start, 3)
+        assert not steps.reads_later_rows(7, start, 3)
+
+
 def test_begins_at_first_row():
     for start in (0, torch.tensor(0), torch.arange(4)):
         assert steps.begins_at_first_row(start, True)

@@ -120,7 +120,7 @@ class ThinkLM(HFLM):
         Raises:
             ValueError: channels are to be dropped, and no token was scored through a pruned cache.
         """
-        with self._reading_the_cache():
+        with self._reading_the_cache("scored"):
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -129,26 +129,28 @@ class ThinkLM(HFLM):
         Raises:
             ValueError: as of :meth:`loglikelihood`.
         """
-        with self._reading_the_cache():
+        with self._reading_the_cache("scored"):
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 
     @contextmanager
-    def _reading_the_cache(self) -> Any:
-        """Makes sure that some token was scored through a pruned cache, where channels are to be dropped."""
-        before = Counters(**asdict(self.counters))
+    def _reading_the_cache(self, how: str) -> Any:
+        """Makes sure that some token was ``how`` ("scored", "generated") through a pruned cache, where there is one."""
+        before = asdict(self.counters)
         yield
-        scored = self.counters.scored_tokens - before.scored_tokens
-        through = self.counters.scored_through_pruned - before.scored_through_pruned
-        if scored and not through and self.settings.prunes:
-            raise ValueError(self._nothing_pruned(scored))
+        n_tokens, through = (
+            getattr(self.counters, name) - before[name] for name in (f"{how}_tokens", f"{how}_through_pruned")
+        )
+        if n_tokens and not through and self.settings.prunes:
+            raise ValueError(self._nothing_pruned(how, n_tokens))
         self._log_counters()
 
-    def _nothing_pruned(self, scored: int) -> str:
+    def _nothing_pruned(self, how: str, n_tokens: int) -> str:
         config = self.settings.config
+        held = f" (and held_back={self.settings.held_back})" if how == "scored" else ""
+        ended = "" if how == "scored" else ", each answer ended with its first token, which comes from the exact call"
         return (
-            f"none of {scored} tokens was scored through a pruned cache at ratio {config.ratio}, so this measures the "
-            f"dense model: no context was longer than recent={config.recent} (and held_back={self.settings.held_back})"
-            ", or no channel was dropped "
+            f"none of {n_tokens} tokens was {how} through a pruned cache at ratio {config.ratio}, so this measures the "
+            f"dense model: no context was longer than recent={config.recent}{held}{ended}, or no channel was dropped "
             f"(effective ratio {self.method.effective_ratio():.3g}, channel_multiple={config.channel_multiple}). "
             "Give longer contexts (more few-shot examples), a smaller recent or a smaller channel_multiple."
         )
@@ -210,15 +212,15 @@ class ThinkLM(HFLM):
         rest goes through the pruned cache in one call, and decoding goes on from there.
 
         Raises:
-            ValueError: a context does not contain that text, or begins with it.
+            ValueError: a context does not contain that text, or begins with it. Channels are to be dropped, and no
+                token was generated through a pruned cache.
         """
         for request in requests:
             context, arguments = request.args
             if (text := arguments.get("prune_before")) is not None:
                 _check_question(context, text, request.task_name)
-        answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
-        self._log_counters()
-        return answers
+        with self._reading_the_cache("generated"):
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def tok_batch_encode(
         self,

@@ -51,7 +51,7 @@ def _store_key(
     Q, K, PRUNED, CHANNELS, RECENT, PROGRESS, START, row, window, whole, capacity, ring_rows,
     GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Of one KV head of one sequence; that of the first also moves the window."""
+    """Of one KV head of one sequence; that of the first also moves the window. Behind the end nothing changes."""
     start = tl.load(START)
     k, channels = K + row * D, CHANNELS + row * T
     if start == 0:
@@ -59,11 +59,11 @@ def _store_key(
         tl.debug_barrier()  # what other threads of the program stored is read below
     t, d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     narrow = tl.load(k + tl.load(channels + t, mask=t < T, other=0), mask=t < T, other=0.0)
-    room = tl.where(start < capacity, T, 0)  # behind the end: nowhere
+    room, ring_room = tl.where(start < capacity, T, 0), tl.where(start < capacity, D, 0)
     tl.store(PRUNED + (row * capacity + start) * T + t, narrow.to(PRUNED.dtype.element_ty), mask=t < room)
-    key = tl.load(k + d, mask=d < D, other=0.0)
-    tl.store(RECENT + (row * ring_rows + start % ring_rows) * D + d, key.to(RECENT.dtype.element_ty), mask=d < D)
-    if row == 0:
+    key, at = tl.load(k + d, mask=d < D, other=0.0), RECENT + (row * ring_rows + start % ring_rows) * D + d
+    tl.store(at, key.to(RECENT.dtype.element_ty), mask=d < ring_room)
+    if (row == 0) & (start < capacity):
         kept_whole = tl.where(start == 0, window, whole)  # from 0: a first call
         floor = tl.maximum(tl.minimum(tl.load(PROGRESS), start), start + 1 - kept_whole)
         tl.store(PROGRESS, floor)

@@ -114,11 +114,11 @@ def attend_own_rows(
 ) -> Tensor:
     """The stock attention to the call's own rows [B, H, N, *], of a mask the first N columns: [B, Hq, N, Dv].
 
-    ``grouped``: the keys are passed with their H heads (``enable_gqa``), and not repeated for each query head.
+    ``grouped``: the keys are passed with their H heads (``enable_gqa``), and not with a copy for each query head.
     """
-    group = q.shape[1] // k_new.shape[1]
-    if not grouped and group > 1:
-        k_new, v_new = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k_new, v_new))
+    if not grouped:
+        copies = q.shape[1] // k_new.shape[1]
+        k_new, v_new = (x.unsqueeze(2).expand(-1, -1, copies, -1, -1).flatten(1, 2) for x in (k_new, v_new))
     mask = own_columns(mask, k_new)
     return F.scaled_dot_product_attention(q, k_new, v_new, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
 
@@ -140,10 +140,19 @@ def hides_other_rows(mask: Tensor) -> Tensor:
     return (others <= hidden).all() & (own > hidden).any(-1).all()
 
 
-def sees_other_rows(mask: Tensor, n_new: int) -> Tensor:
-    """0-d bool: whether a mask [..., S] over a cache's rows shows some query a row behind the first ``n_new``."""
-    others = mask[..., n_new:]
-    return others.any() if others.dtype == torch.bool else (others > torch.finfo(mask.dtype).min / 2).any()
+def sees_later_rows(mask: Tensor, start: Tensor | int, n_new: int) -> Tensor:
+    """0-d bool: whether a mask [..., S] over a cache's rows shows some query a row behind the ``n_new`` from ``start``.
+
+    ``start`` as in :func:`start_of`, or its first element.
+    """
+    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    end = torch.as_tensor(highest_start([start]) + n_new).to(mask.device)
+    return (shown & (torch.arange(mask.shape[-1], device=mask.device) >= end)).any()
+
+
+def reads_later_rows(rows: int, start: Tensor | int, n_new: int) -> Tensor | bool:
+    """As :func:`sees_later_rows`, of an attention to all the first ``rows``."""
+    return highest_start([start]) + n_new < rows
 
 
 def any_holds(answers: list[Tensor | bool]) -> Tensor | bool:

@@ -136,6 +136,7 @@ def module_path(node: Node) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
+    path = path.replace(".__dict__['_modules']", "")  # how a module with a __getattr__ of its own is reached
     path = re.sub(r"\._(?:modules|buffers|parameters)\['([^']*)'\]", r".\1", path)  # how older traces spell it
     path = re.sub(r"^[LG]\['[^']*'\]\.?", "", path)
     return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path).lstrip(".")

@@ -268,6 +268,8 @@ def _check_pair(site: CachedAttention) -> None:
     keys, values = site.keys, site.values
     if not lay.same_size(keys.size(1), values.size(1)) or keys.in_turn != values.in_turn:
         raise Refused(Reason.HEADS_DIFFER, f"{keys.size(1)} and {values.size(1)}")
+    if keys.in_turn and site.attention.region is None and _groups_heads(site.attention):
+        raise Refused(Reason.UNKNOWN_LAYOUT, f"heads that are repeated in turn and grouped: {where(site.attention.k)}")
     if keys.join.fixed != values.join.fixed or (keys.join.past is None) != (values.join.past is None):
         raise Refused(Reason.VALUES_NOT_CACHED, "they are joined in another way than the keys")
     if keys.join.fixed and not same_positions(keys.join, values.join):
@@ -281,6 +283,12 @@ def _check_pair(site: CachedAttention) -> None:
             raise Refused(Reason.UNKNOWN_ROOT, f"how many rows it writes is read from a tensor: {where(tensor.root)}")
         if not lay.equal_size(_new_tokens(tensor), site.query_tokens):
             raise Refused(Reason.CROSS_ATTENTION, f"{site.query_tokens} queries, {_new_tokens(tensor)} new keys")
+
+
+def _groups_heads(site: Attention) -> bool:
+    """Whether several neighbouring query heads of a stock attention read one head of the keys that it is given."""
+    head = site.layout.index((HEAD,))
+    return not lay.same_size(site.q.meta["val"].shape[head], site.k.meta["val"].shape[head])
 
 
 # --------------------------------------------------------------------------------------------- one cache tensor
@@ -299,7 +307,7 @@ def _cache_tensor(
     root, chain, read = _behind_suffix(root, chain, arrange, scaled)
     root, chain, axes, layout = _laid_out(root, chain, arrange)
     shape = _canonical_shape(axes, root.meta["val"].shape[token_axis(layout)])
-    in_turn = _copies_first(axes[HEAD]) and not lay.same_size(shape[HEAD], 1)
+    in_turn = _is_dealt_in_turn(axes[HEAD], shape[HEAD], operand)
     outputs, kept, buffers = outputs_holding(normalized, root, layout, shape)
     join = join_of(normalized, root, layout)
     if not outputs:
@@ -375,10 +383,14 @@ def _canonical_shape(axes: lay.Axes, tokens: Any) -> tuple[Any, ...]:
     return tuple(tokens if axis == TOKEN else math.prod(sizes) for axis, sizes in enumerate(own))
 
 
-def _copies_first(head: list[lay.Atom]) -> bool:
+def _is_dealt_in_turn(head: list[lay.Atom], heads: Any, operand: Node) -> bool:
     """Whether all heads are repeated as a whole, so that a head does not stand beside its copies."""
     real = [atom for atom in head if atom.axis is not None or not lay.same_size(atom.size, 1)]
-    return bool(real) and real[0].axis is None
+    if lay.same_size(heads, 1) or not real or real[0].axis is not None:
+        return False
+    if real[-1].axis is None:
+        raise Refused(Reason.UNKNOWN_LAYOUT, f"heads that are repeated in turn and side by side: {where(operand)}")
+    return True
 
 
 def _extent(root: Node, axis: int, chain: list[Node], prefix: Node | None) -> Any:

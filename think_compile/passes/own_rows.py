@@ -50,12 +50,25 @@ def find_own_rows(normalized: Normalized, sites: Sequence[CachedAttention]) -> O
     return None if asked is None else OwnRows(eligible, asked)
 
 
+def passes_heads_once(site: CachedAttention) -> bool | None:
+    """Whether the keys reach the attention with their own heads, for groups of neighbouring query heads (enable_gqa).
+
+    False: with a copy for each query head, side by side. None: the query heads are dealt out in another way, as which
+    :func:`.steps.attend_own_rows` does not attend.
+    """
+    if site.keys.in_turn:
+        return None
+    return bool(site.attention.operation.kwargs.get("enable_gqa", False))
+
+
 def _is_eligible(site: CachedAttention) -> bool:
     """A stock attention to a new cache, whose mask has a column for each row of it."""
     attention = site.attention
     if not site.fixed or site.past is not None or attention.operation.target is not _SDPA:
         return False
-    if attention.layout != CANONICAL or site.keys.in_turn or not (_is_plain(site.keys) and _is_plain(site.values)):
+    if attention.layout != CANONICAL or passes_heads_once(site) is None:
+        return False
+    if not (_is_plain(site.keys) and _is_plain(site.values)):
         return False
     if not same_size(_own(site), site.query_tokens) or attention.q.meta["val"].dtype != attention.k.meta["val"].dtype:
         return False

@@ -24,6 +24,7 @@ from think_compile.passes.kv_cache import CachedAttention, CacheTensor
 from think_compile.passes.layout import arranged, stride_order
 from think_compile.passes.normalize import AUTOCAST, Normalized
 from think_compile.passes.observe import observed
+from think_compile.passes.own_rows import passes_heads_once
 from think_compile.passes.plan import (
     Constant,
     CopiedHandle,
@@ -166,8 +167,7 @@ class _Rewriter(Draft):
             with self.graph.inserting_before(self.at(reader.attention.node)):
                 k_new, v_new, attention = self._new_rows(reader.keys), self._new_rows(reader.values), reader.attention
                 arguments = (self.at(attention.q), k_new, v_new, self.at(attention.mask), self.at(attention.scale))
-                grouped = bool(attention.operation.kwargs.get("enable_gqa", False))
-                arguments += (attention.is_causal, grouped)
+                arguments += (attention.is_causal, passes_heads_once(reader))
                 out = self._as(self.graph.call_function(steps.attend_own_rows, arguments), attention.node)
             self.replace(attention.node, out)
         with self.behind(self.at(readers[-1].attention.node)):

@@ -4,7 +4,7 @@ On a GPU a write behind the end of a buffer is found too late, if at all. How ma
 device only; the runtime counts the tokens that calls bring, and asks the model's own positions when the count leaves
 no room. (A call that leaves rows out is not foreseen: to find it, each would have to wait for the device.)
 
-A full cache that is written from its first row again is begun anew, if its other rows are no longer read; otherwise it
+A full cache that is written from an earlier row again is rewound, if the rows behind are no longer read; otherwise it
 is a ring, whose rows do not stand in the order of their tokens.
 
 Part of pass 4.
@@ -23,29 +23,37 @@ from think_compile.passes.layout import same_size, value_of
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.question import question
 
+_Writes = tuple[Any, Any, Any]
+
 
 def find_starts(normalized: Normalized, sites: Sequence[CachedAttention]) -> GraphModule | None:
     """A graph of the caller's inputs that tells two things of a call; None: they are not known.
 
-    The highest row at which it begins to write, and whether it reads rows behind those that it would write from the
-    first row on. (Of an attention that is written out the second is not known, and taken for no.)
+    The highest row at which it begins to write, and whether it reads rows behind those that it writes. (Of an attention
+    that is written out the second is not known, and taken for no.)
     """
     fixed = [site for site in sites if site.fixed and site.past is not None]
     starts = list(dict.fromkeys(site.keys.join.start for site in fixed))
     if not starts:
         return None
-    masks = dict.fromkeys((site.attention.mask, site.query_tokens) for site in fixed if _has_column_for_each(site))
-    unmasked = any(_reads_all(site) for site in fixed)
+    hiding = dict.fromkeys(_writes(site, site.attention.mask) for site in fixed if _has_column_for_each(site))
+    unmasked = dict.fromkeys(_writes(site, _extent(site)) for site in fixed if _reads_all(site))
 
-    def asked(about: list[tuple[Any, Any]]) -> GraphModule | None:
+    def asked(masked: list[_Writes]) -> GraphModule | None:
         def ask(graph: Any, at: Any) -> Any:
             start = graph.call_function(steps.highest_start, ([at(start) for start in starts],))
-            seen = [graph.call_function(steps.sees_other_rows, (at(mask), n)) for mask, n in about]
-            return start, graph.call_function(steps.any_holds, ([unmasked, *seen],))
+            seen = [graph.call_function(steps.reads_later_rows, (rows, at(own), n)) for rows, own, n in unmasked]
+            seen += [graph.call_function(steps.sees_later_rows, (at(mask), at(own), n)) for mask, own, n in masked]
+            return start, graph.call_function(steps.any_holds, (seen,))
 
-        return question(normalized, [*starts, *(mask for mask, _ in about)], ask)
+        return question(normalized, [*starts, *(mask for mask, _, _ in masked)], ask)
 
-    return asked(list(masks)) or asked([])  # of masks that cost too much the second is not known
+    return asked(list(hiding)) or asked([])  # masks that cost too much are not looked at
+
+
+def _writes(site: CachedAttention, read: Any) -> _Writes:
+    """What tells the rows that an attention reads, and those that its call writes: the first, and how many."""
+    return read, site.keys.join.start, site.query_tokens
 
 
 def _has_column_for_each(site: CachedAttention) -> bool:
