@@ -70,7 +70,15 @@ def check_past_readers(past: Node, root: Node) -> None:
         raise Refused(Reason.PAST_ESCAPES, where(reader))
 
 
-PROJECTIONS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
+PROJECTIONS = {
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    torch.nn.functional.linear,  # with weights of a class of their own
+    torch.matmul,
+}
 _ATTENDS = {aten.scaled_dot_product_attention.default, *SOFTMAXES}
 
 
