@@ -24,7 +24,7 @@ from torch._functorch._aot_autograd.functional_utils import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.fx import Graph, GraphModule, Node, traceback
+from torch.fx import Graph, GraphModule, Interpreter, Node, traceback
 from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
 from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -32,6 +32,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from think_compile.passes.as_written import calls_as_written, recorded
 from think_compile.passes.refusal import where
+from think_compile.passes.transforms import Transformed, transformed_parts
 
 _INFERENCE_MODE = {torch.autograd.grad_mode._enter_inference_mode, torch.autograd.grad_mode._exit_inference_mode}
 
@@ -53,6 +54,7 @@ def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMod
     """
     held = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
     fakes = _distinct([*(mode.from_tensor(tensor, static_shapes=True) for tensor in held.values()), *inputs])
+    transformed = transformed_parts(gm, mode)
     as_written = calls_as_written(gm.graph, mode)
     written: list[int] = []
 
@@ -61,7 +63,8 @@ def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMod
         above = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
         with maybe_enable_thunkify(), above:
             wrapped = [to_fun(arg) for arg in args]
-            outputs = _run(gm, dict(zip(held, wrapped, strict=False)), wrapped[len(held) :], as_written)
+            with _reparametrize_module(gm, dict(zip(held, wrapped, strict=False))), traceback.preserve_node_meta():
+                outputs = _Interpreter(gm, as_written, transformed).run(*wrapped[len(held) :])
             written[:] = _written(args, wrapped)
             return tuple(from_fun(x) for x in (*(wrapped[i] for i in written), *outputs))
 
@@ -101,28 +104,35 @@ def _distinct(fakes: Sequence[Any]) -> list[Any]:
     return found
 
 
-def _run(gm: GraphModule, held: dict[str, Tensor], inputs: Sequence[Any], as_written: dict[Node, Any]) -> Sequence[Any]:
-    """The graph's outputs, node by node, so that what is traced keeps the nodes' metadata."""
-    with _reparametrize_module(gm, held), traceback.preserve_node_meta():
-        return _Interpreter(gm, as_written).run(*inputs)
-
-
 class _Interpreter(PropagateUnbackedSymInts):
-    """Leaves inference modes out: there are no gradients anyway, and torch 2.11 finds no writes in them.
+    """Runs a graph node by node, so that what is traced keeps the nodes' metadata.
 
-    Calls of ``as_written`` are recorded as they stand, each with the results that are given.
+    Leaves inference modes out: there are no gradients anyway, and torch 2.11 finds no writes in them. Calls of
+    ``as_written`` are recorded as they stand, each with the results that are given; of what is ``transformed`` the
+    operations that it comes to.
     """
 
-    def __init__(self, gm: GraphModule, as_written: dict[Node, Any]) -> None:
+    def __init__(self, gm: GraphModule, as_written: dict[Node, Any], transformed: dict[Node, Transformed]) -> None:
         super().__init__(gm)
-        self.as_written = as_written
+        self.as_written, self.transformed = as_written, transformed
 
     def run_node(self, n: Node) -> Any:
         """As torch's."""
+        if n in self.transformed:
+            return self._run_transformed(self.transformed[n])
         if n not in self.as_written:
             return super().run_node(n)
         with self._set_current_node(n):
             return recorded(n, *self.fetch_args_kwargs_from_env(n), self.as_written[n])
+
+    def _run_transformed(self, part: Transformed) -> Any:
+        """Fills in what the whole part makes; nodes whose values are known are not run."""
+        for node in part.inputs:
+            if node not in self.env:  # an attribute of the graph
+                self.env[node] = super().run_node(node)
+        results = Interpreter(part.traced).run(*(self.env[node] for node in part.inputs))
+        self.env |= dict.fromkeys(part.nodes) | dict(zip(part.outputs, results, strict=True))
+        return self.env[part.nodes[0]]
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return None if target in _INFERENCE_MODE else super().call_function(target, args, kwargs)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -56,7 +55,6 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
             transform or tensors of a class of their own that torch cannot trace, or sharded tensors.
     """
     _refuse_sharded(gm, example_inputs)
-    depth = _transform_depth()
     try:
         return _normalize(gm, example_inputs)
     except NotFunctional as error:
@@ -64,10 +62,9 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     except Refused:
         raise
     except Exception as error:
-        while _transform_depth() > depth:  # a vmap that the failure left open
-            torch._C._functorch.pop_dynamic_layer_stack()
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if names := sorted({name for node in gm.graph.nodes if (name := _transform(node.target))}):
+        operations = [node.target for node in gm.graph.nodes if isinstance(node.target, HigherOrderOperator)]
+        if names := sorted({operation.name() for operation in operations}):
             raise Refused(Reason.HIGHER_ORDER, f"{', '.join(names)}: {why}") from error
         if names := sorted({cls.__name__ for cls in own_classes(gm.graph)}):
             raise Refused(Reason.TENSOR_CLASS, f"{', '.join(names)}: {why}") from error
@@ -81,18 +78,6 @@ def _refuse_sharded(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         if isinstance(node.meta.get("example_value", value), module.DTensor):
             raise Refused(Reason.SHARDED, f"input {_source(node) or node.name}")
-
-
-def _transform_depth() -> int:
-    return len(retrieve_all_functorch_interpreters())
-
-
-def _transform(target: Any) -> str:
-    """The name of a control-flow operation or of a function transform (vmap and the like), else ""."""
-    if isinstance(target, HigherOrderOperator):
-        return target.name()
-    module = getattr(target, "__module__", None) or ""
-    return f"{target.__name__}" if "_functorch" in module else ""
 
 
 def _normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
