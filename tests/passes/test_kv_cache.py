@@ -601,11 +601,39 @@ def test_a_part_of_the_past_that_grows():
     assert windowed(f, *qkv(), *past()) is Reason.UNKNOWN_WINDOW
 
 
-def test_cross_attention_over_whole_inputs():
+def test_a_first_call_that_a_graph_break_cuts():
+    """Queries, keys and values come out of another graph; as many of each, and the keys and values stay behind."""
+
     def f(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return attend(q, k, v), k, v.contiguous()
+
+    found = normalized(f, *qkv(BSHD))
+    (site,) = find_caches(found, find_attention(found.graph_module)).cached
+    assert site.past is None and site.keys.join.new is None and site.keys.root in found.placeholders
+    assert site.keys.outputs == {1: groups(BHSD)} and site.values.outputs == {2: groups(BHSD)}
+
+
+def test_cross_attention_over_whole_inputs():
+    """Their queries are projected here, or are not as many as the keys."""
+    weight = torch.randn(HQ * D, HQ * D)
+
+    def projected(x, k, v, weight):
+        q = F.linear(x, weight).view(B, N, HQ, D).transpose(1, 2)
         return attend(q, k, v), k, v
 
-    assert refused(f, *qkv())[0] in (Reason.CROSS_ATTENTION, Reason.NO_JOIN_SEEN)
+    def others(q, k, v):
+        return attend(q, k, v), k, v
+
+    assert refused(projected, torch.randn(B, N, HQ * D), *qkv()[1:], weight) == [Reason.NO_JOIN_SEEN]
+    assert refused(others, torch.randn(B, HQ, N + 1, D), *qkv()[1:]) == [Reason.CROSS_ATTENTION]
+
+
+def test_whole_keys_that_do_not_stay():
+    def f(q, k, v):
+        return attend(q, k, v), v.clone()
+
+    assert refused(f, *qkv()) == [Reason.NO_JOIN_SEEN]
 
 
 def test_cross_attention_over_projected_keys():

@@ -23,7 +23,13 @@ from think_compile.passes.held import fills, outputs_holding
 from think_compile.passes.join import JOINS, WRITES, Join, join_of, same_positions
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
-from think_compile.passes.readers import check_past_readers, made_of_cache, other_reader, refuse_half_read
+from think_compile.passes.readers import (
+    check_past_readers,
+    comes_from_outside,
+    made_of_cache,
+    other_reader,
+    refuse_half_read,
+)
 from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.region import Order, Region
 from think_compile.passes.roles import QueryLayout, key_axes, query_layout, to_product_order, usable_masks, value_axes
@@ -225,7 +231,7 @@ def _prove(normalized: Normalized, site: Attention, sites: Sequence[Attention]) 
         raise Refused(Reason.UNKNOWN_LAYOUT, f"queries have {q.dim()} axes")
     keys = _keys(normalized, site, sites)
     try:
-        values = _cache_tensor(normalized, sites, site.v, _arranger(site, value_axes), keys=False)
+        values = _cache_tensor(normalized, sites, site, site.v, _arranger(site, value_axes))
     except Refused as refused:
         raise Refused(_OF_VALUES.get(refused.reason, refused.reason), refused.detail) from None
     queries = None if site.region is None else query_layout(site.region, _new_tokens(keys))
@@ -240,12 +246,12 @@ def _keys(normalized: Normalized, site: Attention, sites: Sequence[Attention]) -
     """The key cache; behind it the keys may have been multiplied by one number."""
     arrange = _arranger(site, key_axes)
     try:
-        return _cache_tensor(normalized, sites, site.k, arrange, keys=True)
+        return _cache_tensor(normalized, sites, site, site.k, arrange)
     except Refused as refused:
         if lay.scaled_input(lay.walk_back(site.k)[0]) is None:
             raise
         try:
-            return _cache_tensor(normalized, sites, site.k, arrange, keys=True, scaled=True)
+            return _cache_tensor(normalized, sites, site, site.k, arrange, scaled=True)
         except Refused:
             raise refused from None
 
@@ -289,10 +295,10 @@ def _check_pair(site: CachedAttention) -> None:
 def _cache_tensor(
     normalized: Normalized,
     sites: Sequence[Attention],
+    site: Attention,
     operand: Node,
     arrange: Callable[[lay.Axes], lay.Axes],
     *,
-    keys: bool,
     scaled: bool = False,
 ) -> CacheTensor:
     root, chain, prefix = _root_of(operand, scaled)
@@ -301,13 +307,14 @@ def _cache_tensor(
     shape = _canonical_shape(axes, root.meta["val"].shape[token_axis(layout)])
     in_turn = _copies_first(axes[HEAD]) and not lay.same_size(shape[HEAD], 1)
     outputs, kept, buffers = outputs_holding(normalized, root, layout, shape)
-    join = join_of(normalized, root, layout)
+    stays = bool(outputs) and root.op == "placeholder" and comes_from_outside(site.q)
+    join = Join() if stays else join_of(normalized, root, layout)
     if not outputs:
         raise Refused(Reason.TRANSFORMED if made_of_cache(normalized, root) else Reason.NOT_CACHED, where(root))
     if (rounding := next(filter(lay.rounds, chain), None)) is not None:
         raise Refused(Reason.TRANSFORMED, where(rounding))
     other = other_reader(root, sites)
-    if other is not None and keys:
+    if other is not None and operand is site.k:
         raise Refused(Reason.KEY_ESCAPES, where(other))
     if join.past is not None:
         check_past_readers(normalized.placeholders[join.past], root)

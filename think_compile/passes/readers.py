@@ -96,6 +96,15 @@ def made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:
         yield from fresh
 
 
+def comes_from_outside(q: Node) -> bool:
+    """Whether queries are projected in another graph, as in a call that a graph break cuts before its attention.
+
+    Keys that come into the graph whole beside them are the same call's. Queries of this graph's own may attend to an
+    encoder's keys.
+    """
+    return all(node.target not in PROJECTIONS for node in (q, *made_of(q)))
+
+
 def reads_any(site: Attention, inputs: set[Node]) -> bool:
     """Whether the keys or values of an attention are made of one of these."""
     return any(source in inputs for operand in (site.k, site.v) for source in (operand, *made_of(operand)))
