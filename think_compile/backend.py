@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from think_compile.config import ThinkConfig, fallback_allowed
 from think_compile.handle import RUNNING, Handle, LostWrite
 from think_compile.holders import Place, holders, owns_its_storage
+from think_compile.kernels.steps import LayerSpec
 from think_compile.lower import CompilationFailed
 from think_compile.passes.attention import Attention, find_attention, module_path
 from think_compile.passes.broken import broken_attention
@@ -25,8 +26,9 @@ from think_compile.passes.normalize import Normalized, normalize
 from think_compile.passes.own_rows import find_own_rows
 from think_compile.passes.readers import reads_any
 from think_compile.passes.refusal import Reason, Refused, where
-from think_compile.passes.rewrite import rewrite
+from think_compile.passes.rewrite import layer_spec, rewrite
 from think_compile.passes.room import find_starts
+from think_compile.pending import Pending
 from think_compile.report import Ledger, Report, refused_graph, refused_record, rewritten_record
 from think_compile.runtime import BeginsAgain, CacheFull, PackedInputs, Program
 from think_compile.store import Store, writable
@@ -53,6 +55,7 @@ class Backend:
         self.ledger = Ledger()
         self.stores: weakref.WeakSet[Store] = weakref.WeakSet()
         self.graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+        self.pending = Pending()
         self.warned: set[str] = set()
         self.given_up: set[str] = set()  # layers that a later call could not read packed: new caches stay dense
         self.checked = self.graphs_refused_for_gradients = False
@@ -105,9 +108,9 @@ class Backend:
         self._refuse_given_up(findings, example_inputs)
         self._record(normalized, findings)
         self._give_up_what_is_read_densely(normalized, findings, example_inputs)
-        if self.dry or not findings.cached:
+        if self.dry or not (findings.cached or findings.pending):
             return self._plain(gm, example_inputs)
-        return CompiledGraph(self, gm, normalized, findings.cached, self._own_tensors(example_inputs))
+        return CompiledGraph(self, gm, normalized, findings, self._own_tensors(example_inputs))
 
     def _parameter_names(self, normalized: Normalized, example_inputs: Sequence[Any]) -> dict[Node, str]:
         """The names, in the model, of the graph's inputs that are its parameters."""
@@ -205,10 +208,13 @@ class Backend:
 
     def _record(self, normalized: Normalized, findings: Findings) -> None:
         records = [rewritten_record(site, normalized.sources, self.config) for site in findings.cached]
-        records += [refused_record(site, refused) for site, refused in findings.refused]
+        pending = {site.attention.node for site in findings.pending}  # a later call tells
+        refused = [r for r in findings.refused if r[0].node not in pending]
+        unknown = [r for r in findings.refused if r[0].node in pending and r[0].path not in self.ledger.layers]
+        records += [refused_record(*one) for one in (*refused, *unknown)]
         self.ledger.add(records)
-        problems = [r for r in findings.refused if r[1].reason is not Reason.NOT_CACHED]
-        nothing = not any(record.reason is None for record in self.ledger.layers.values())
+        problems = [r for r in refused if r[1].reason is not Reason.NOT_CACHED]
+        nothing = not pending and not any(record.reason is None for record in self.ledger.layers.values())
         if self.config.strict and (problems or nothing):
             raise NothingRewritten(f"strict=True, and {_sentence(problems or findings.refused)}")
         if nothing and not self.given_up:
@@ -255,10 +261,12 @@ class CompiledGraph:
         backend: Backend,
         gm: GraphModule,
         normalized: Normalized,
-        sites: list[CachedAttention],
+        findings: Findings,
         own: frozenset[int],
     ) -> None:
-        self.backend, self.gm, self.normalized, self.sites, self.own = backend, gm, normalized, sites, own
+        self.backend, self.gm, self.normalized, self.own = backend, gm, normalized, own
+        sites = self.sites = findings.cached
+        self.pending = findings.pending
         self.own_rows, self.starts = find_own_rows(normalized, sites), find_starts(normalized, sites)
         self.packed_inputs = PackedInputs(sites)
         self.programs: dict[tuple[frozenset[int], int, bool], Program] = {}
@@ -301,6 +309,7 @@ class CompiledGraph:
         again = self._run_again(args)
         if again is not None:
             return again
+        args = self.backend.pending.take_up(args, self.sites, self._spec)
         packed = self.packed_inputs.of(args, self.backend.config)
         own_rows = self.own_rows is not None and self.own_rows.suffice(args)
         key = packed, len(self.backend.given_up), own_rows
@@ -308,7 +317,7 @@ class CompiledGraph:
             self._warn_of_unusable(packed, args)
             self.programs[key] = self._program(packed, own_rows)
         self.latest = key if self.own_rows is None else None
-        outputs = self.programs[key].run(args, self.backend.replace)
+        outputs = self.programs[key].run(args, self.backend.replace, self.backend.pending.note)
         for output in outputs:
             if isinstance(output, Handle) and output.store is not None:
                 self.backend.stores.add(output.store)
@@ -334,9 +343,11 @@ class CompiledGraph:
         config = self.backend.config
         sites = [site for site in self.sites if self._is_wanted(site, packed)]
         roots = self.own_rows.roots if self.own_rows is not None and own_rows else frozenset()
-        return Program(
-            self.normalized, rewrite(self.normalized, sites, packed, config, roots), config, self.own, self.starts
-        )
+        rewritten = rewrite(self.normalized, sites, packed, config, roots, self.pending)
+        return Program(self.normalized, rewritten, config, self.own, self.starts)
+
+    def _spec(self, site: CachedAttention) -> LayerSpec:
+        return layer_spec(site, self.backend.config)
 
     def _is_wanted(self, site: CachedAttention, packed: frozenset[int]) -> bool:
         """Whether a layer is to be rewritten: it was not given up, or what it reads is packed already."""
