@@ -210,7 +210,8 @@ class Backend:
         records = [rewritten_record(site, normalized.sources, self.config) for site in findings.cached]
         pending = {site.attention.node for site in findings.pending}  # a later call tells
         refused = [r for r in findings.refused if r[0].node not in pending]
-        unknown = [r for r in findings.refused if r[0].node in pending and r[0].path not in self.ledger.layers]
+        known = {path for path, record in self.ledger.layers.items() if record.reason is None}
+        unknown = [r for r in findings.refused if r[0].node in pending and r[0].path not in known]
         records += [refused_record(*one) for one in (*refused, *unknown)]
         self.ledger.add(records)
         problems = [r for r in refused if r[1].reason is not Reason.NOT_CACHED]
