@@ -227,3 +227,61 @@ def test_rows_whose_number_is_read_from_a_tensor():
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         found = explain(WritesUnknownRows(), (torch.randn(2, 1, WIDTH), torch.tensor([5])), lowering="eager")
     assert {record.reason for record in found.refused} == {Reason.UNKNOWN_ROOT}, str(found)
+
+
+class Sharded(Attending):
+    """Its weight is a DTensor, whose local part each call takes, as where heads are shared out to processes."""
+
+    def heads(self, x):
+        qkv = F.linear(x, self.qkv.weight.to_local(), self.qkv.bias)
+        return (part.unflatten(-1, (HEADS, D)).transpose(1, 2) for part in qkv.chunk(3, -1))
+
+    def forward(self, x, past=None):
+        q, k, v = self.heads(x)
+        k, v = self.joined(past, k, v)
+        return F.scaled_dot_product_attention(q, k, v), (k, v)
+
+
+@pytest.fixture
+def mesh():
+    """Of one process."""
+    distributed = pytest.importorskip("torch.distributed")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::think_compile.ThinkWarning")
+def test_sharded_weights(mesh):
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    def kind():
+        model = Sharded()
+        model.qkv.weight = nn.Parameter(distribute_tensor(model.qkv.weight.detach(), mesh, [Replicate()]))
+        return model
+
+    plain, ours, found = both(kind)
+    assert torch.equal(plain, ours)
+    assert {record.reason for record in found.refused} == {Reason.SHARDED}, str(found)
+
+
+class MovesItsStorage(Attending):
+    """A parameter is set to the memory of another tensor in each call, as libraries for quantization do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.zeros(4), requires_grad=False)
+        self.register_buffer("other", torch.zeros(4))
+
+    def forward(self, x, past=None):
+        q, k, v = self.heads(x)
+        self.own.data = self.other
+        k, v = self.joined(past, k, v)
+        return F.scaled_dot_product_attention(q, k, v), (k, v)
+
+
+@pytest.mark.filterwarnings("ignore::think_compile.ThinkWarning")
+def test_a_parameter_that_is_set_to_other_memory():
+    plain, ours, found = both(MovesItsStorage)
+    assert torch.equal(plain, ours)
+    assert {record.reason for record in found.refused} == {Reason.NOT_FUNCTIONAL}, str(found)

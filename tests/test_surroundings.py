@@ -11,6 +11,7 @@ from models import OWN, PastDecoder, causal_mask, own
 
 from think_compile import report, think_compile
 from think_compile.handle import Handle
+from think_compile.passes.refusal import Reason
 from think_compile.report import _stored
 from think_compile.store import Dense, Rows
 
@@ -160,9 +161,9 @@ class Quantized(torch.Tensor):
     def __tensor_flatten__(self):
         return ["numbers", "scale"], None
 
-    @staticmethod
-    def __tensor_unflatten__(inner, meta, size, stride):
-        return Quantized(inner["numbers"], inner["scale"])
+    @classmethod
+    def __tensor_unflatten__(cls, inner, meta, size, stride):
+        return cls(inner["numbers"], inner["scale"])
 
     @classmethod
     def of(cls, weight):
@@ -173,7 +174,7 @@ class Quantized(torch.Tensor):
         return self.numbers * self.scale
 
     def __repr__(self, *, tensor_contents=None):  # torch's own would read the numbers, of which a trace has none
-        return f"Quantized({tuple(self.shape)})"
+        return f"{type(self).__name__}({tuple(self.shape)})"
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -183,25 +184,91 @@ class Quantized(torch.Tensor):
         return func(*args, **kwargs)
 
 
+class KnowsLinear(Quantized):
+    """The same that know what ``linear`` is, and none of the operations that it is made of."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear:
+            x, weight, bias = args
+            return torch.nn.functional.linear(x, weight.full(), bias)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func not in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            raise NotImplementedError(f"{cls.__name__} lacks {func}")
+        return cls(func(args[0].numbers), args[0].scale)
+
+
 BROKEN_CPP = pytest.mark.xfail(
     torch.__version__.startswith("2.11"), reason="its Inductor writes C++ that does not compile: a mask from a bool"
 )
 
 
-@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=BROKEN_CPP)])
-def test_weights_that_are_tensor_subclasses(lowering):
+def quantized_pair(kind):
+    """A model whose products have weights of a class of their own, and the same one with their numbers."""
     plain, quantized = own("tuple_cat"), own("tuple_cat")
     for ours, theirs in zip(quantized.modules(), plain.modules(), strict=True):
         if isinstance(ours, torch.nn.Linear):
-            weight = Quantized.of(ours.weight.detach())
+            weight = kind.of(ours.weight.detach())
             ours.weight = torch.nn.Parameter(weight, requires_grad=False)
             theirs.weight = torch.nn.Parameter(weight.full(), requires_grad=False)
+    return plain, quantized
+
+
+@pytest.mark.parametrize(
+    ("kind", "lowering"),
+    [
+        (Quantized, "eager"),
+        (KnowsLinear, "eager"),
+        pytest.param(Quantized, "inductor", marks=BROKEN_CPP),
+        pytest.param(KnowsLinear, "inductor", marks=[BROKEN_CPP, pytest.mark.slow]),  # through what the other shows
+    ],
+)
+def test_weights_that_are_tensor_subclasses(kind, lowering):
+    plain, quantized = quantized_pair(kind)
     ids = tokens(1, 20)
     runs = [talked(think_compile(m, lowering=lowering, **SMALL), ids) for m in (plain, quantized)]
     for ours, theirs in zip(*(logits for logits, _ in runs), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert not report(quantized).refused
     assert report(quantized).stored_key_bytes == report(plain).stored_key_bytes > 0
+
+
+class WritesToWhatItIsGiven(KnowsLinear):
+    """Its ``linear`` leaves its bias changed."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear and args[2] is not None:
+            args[2].mul_(1.0)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class ReturnsAView(KnowsLinear):
+    """Its ``linear`` may return what it is given."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear and args[0].shape[-1] == args[1].shape[0]:
+            return args[0].view(args[0].shape)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [(WritesToWhatItIsGiven, "writes to what it is given"), (ReturnsAView, "a view of what it is")]
+)
+def test_functions_of_a_tensor_subclass_that_a_trace_cannot_say(kind, why):
+    _, quantized = quantized_pair(kind)
+    ids = tokens(1, 20)
+    expected, _ = talked(quantized, ids)
+    with pytest.warns(UserWarning, match=why):
+        ours = think_compile(quantized, lowering="eager", **SMALL)
+        got, _ = talked(ours, ids)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert {record.reason for record in report(ours).refused} == {Reason.TENSOR_CLASS}
 
 
 def test_bytes_of_tensor_subclasses_are_those_of_their_parts():

@@ -24,6 +24,7 @@ from think_compile.passes.naming import full_path, told_apart, with_full_path
 from think_compile.passes.normalize import Normalized, normalize
 from think_compile.passes.readers import reads_any
 from think_compile.passes.refusal import Reason, Refused, where
+from think_compile.pending import Pending
 from think_compile.report import Ledger, Report, refused_graph, refused_record, rewritten_record, sentence
 from think_compile.running import RUNNING, FrameFailure
 from think_compile.store import writable
@@ -50,6 +51,7 @@ class Backend:
         self.ledger = Ledger()
         self.cells: weakref.WeakSet[Cell] = weakref.WeakSet()
         self.graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+        self.pending = Pending()
         self.warned: set[str] = set()
         self.paths: dict[int, str] = {}  # of the model's modules, by identity
         self.given_up: set[str] = set()  # layers that a later call could not read packed: new caches stay dense
@@ -106,9 +108,9 @@ class Backend:
         self._refuse_given_up(findings, example_inputs)
         self._record(normalized, findings)
         self._give_up_what_is_read_densely(normalized, findings, example_inputs)
-        if self.dry or not findings.cached:
+        if self.dry or not (findings.cached or findings.pending):
             return self._plain(gm, example_inputs)
-        graph = CompiledGraph(self, gm, normalized, findings.cached, self._own_tensors(example_inputs))
+        graph = CompiledGraph(self, gm, normalized, findings, self._own_tensors(example_inputs))
         graph.frame = frame if any(site.attention.path.startswith(frame) for site in findings.cached) else ""
         return graph
 
@@ -230,9 +232,13 @@ class Backend:
 
     def _record(self, normalized: Normalized, findings: Findings) -> None:
         self.record(normalized, findings.cached)
-        self.ledger.add(refused_record(site, refused) for site, refused in findings.refused)
-        problems = [r for r in findings.refused if r[1].reason is not Reason.NOT_CACHED]
-        nothing = not (findings.cached or any(record.reason is None for record in self.ledger.layers.values()))
+        pending = {site.attention.node for site in findings.pending}  # a later call tells
+        refused = [r for r in findings.refused if r[0].node not in pending]
+        known = {path for path, record in self.ledger.layers.items() if record.reason is None}
+        unknown = [r for r in findings.refused if r[0].node in pending and r[0].path not in known]
+        self.ledger.add(refused_record(*one) for one in (*refused, *unknown))
+        problems = [r for r in refused if r[1].reason is not Reason.NOT_CACHED]
+        nothing = not (findings.cached or pending or any(r.reason is None for r in self.ledger.layers.values()))
         if self.config.strict and (problems or nothing):
             raise NothingRewritten(f"strict=True, and {sentence(problems or findings.refused)}")
         if nothing and not self.given_up:

@@ -13,13 +13,14 @@ import torch
 from torch.fx import GraphModule
 
 from think_compile.handle import Handle, LostWrite
+from think_compile.kernels.steps import LayerSpec
 from think_compile.lower import CompilationFailed
 from think_compile.passes.attention import Attention
-from think_compile.passes.kv_cache import CachedAttention
+from think_compile.passes.kv_cache import CachedAttention, Findings
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.own_rows import find_own_rows
 from think_compile.passes.refusal import Reason, Refused
-from think_compile.passes.rewrite import rewrite
+from think_compile.passes.rewrite import layer_spec, rewrite
 from think_compile.passes.room import find_starts
 from think_compile.report import refused_record, sentence
 from think_compile.runtime import BeginsAgain, CacheFull, PackedInputs, Program
@@ -101,11 +102,13 @@ class CompiledGraph(_Graph):
         backend: Backend,
         gm: GraphModule,
         normalized: Normalized,
-        sites: list[CachedAttention],
+        findings: Findings,
         own: frozenset[int],
     ) -> None:
         super().__init__(backend, gm)
-        self.normalized, self.sites, self.own = normalized, sites, own
+        self.normalized, self.own = normalized, own
+        sites = self.sites = findings.cached
+        self.pending = findings.pending
         self.own_rows, self.starts = find_own_rows(normalized, sites), find_starts(normalized, sites)
         self.packed_inputs = PackedInputs(sites)
         self.programs: dict[Key, Program] = {}
@@ -151,6 +154,7 @@ class CompiledGraph(_Graph):
         again = self._run_again(args)
         if again is not None:
             return again
+        args = self.backend.pending.take_up(args, self.sites, self._spec)
         packed = self.packed_inputs.of(args, self.backend.config)
         own_rows = self.own_rows is not None and self.own_rows.suffice(args)
         key = Key(packed, len(self.backend.given_up), own_rows, self.packed_inputs.floors_apart(args, packed))
@@ -161,7 +165,7 @@ class CompiledGraph(_Graph):
         self.backend.adopt(args)
         if self.frame:
             self._record_layer()
-        outputs = self.programs[key].run(args, self.backend.replace)
+        outputs = self.programs[key].run(args, self.backend.replace, self.backend.pending.note)
         self.backend.adopt(outputs)
         return outputs
 
@@ -197,8 +201,11 @@ class CompiledGraph(_Graph):
         config = self.backend.config
         sites = [site for site in self.sites if self._is_wanted(site, key.packed)]
         roots = self.own_rows.roots if self.own_rows is not None and key.own_rows else frozenset()
-        rewritten = rewrite(self.normalized, sites, key.packed, config, roots, key.floors_apart)
+        rewritten = rewrite(self.normalized, sites, key.packed, config, roots, key.floors_apart, self.pending)
         return Program(self.normalized, rewritten, config, self.own, self.starts)
+
+    def _spec(self, site: CachedAttention) -> LayerSpec:
+        return layer_spec(site, self.backend.config)
 
     def _is_wanted(self, site: CachedAttention, packed: frozenset[int]) -> bool:
         """Whether a layer is to be rewritten: it was not given up, or what it reads is packed already."""

@@ -12,7 +12,7 @@ from think_compile.capture import Replayed
 from think_compile.config import ThinkConfig
 from think_compile.handle import Cell, Handle, handle_for
 from think_compile.kernels.attend import MAX_KERNEL_QUERIES
-from think_compile.kernels.steps import capacity_for
+from think_compile.kernels.steps import LayerSpec, capacity_for
 from think_compile.lower import Dims, Eager, Inductor
 from think_compile.passes import plan
 from think_compile.passes.cache_layout import same_layout
@@ -33,6 +33,7 @@ from think_compile.store import (
 )
 
 Replace = Callable[[Any, Handle], None]
+Note = Callable[[Tensor, Tensor, LayerSpec], None]
 
 
 class CacheFull(ValueError, IndexError):
@@ -75,8 +76,8 @@ class Program:
         self.replayed = self._replayed(self.lowered, own) if config.cuda_graphs else None
         self.repeated: Repeated | None = None
 
-    def run(self, args: Sequence[Any], replace: Replace) -> tuple[Any, ...]:
-        """The caller's outputs for the caller's inputs."""
+    def run(self, args: Sequence[Any], replace: Replace, note: Note) -> tuple[Any, ...]:
+        """The caller's outputs for the caller's inputs; ``note`` takes what is chosen of keys that stay as they are."""
         counts = {index: number(args) for index, number in self.new_tokens}
         with allocating():
             self._take_room(args)
@@ -86,6 +87,8 @@ class Program:
             values = launched([fetch(args, stores) for fetch in self.fetchers])
             self.repeated = self._found_by(args) if launched is self.replayed else None
             made = _Made(args, stores, counts, values, lambda size: self._number(size)(args))
+            for index, position, spec in self.rewritten.chosen:
+                note(args[index], values[position], spec)
             for index, what in self.rewritten.replaced:
                 replace(args[index], made.output(what))
             return tuple(made.output(what) for what in self.rewritten.outputs)

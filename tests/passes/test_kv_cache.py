@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import symbolic_trace
+from torch.fx import Graph, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from think_compile.passes.attention import find_attention
@@ -15,6 +15,7 @@ from think_compile.passes.kv_cache import CachedAttention, find_caches
 from think_compile.passes.normalize import Normalized, normalize
 from think_compile.passes.own_rows import find_own_rows
 from think_compile.passes.refusal import Reason
+from think_compile.passes.sequence import is_cross_attention, tokens_of
 
 B, HQ, H, N, P, C, D = 2, 4, 2, 3, 7, 16, 8
 BHSD, BSHD = (0, 1, 2, 3), (0, 2, 1, 3)
@@ -601,11 +602,39 @@ def test_a_part_of_the_past_that_grows():
     assert windowed(f, *qkv(), *past()) is Reason.UNKNOWN_WINDOW
 
 
-def test_cross_attention_over_whole_inputs():
+def test_a_first_call_that_a_graph_break_cuts():
+    """Queries, keys and values come out of another graph; as many of each, and the keys and values stay behind."""
+
     def f(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return attend(q, k, v), k, v.contiguous()
+
+    found = normalized(f, *qkv(BSHD))
+    (site,) = find_caches(found, find_attention(found.graph_module)).cached
+    assert site.past is None and site.keys.join.new is None and site.keys.root in found.placeholders
+    assert site.keys.outputs == {1: groups(BHSD)} and site.values.outputs == {2: groups(BHSD)}
+
+
+def test_cross_attention_over_whole_inputs():
+    """Their queries are projected here, or are not as many as the keys."""
+    weight = torch.randn(HQ * D, HQ * D)
+
+    def projected(x, k, v, weight):
+        q = F.linear(x, weight).view(B, N, HQ, D).transpose(1, 2)
         return attend(q, k, v), k, v
 
-    assert refused(f, *qkv())[0] in (Reason.CROSS_ATTENTION, Reason.NO_JOIN_SEEN)
+    def others(q, k, v):
+        return attend(q, k, v), k, v
+
+    assert refused(projected, torch.randn(B, N, HQ * D), *qkv()[1:], weight) == [Reason.NO_JOIN_SEEN]
+    assert refused(others, torch.randn(B, HQ, N + 1, D), *qkv()[1:]) == [Reason.CROSS_ATTENTION]
+
+
+def test_whole_keys_that_do_not_stay():
+    def f(q, k, v):
+        return attend(q, k, v), v.clone()
+
+    assert refused(f, *qkv()) == [Reason.NO_JOIN_SEEN]
 
 
 def test_cross_attention_over_projected_keys():
@@ -615,6 +644,20 @@ def test_cross_attention_over_projected_keys():
 
     q = torch.randn(B, HQ, 5, D)
     assert refused(f, q, *qkv()[1:]) == [Reason.CROSS_ATTENTION]
+
+
+@pytest.mark.parametrize("embedding", ["operation", "call as written"])
+def test_cross_attention_over_as_many_tokens(embedding):
+    """Weights of a class of their own are embedded by the call that the model made."""
+    graph = Graph()
+    ours, theirs, weight = (graph.placeholder(name) for name in ("ours", "theirs", "weight"))
+    for node in (ours, theirs, weight):
+        node.meta["val"] = torch.empty(2, 3)
+    if embedding == "operation":
+        q, k = (graph.call_function(torch.ops.aten.embedding.default, (weight, ids)) for ids in (ours, theirs))
+    else:
+        q, k = (graph.call_function(F.embedding, (ids, weight)) for ids in (ours, theirs))
+    assert is_cross_attention(q, k, tokens_of(graph)) and not is_cross_attention(q, q, tokens_of(graph))
 
 
 def test_heads_repeated_in_turn():

@@ -24,11 +24,15 @@ from torch._functorch._aot_autograd.functional_utils import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.fx import GraphModule, traceback
+from torch.fx import Graph, GraphModule, Interpreter, Node, traceback
 from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
 from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.stateless import _reparametrize_module
+
+from think_compile.passes.as_written import calls_as_written, recorded
+from think_compile.passes.refusal import where
+from think_compile.passes.transforms import Transformed, transformed_parts
 
 ASSERTIONS = {torch.ops.aten._assert_async.default, torch.ops.aten._assert_async.msg}  # the model's own
 _INFERENCE_MODE = {torch.autograd.grad_mode._enter_inference_mode, torch.autograd.grad_mode._exit_inference_mode}
@@ -51,6 +55,8 @@ def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMod
     """
     held = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
     fakes = _distinct([*(mode.from_tensor(tensor, static_shapes=True) for tensor in held.values()), *inputs])
+    transformed = transformed_parts(gm, mode)
+    as_written = calls_as_written(gm.graph, mode)
     written: list[int] = []
 
     def call(*args: Any) -> tuple[Any, ...]:
@@ -58,19 +64,35 @@ def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMod
         above = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
         with maybe_enable_thunkify(), above:
             wrapped = [to_fun(arg) for arg in args]
-            outputs = _run(gm, dict(zip(held, wrapped, strict=False)), wrapped[len(held) :])
+            with _reparametrize_module(gm, dict(zip(held, wrapped, strict=False))), traceback.preserve_node_meta():
+                outputs = _Interpreter(gm, as_written, transformed).run(*wrapped[len(held) :])
             written[:] = _written(args, wrapped)
             return tuple(from_fun(x) for x in (*(wrapped[i] for i in written), *outputs))
 
     mode.epoch += 1  # what was found of numbers in tensors in an earlier trace does not count in this one
     with mode, enable_python_dispatcher(), FunctionalTensorMode(pre_dispatch=True, export=True):
         traced = make_fx(call, record_module_stack=True, pre_dispatch=True)(*fakes)
-    assert_functional_graph(traced.graph)
+    _check_functional(traced.graph)
     traced.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or node.target in ASSERTIONS)
     own = [name for i, name in enumerate(held) if i in written]
     if own:
         raise NotFunctional(f"the graph writes to tensors of its own: {own}")
     return _holding(held, traced), [i - len(held) for i in written]
+
+
+def _check_functional(graph: Graph) -> None:
+    """Raise if an operation in place is left, as where one changes the storage of a tensor of another class."""
+    try:
+        assert_functional_graph(graph)
+    except AssertionError as error:
+        left = [node for node in graph.nodes if _writes(node)]
+        raise NotFunctional(f"{where(left[0])} is left" if left else str(error).splitlines()[0]) from error
+
+
+def _writes(node: Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return False
+    return not (node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder")
 
 
 def _distinct(fakes: Sequence[Any]) -> list[Any]:
@@ -83,14 +105,35 @@ def _distinct(fakes: Sequence[Any]) -> list[Any]:
     return found
 
 
-def _run(gm: GraphModule, held: dict[str, Tensor], inputs: Sequence[Any]) -> Sequence[Any]:
-    """The graph's outputs, node by node, so that what is traced keeps the nodes' metadata."""
-    with _reparametrize_module(gm, held), traceback.preserve_node_meta():
-        return _Interpreter(gm).run(*inputs)
-
-
 class _Interpreter(PropagateUnbackedSymInts):
-    """Leaves inference modes out: there are no gradients anyway, and torch 2.11 finds no writes in them."""
+    """Runs a graph node by node, so that what is traced keeps the nodes' metadata.
+
+    Leaves inference modes out: there are no gradients anyway, and torch 2.11 finds no writes in them. Calls of
+    ``as_written`` are recorded as they stand, each with the results that are given; of what is ``transformed`` the
+    operations that it comes to.
+    """
+
+    def __init__(self, gm: GraphModule, as_written: dict[Node, Any], transformed: dict[Node, Transformed]) -> None:
+        super().__init__(gm)
+        self.as_written, self.transformed = as_written, transformed
+
+    def run_node(self, n: Node) -> Any:
+        """As torch's."""
+        if n in self.transformed:
+            return self._run_transformed(self.transformed[n])
+        if n not in self.as_written:
+            return super().run_node(n)
+        with self._set_current_node(n):
+            return recorded(n, *self.fetch_args_kwargs_from_env(n), self.as_written[n])
+
+    def _run_transformed(self, part: Transformed) -> Any:
+        """Fills in what the whole part makes; nodes whose values are known are not run."""
+        for node in part.inputs:
+            if node not in self.env:  # an attribute of the graph
+                self.env[node] = super().run_node(node)
+        results = Interpreter(part.traced).run(*(self.env[node] for node in part.inputs))
+        self.env |= dict.fromkeys(part.nodes) | dict(zip(part.outputs, results, strict=True))
+        return self.env[part.nodes[0]]
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return None if target in _INFERENCE_MODE else super().call_function(target, args, kwargs)

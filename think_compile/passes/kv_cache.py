@@ -15,20 +15,26 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import Node
 
-from think_compile.kernels.canonical import CANONICAL, HEAD, TOKEN, Layout, token_axis
+from think_compile.kernels.canonical import HEAD, TOKEN, Layout, token_axis
 from think_compile.passes import layout as lay
 from think_compile.passes.attention import Attention
-from think_compile.passes.cache_layout import source_layout
 from think_compile.passes.held import fills, outputs_holding
-from think_compile.passes.join import JOINS, WRITES, Join, join_of, same_positions
+from think_compile.passes.join import Join, join_of, same_positions
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
-from think_compile.passes.readers import check_past_readers, made_of_cache, other_reader, refuse_half_read
+from think_compile.passes.operand import behind_suffix, extent_read, laid_out, root_of
+from think_compile.passes.readers import (
+    check_past_readers,
+    comes_from_outside,
+    made_of_cache,
+    other_reader,
+    refuse_half_read,
+)
 from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.region import Order, Region
 from think_compile.passes.roles import QueryLayout, key_axes, query_layout, to_product_order, usable_masks, value_axes
 from think_compile.passes.sequence import is_cross_attention, tokens_of
-from think_compile.passes.window import Suffix, Window, agree, check_window, is_suffix, suffix_along, window_of
+from think_compile.passes.window import Window, agree, check_window, window_of
 
 aten = torch.ops.aten
 T = TypeVar("T")
@@ -139,9 +145,14 @@ class CachedAttention:
 
 @dataclass
 class Findings:
-    """What the pass found."""
+    """What the pass found.
+
+    ``pending`` attentions read keys and values that come into the graph whole, as the queries do, and do not leave it:
+    a first call's, if a later call joins those very tensors. They are left as they are, and count as refused too.
+    """
 
     cached: list[CachedAttention] = field(default_factory=list)
+    pending: list[CachedAttention] = field(default_factory=list)
     refused: list[tuple[Attention, Refused]] = field(default_factory=list)
 
 
@@ -156,6 +167,9 @@ def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than:
             try:
                 found = _prove(normalized, site, sites)
                 check_window(found.window, larger_than)
+                if not found.keys.outputs:
+                    findings.pending.append(found)
+                    raise _whole(normalized, found.keys.root)
                 findings.cached.append(found)
             except Refused as refused:
                 findings.refused.append((site, _named(normalized, site, refused)))
@@ -178,10 +192,12 @@ def _named(normalized: Normalized, site: Attention, refused: Refused) -> Refused
 def _refuse_cross_attention(normalized: Normalized, findings: Findings) -> None:
     """Keys that no past tells to be those of the queries' own sequence, and that are made of other tokens."""
     tokens = tokens_of(normalized.graph_module.graph)
-    for c in list(findings.cached):
+    for c in (*findings.cached, *findings.pending):
         if c.past is None and is_cross_attention(c.attention.q, c.attention.k, tokens):
-            findings.cached.remove(c)
-            findings.refused.append((c.attention, Refused(Reason.CROSS_ATTENTION, where(c.attention.node))))
+            why = Refused(Reason.CROSS_ATTENTION, where(c.attention.node))
+            findings.cached = [other for other in findings.cached if other is not c]
+            findings.pending = [other for other in findings.pending if other is not c]
+            findings.refused = [r for r in findings.refused if r[0] is not c.attention] + [(c.attention, why)]
 
 
 def _settle_readings(findings: Findings) -> None:
@@ -225,29 +241,41 @@ def _prove(normalized: Normalized, site: Attention, sites: Sequence[Attention]) 
         raise Refused(Reason.UNKNOWN_LAYOUT, f"queries have {q.dim()} axes")
     keys = _keys(normalized, site, sites)
     try:
-        values = _cache_tensor(normalized, sites, site.v, _arranger(site, value_axes), keys=False)
+        values = _cache_tensor(normalized, sites, site, site.v, _arranger(site, value_axes))
     except Refused as refused:
+        if not keys.outputs:
+            raise _whole(normalized, keys.root) from None
         raise Refused(_OF_VALUES.get(refused.reason, refused.reason), refused.detail) from None
     queries = None if site.region is None else query_layout(site.region, _new_tokens(keys))
     if site.region is not None and not usable_masks(site.region) and to_product_order(site.region.axes) is None:
         raise Refused(Reason.UNKNOWN_LAYOUT, f"probabilities whose axes are moved at {where(site.node)}")
     found = CachedAttention(site, keys, values, queries)
+    alike = not values.outputs and keys.window is None and lay.equal_size(_new_tokens(keys), found.query_tokens)
+    if not keys.outputs and not alike:
+        raise _whole(normalized, keys.root)
     _check_pair(found)
     return found
+
+
+def _whole(normalized: Normalized, root: Node) -> Refused:
+    return Refused(Reason.NO_JOIN_SEEN, f"input {normalized.sources[normalized.placeholders.index(root)] or root.name}")
 
 
 def _keys(normalized: Normalized, site: Attention, sites: Sequence[Attention]) -> CacheTensor:
     """The key cache; behind it the keys may have been multiplied by one number."""
     arrange = _arranger(site, key_axes)
     try:
-        return _cache_tensor(normalized, sites, site.k, arrange, keys=True)
+        return _cache_tensor(normalized, sites, site, site.k, arrange)
     except Refused as refused:
         if lay.scaled_input(lay.walk_back(site.k)[0]) is None:
             raise
         try:
-            return _cache_tensor(normalized, sites, site.k, arrange, keys=True, scaled=True)
+            found = _cache_tensor(normalized, sites, site, site.k, arrange, scaled=True)
         except Refused:
             raise refused from None
+        if not found.outputs:
+            raise
+        return found
 
 
 def _arranger(site: Attention, arrange: Callable[[Region, lay.Axes], lay.Axes]) -> Callable[[lay.Axes], lay.Axes]:
@@ -270,7 +298,8 @@ def _check_pair(site: CachedAttention) -> None:
         raise Refused(Reason.HEADS_DIFFER, f"{keys.size(1)} and {values.size(1)}")
     if keys.in_turn and site.attention.region is None and _groups_heads(site.attention):
         raise Refused(Reason.UNKNOWN_LAYOUT, f"heads that are repeated in turn and grouped: {where(site.attention.k)}")
-    if keys.join.fixed != values.join.fixed or (keys.join.past is None) != (values.join.past is None):
+    joined = [(x.join.fixed, x.join.past is None, bool(x.outputs)) for x in (keys, values)]
+    if joined[0] != joined[1]:
         raise Refused(Reason.VALUES_NOT_CACHED, "they are joined in another way than the keys")
     if keys.join.fixed and not same_positions(keys.join, values.join):
         raise Refused(Reason.VALUES_NOT_CACHED, "they are written at other positions than the keys")
@@ -297,85 +326,39 @@ def _groups_heads(site: Attention) -> bool:
 def _cache_tensor(
     normalized: Normalized,
     sites: Sequence[Attention],
+    site: Attention,
     operand: Node,
     arrange: Callable[[lay.Axes], lay.Axes],
     *,
-    keys: bool,
     scaled: bool = False,
 ) -> CacheTensor:
-    root, chain, prefix = _root_of(operand, scaled)
-    root, chain, read = _behind_suffix(root, chain, arrange, scaled)
-    root, chain, axes, layout = _laid_out(root, chain, arrange)
+    root, chain, prefix = root_of(operand, scaled)
+    root, chain, read = behind_suffix(root, chain, arrange, scaled)
+    root, chain, axes, layout = laid_out(root, chain, arrange)
     shape = _canonical_shape(axes, root.meta["val"].shape[token_axis(layout)])
     in_turn = _is_dealt_in_turn(axes[HEAD], shape[HEAD], operand)
     outputs, kept, buffers = outputs_holding(normalized, root, layout, shape)
-    join = join_of(normalized, root, layout)
-    if not outputs:
+    whole = root.op == "placeholder" and comes_from_outside(site.q)
+    join = Join() if whole else join_of(normalized, root, layout)
+    if not outputs and not whole:
         raise Refused(Reason.TRANSFORMED if made_of_cache(normalized, root) else Reason.NOT_CACHED, where(root))
     if (rounding := next(filter(lay.rounds, chain), None)) is not None:
         raise Refused(Reason.TRANSFORMED, where(rounding))
     other = other_reader(root, sites)
-    if other is not None and keys:
+    if other is not None and operand is site.k:
         raise Refused(Reason.KEY_ESCAPES, where(other))
     if join.past is not None:
         check_past_readers(normalized.placeholders[join.past], root)
     window = window_of(join.past_suffix, read, kept)
     filling = window is not None and not join.fixed and fills(normalized, join, window, root, layout, outputs, buffers)
-    in_place = min(outputs) < len(normalized.written) or bool(buffers)
+    in_place = min(outputs, default=len(normalized.written)) < len(normalized.written) or bool(buffers)
     if window is not None and (join.fixed or (in_place and not filling)):
         raise Refused(Reason.SLIDING_BUFFER, "it is written in place")
     if join.past_prefix is not None and not filling:
         raise Refused(Reason.UNKNOWN_WINDOW, where(root))
-    extent = _extent(root, token_axis(layout), chain, prefix)
+    extent = extent_read(root, token_axis(layout), chain, prefix)
     elsewhere = other is not None
     return CacheTensor(root, layout, shape, join, outputs, extent, tuple(chain), in_turn, window, filling, elsewhere)
-
-
-def _root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None]:
-    """The joined tensor behind an operand, the layout operations between, and the slice that reads a prefix."""
-    root, chain = lay.walk_back(operand, scaled=scaled)
-    if root.target is not aten.slice.Tensor:
-        return root, chain, None
-    behind, before = lay.walk_back(root.args[0], scaled=scaled)
-    _, start, _, step = lay.slice_bounds(root)
-    if lay.same_size(lay.value_of(start), 0) and step == 1 and behind.target in WRITES:
-        return behind, [*before, root, *chain], root
-    return root, chain, None
-
-
-def _behind_suffix(
-    root: Node, chain: list[Node], arrange: Callable[[lay.Axes], lay.Axes], scaled: bool
-) -> tuple[Node, list[Node], Suffix | None]:
-    """The same behind a slice that leaves an attention the last tokens only, and what that leaves."""
-    if not is_suffix(root):
-        return root, chain, None
-    shape = root.meta["val"].shape
-    try:
-        layout = source_layout(arrange(lay.follow(chain, lay.source_axes(shape))), CANONICAL, shape)
-    except (Refused, lay.NotLayout):
-        return root, chain, None
-    suffix = suffix_along(root, (), root.args[0], token_axis(layout))
-    if suffix is None:
-        return root, chain, None
-    behind, before = lay.walk_back(root.args[0], scaled=scaled)
-    return behind, [*before, root, *chain], suffix
-
-
-def _laid_out(
-    root: Node, chain: list[Node], arrange: Callable[[lay.Axes], lay.Axes]
-) -> tuple[Node, list[Node], lay.Axes, Layout]:
-    """The first tensor from the root on whose axes can be told apart, what follows, its axes as [B, H, S, D], layout.
-
-    Keys fresh from a projection of all tokens at once [B*S, H*D] have a token axis only behind a view that splits it.
-    """
-    shape = root.meta["val"].shape
-    try:
-        axes = arrange(lay.follow(chain, lay.source_axes(shape)))
-        return root, chain, axes, source_layout(axes, CANONICAL, shape)
-    except (Refused, lay.NotLayout):
-        if root.target in JOINS or not chain:
-            raise
-    return _laid_out(chain[0], chain[1:], arrange)
 
 
 def _canonical_shape(axes: lay.Axes, tokens: Any) -> tuple[Any, ...]:
@@ -391,15 +374,3 @@ def _is_dealt_in_turn(head: list[lay.Atom], heads: Any, operand: Node) -> bool:
     if real[-1].axis is None:
         raise Refused(Reason.UNKNOWN_LAYOUT, f"heads that are repeated in turn and side by side: {where(operand)}")
     return True
-
-
-def _extent(root: Node, axis: int, chain: list[Node], prefix: Node | None) -> Any:
-    """How many positions are read: all of the joined tensor's, or up to the end of a slice along the tokens."""
-    shape = root.meta["val"].shape
-    if prefix is None:
-        return shape[axis]
-    dim, _, end, _ = lay.slice_bounds(prefix)
-    sliced = lay.follow(chain[: chain.index(prefix)], lay.source_axes(shape))[dim]
-    if [atom.axis for atom in sliced] != [axis]:
-        raise Refused(Reason.UNKNOWN_LAYOUT, where(prefix))
-    return end if isinstance(end, Node) else prefix.meta["val"].shape[dim]

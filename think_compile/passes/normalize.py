@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
+from think_compile.passes.as_written import own_classes, plain_stand_in
 from think_compile.passes.canonicalize import canonicalize
 from think_compile.passes.functional import NotFunctional, functional_graph
 from think_compile.passes.observe import observed
@@ -50,33 +51,33 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     """Export ``gm``, a graph that Dynamo hands to a backend, with plain tensors in place of tensor subclasses.
 
     Raises:
-        Refused: it writes to what it also reads as another input, or holds a control-flow operation or function
-            transform that torch cannot export.
+        Refused: it writes to what it also reads as another input, or holds a control-flow operation, a function
+            transform or tensors of a class of their own that torch cannot trace, or sharded tensors.
     """
-    depth = _transform_depth()
+    _refuse_sharded(gm, example_inputs)
     try:
         return _normalize(gm, example_inputs)
     except NotFunctional as error:
         raise Refused(Reason.NOT_FUNCTIONAL, str(error)) from error
+    except Refused:
+        raise
     except Exception as error:
-        while _transform_depth() > depth:  # a vmap that the failure left open
-            torch._C._functorch.pop_dynamic_layer_stack()
-        names = sorted({name for node in gm.graph.nodes if (name := _transform(node.target))})
-        if names:
-            raise Refused(Reason.HIGHER_ORDER, f"{', '.join(names)}: {str(error).splitlines()[0]}") from error
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        operations = [node.target for node in gm.graph.nodes if isinstance(node.target, HigherOrderOperator)]
+        if names := sorted({operation.name() for operation in operations}):
+            raise Refused(Reason.HIGHER_ORDER, f"{', '.join(names)}: {why}") from error
+        if names := sorted({cls.__name__ for cls in own_classes(gm.graph)}):
+            raise Refused(Reason.TENSOR_CLASS, f"{', '.join(names)}: {why}") from error
         raise
 
 
-def _transform_depth() -> int:
-    return len(retrieve_all_functorch_interpreters())
-
-
-def _transform(target: Any) -> str:
-    """The name of a control-flow operation or of a function transform (vmap and the like), else ""."""
-    if isinstance(target, HigherOrderOperator):
-        return target.name()
-    module = getattr(target, "__module__", None) or ""
-    return f"{target.__name__}" if "_functorch" in module else ""
+def _refuse_sharded(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+    module = sys.modules.get("torch.distributed.tensor")  # there are none where nobody has imported it
+    if module is None:
+        return
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if isinstance(node.meta.get("example_value", value), module.DTensor):
+            raise Refused(Reason.SHARDED, f"input {_source(node) or node.name}")
 
 
 def _normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
@@ -133,8 +134,7 @@ def _fake(mode: FakeTensorMode, node: Node, value: Any) -> Any:
     if type(value) in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return mode.from_tensor(value, static_shapes=True)
     if torch.utils._python_dispatch.is_traceable_wrapper_subclass(value):
-        with mode:
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        return plain_stand_in(mode, value)
     return value
 
 

@@ -158,6 +158,8 @@ class Rewritten:
         copied: inputs whose fixed handles are written on a copy, since the model does not write to them.
         written_fixed: (input index, number of tokens) of the fixed key caches that a call writes to.
         filled: inputs that hold the keys of windows which fill their buffer once the call is over.
+        chosen: (input index, result, what the kernels know of the layer): keys that stay what they are, and channels of
+            them that a later call is to keep.
     """
 
     graph_module: GraphModule
@@ -168,3 +170,4 @@ class Rewritten:
     copied: list[int]
     written_fixed: list[tuple[int, Any]]
     filled: list[int]
+    chosen: list[tuple[int, int, steps.LayerSpec]]

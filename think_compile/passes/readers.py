@@ -70,7 +70,15 @@ def check_past_readers(past: Node, root: Node) -> None:
         raise Refused(Reason.PAST_ESCAPES, where(reader))
 
 
-PROJECTIONS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
+PROJECTIONS = {
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    torch.nn.functional.linear,  # with weights of a class of their own
+    torch.matmul,
+}
 _ATTENDS = {aten.scaled_dot_product_attention.default, *SOFTMAXES}
 
 
@@ -86,6 +94,15 @@ def made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:
         seen.update(fresh)
         todo += fresh
         yield from fresh
+
+
+def comes_from_outside(q: Node) -> bool:
+    """Whether queries are projected in another graph, as in a call that a graph break cuts before its attention.
+
+    Keys that come into the graph whole beside them are the same call's. Queries of this graph's own may attend to an
+    encoder's keys.
+    """
+    return all(node.target not in PROJECTIONS for node in (q, *made_of(q)))
 
 
 def reads_any(site: Attention, inputs: set[Node]) -> bool:

@@ -50,8 +50,10 @@ class Reason(enum.Enum):
     HIGHER_ORDER = "the graph holds a control-flow operation or a vmap, and torch cannot export it to ATen operations"
     NOT_FUNCTIONAL = (
         "the model writes to a tensor and reads the same memory through another, or to a tensor that its graph holds "
-        "itself, or changes an input's shape in place"
+        "itself, or changes an input's shape or storage in place"
     )
+    SHARDED = "the weights are sharded over several processes (DTensor), which is not supported"
+    TENSOR_CLASS = "the graph computes with tensors of a class of its own (quantized ones, say) as no trace can say"
     FAILED = "an internal failure: calls of this kind run as the model wrote them"
     AMBIGUOUS = "more than one reading of this attention as a cached one is possible"
 

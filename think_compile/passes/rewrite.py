@@ -77,14 +77,18 @@ def rewrite(
     config: ThinkConfig,
     own_rows: frozenset[Node] = frozenset(),
     floors_apart: bool = False,
+    pending: Sequence[CachedAttention] = (),
 ) -> Rewritten:
     """Rewrite ``sites``.
 
     ``packed`` are the inputs that hold handles with packed stores, ``own_rows`` the key caches of which a first call
-    needs to read its own rows only; ``floors_apart`` as in :class:`.draft.Draft`.
+    needs to read its own rows only; ``floors_apart`` as in :class:`.draft.Draft`; of ``pending`` ones the channels are
+    chosen, and nothing else is done.
     """
     with observed("rewrite", normalized.graph_module.graph) as count:
-        rewritten = _Rewriter(normalized, packed, config, own_rows, floors_apart).run(sites)
+        rewriter = _Rewriter(normalized, packed, config, own_rows, floors_apart)
+        rewriter.choose(pending)
+        rewritten = rewriter.run(sites)
         count.matches, count.graph = len(sites), rewritten.graph_module.graph
     return rewritten
 
@@ -108,6 +112,18 @@ class _Rewriter(Draft):
         self.copied: list[int] = []
         self.written_fixed: list[tuple[int, Any]] = []
         self.filled: list[int] = []
+        self.chosen: list[tuple[int, int, steps.LayerSpec]] = []
+
+    def choose(self, pending: Sequence[CachedAttention]) -> None:
+        """Behind untouched attentions, whose keys stay what they are: choose the channels for a later call."""
+        for readers in _by_cache(pending):
+            site = readers[0]
+            with self.behind(self.at(readers[-1].attention.node)):
+                k = self.canonical(self.at(site.keys.root), site.keys)
+                spec = layer_spec(site, self.config)
+                arguments = (self._joined_queries(readers, k), k, self.mask(site, k), spec, None)
+                position = self._result(self.graph.call_function(steps.choose_bounded, arguments))
+            self.chosen.append((self.normalized.placeholders.index(site.keys.root), position, spec))
 
     def run(self, sites: Sequence[CachedAttention]) -> Rewritten:
         for readers in _by_cache(sites):
@@ -124,7 +140,7 @@ class _Rewriter(Draft):
         self.graph.lint()
         order = self.graph.find_nodes(op="placeholder")
         inputs = [self.inputs[n] for n in order]
-        written = self.written_fixed, self.filled
+        written = self.written_fixed, self.filled, self.chosen
         return Rewritten(graph_module, inputs, outputs, replaced, self.appended, self.copied, *written)
 
     def _result(self, node: Node) -> int:

@@ -6,6 +6,8 @@ self-attention; the embedded tokens that the two are made of do.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Graph, Node
 
@@ -18,10 +20,18 @@ def tokens_of(graph: Graph) -> dict[Node, frozenset[Node]]:
     """For each node the tokens, as they enter embeddings, that it depends on."""
     found: dict[Node, frozenset[Node]] = {}
     for node in graph.nodes:
-        is_embedding = node.target is aten.embedding.default
-        own = frozenset([walk_back(node.args[1])[0]]) if is_embedding else frozenset()
+        tokens = _embedded(node)
+        own = frozenset() if tokens is None else frozenset([walk_back(tokens)[0]])
         found[node] = own.union(*(found[source] for source in node.all_input_nodes))
     return found
+
+
+def _embedded(node: Node) -> Any:
+    if node.target is aten.embedding.default:
+        return node.args[1]
+    if node.target is torch.nn.functional.embedding:  # of weights of a class of their own
+        return node.args[0] if node.args else node.kwargs["input"]
+    return None
 
 
 def is_cross_attention(q: Node, k: Node, tokens: dict[Node, frozenset[Node]]) -> bool:

@@ -1,0 +1,126 @@
+"""Operations on tensors of a class of their own, such as quantized weights: they stay the calls that the caller made.
+
+Part of pass 1. A class with a ``__torch_function__`` of its own may know what ``linear`` is, and none of the ATen
+operations that it is made of. A trace records such a call as it stands, in one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._functorch._aot_autograd.functional_utils import from_fun, to_fun
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, track_tensor_tree
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from think_compile.passes.refusal import Reason, Refused, where
+
+_WITH_DEFAULTS = {torch._C._disabled_torch_function_impl, Tensor.__torch_function__.__func__}  # type: ignore[attr-defined]
+
+
+def has_own_functions(value: Any) -> bool:
+    """Whether a tensor is of a class that says itself what torch's functions do to it."""
+    if not is_traceable_wrapper_subclass(value):
+        return False
+    function: Any = getattr(type(value), "__torch_function__", None)
+    return getattr(function, "__func__", function) not in _WITH_DEFAULTS
+
+
+def own_classes(graph: Graph) -> set[type]:
+    """The classes of such tensors in a Dynamo graph, and of those that it makes itself."""
+    values = {node: node.meta.get("example_value") for node in graph.nodes}
+    given = {type(value) for node, value in values.items() if node.op == "placeholder"}
+    made = {type(value) for value in values.values() if is_traceable_wrapper_subclass(value)} - given
+    return made | {type(value) for value in values.values() if has_own_functions(value)}
+
+
+def calls_as_written(graph: Graph, mode: FakeTensorMode) -> dict[Node, Any]:
+    """The calls of a Dynamo graph that take or make such tensors, and what stands for the result of each in a trace.
+
+    Raises:
+        Refused: one of them writes to what it is given, returns a view of it, or returns something else than tensors.
+    """
+    calls = [node for node in graph.nodes if node.op.startswith("call_") and _takes_own(node)]
+    return {node: _checked(node, mode) for node in calls}
+
+
+def _takes_own(node: Node) -> bool:
+    return any(has_own_functions(source.meta.get("example_value")) for source in node.all_input_nodes)
+
+
+def _checked(node: Node, mode: FakeTensorMode) -> Any:
+    given = torch.fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["example_value"])
+    operands = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+    fakes = (x for tensor in operands for x in _parts(tensor) if isinstance(x, FakeTensor))
+    dynamo = next((x.fake_mode for x in fakes), mode)  # whose values the nodes of its graph hold
+    with dynamo, torch.no_grad(), _Writes() as writes:
+        result = _function(node)(*given[0], **given[1])
+    leaves = pytree.tree_leaves(result)
+    if not all(isinstance(x, Tensor) for x in leaves):
+        raise Refused(Reason.TENSOR_CLASS, f"{where(node)} returns {type(result).__name__}")
+    if not writes.storages.isdisjoint(_storages(operands)):
+        raise Refused(Reason.TENSOR_CLASS, f"{where(node)} writes to what it is given")
+    plain = [x for x in operands if isinstance(x, FakeTensor)]
+    if not _storages(plain).isdisjoint(_storages(leaves)):
+        raise Refused(Reason.TENSOR_CLASS, f"{where(node)} returns a view of what it is given")
+    return pytree.tree_map(lambda x: plain_stand_in(mode, x), result)
+
+
+def _function(node: Node) -> Callable[..., Any]:
+    if callable(node.target):
+        return node.target
+    return lambda this, *args, **kwargs: getattr(this, str(node.target))(*args, **kwargs)
+
+
+class _Writes(TorchDispatchMode):
+    """Notes the storages that operations write to; tensors of a class of their own say first what those do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        if any(not issubclass(cls, FakeTensor) for cls in types if cls is not Tensor):
+            return NotImplemented
+        names = [argument.name for argument in func._schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        info = {argument.name: argument.alias_info for argument in func._schema.arguments}
+        written = [x for name, x in given.items() if (alias := info.get(name)) is not None and alias.is_write]
+        self.storages |= _storages(pytree.tree_leaves(written))
+        return func(*args, **(kwargs or {}))
+
+
+def _storages(tensors: Iterable[Any]) -> set[int]:
+    return {part.untyped_storage()._cdata for x in tensors if isinstance(x, Tensor) for part in _parts(x)}
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that hold the numbers of one of any class."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
+
+
+def plain_stand_in(mode: FakeTensorMode, value: Tensor) -> Tensor:
+    """A plain fake tensor of the logical shape."""
+    with mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def recorded(node: Node, args: Any, kwargs: Any, result: Any) -> Any:
+    """Add the call to the trace that runs; ``args`` and ``result`` are as functionalization has them and takes them."""
+    proxy_mode = get_proxy_mode()
+    assert proxy_mode is not None
+    tracer = proxy_mode.tracer
+    given: Any = pytree.tree_map(from_fun, (args, kwargs))
+    args, kwargs = pytree.tree_map(tracer.unwrap_proxy, given)
+    proxy = tracer.create_proxy(node.op, node.target, args, kwargs, name=node.name)
+    track_tensor_tree(result, proxy, constant=None, tracer=tracer)
+    return pytree.tree_map(to_fun, result)

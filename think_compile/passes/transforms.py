@@ -1,0 +1,112 @@
+"""Function transforms in a Dynamo graph, ``vmap`` and the like: each is traced alone, into the operations it comes to.
+
+Part of pass 1. A trace above the dispatcher records what a transform is given and not what it makes of it: tensors of
+a level that only the transform knows. Below the dispatcher its levels are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from think_compile.passes.as_written import has_own_functions, plain_stand_in
+from think_compile.passes.refusal import Reason, Refused
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """A part of a Dynamo graph that runs within transforms.
+
+    Attributes:
+        nodes: the calls, in running order.
+        inputs: the nodes outside that they read.
+        outputs: those of the calls that something outside reads.
+        traced: a graph of ATen operations from the one to the other.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    traced: GraphModule
+
+
+def is_transform(target: Any) -> bool:
+    """Whether a function is a step of a function transform, as the beginning and the end of a ``vmap`` are."""
+    return "_functorch" in (getattr(target, "__module__", None) or "")
+
+
+def transformed_parts(gm: GraphModule, mode: FakeTensorMode) -> dict[Node, Transformed]:
+    """The parts of a Dynamo graph that run within transforms, by the first node of each.
+
+    Raises:
+        Refused: torch cannot trace one.
+    """
+    depth = _depth()
+    try:
+        return {nodes[0]: _transformed(gm, nodes, mode) for nodes in _parts(gm.graph)}
+    except Exception as error:
+        while _depth() > depth:  # a vmap that the failure left open
+            torch._C._functorch.pop_dynamic_layer_stack()
+        names = sorted({node.target.__name__ for node in gm.graph.nodes if is_transform(node.target)})
+        why = f"{', '.join(names)}: {type(error).__name__}: {str(error).split(chr(10))[0]}"
+        raise Refused(Reason.HIGHER_ORDER, why) from error
+
+
+def _depth() -> int:
+    return len(retrieve_all_functorch_interpreters())
+
+
+def _parts(graph: Graph) -> list[list[Node]]:
+    """Stretches of calls from the beginning of an outermost transform to its end."""
+    parts: list[list[Node]] = []
+    depth, within = 0, False
+    for node in graph.nodes:
+        if not node.op.startswith("call_"):
+            continue
+        own = is_transform(node.target)
+        if own or depth:
+            parts = parts if within else [*parts, []]
+            parts[-1].append(node)
+        within = own or depth > 0
+        name = node.target.__name__ if own else ""
+        depth += name.endswith("increment_nesting") - name.endswith("decrement_nesting")
+    return parts
+
+
+def _transformed(gm: GraphModule, nodes: Sequence[Node], mode: FakeTensorMode) -> Transformed:
+    inside = set(nodes)
+    inputs = tuple(dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in inside))
+    outputs = tuple(node for node in nodes if any(user not in inside for user in node.users))
+    run = Interpreter(GraphModule(gm, _alone(nodes, inputs, outputs))).run
+    values = [_fake(mode, node.meta["example_value"]) for node in inputs]
+    with torch.no_grad(), tracing(TracingContext(mode)), mode, enable_python_dispatcher(), maybe_enable_thunkify():
+        return Transformed(tuple(nodes), inputs, outputs, make_fx(run)(*values))
+
+
+def _alone(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> Graph:
+    graph, copies = Graph(), dict[Node, Node]()
+    for i, node in enumerate(inputs):
+        copies[node] = graph.placeholder(f"given_{i}")
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    return graph
+
+
+def _fake(mode: FakeTensorMode, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if has_own_functions(value):
+        raise TypeError(f"a {type(value).__name__} is read within")
+    return plain_stand_in(mode, value) if is_traceable_wrapper_subclass(value) else mode.from_tensor(value)
