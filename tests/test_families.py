@@ -162,9 +162,12 @@ def life(trio: Trio, batch: int) -> None:
     trio.check_caches()
 
 
+@pytest.mark.parametrize(
+    "lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)  # compiles nine graphs
 @torch.no_grad()
-def test_inductor_through_a_life():
-    trio = Trio(lowering="inductor")
+def test_a_life(lowering):
+    trio = Trio(lowering=lowering)
     life(trio, 3)
     trio.crop(6)
     trio.select(torch.tensor([2, 0]))

@@ -26,7 +26,9 @@ def cache_for(kind, model):
     return StaticCache(config=model.config, max_cache_len=96)
 
 
-@pytest.mark.parametrize("kind", ["growing", "fixed"])
+@pytest.mark.parametrize(
+    "kind", ["growing", pytest.param("fixed", marks=pytest.mark.slow)]
+)  # a fixed one has fewer sizes
 @torch.no_grad()
 def test_steps_growth_and_batches_share_compilations(kind):
     """Seventy steps, through several growths of the store, and three batch sizes: no compilation per size."""

@@ -229,10 +229,11 @@ def quantized_pair(kind):
 )
 def test_weights_that_are_tensor_subclasses(kind, lowering):
     plain, quantized = quantized_pair(kind)
-    ids = tokens(1, 20)
-    runs = [talked(think_compile(m, lowering=lowering, **SMALL), ids) for m in (plain, quantized)]
-    for ours, theirs in zip(*(logits for logits, _ in runs), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    ids, calls = tokens(1, 20), (12, 1)
+    expected, _kept = talked(think_compile(plain, lowering="eager", **SMALL), ids, calls)
+    got, _cache = talked(think_compile(quantized, lowering=lowering, **SMALL), ids, calls)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert not report(quantized).refused
     assert report(quantized).stored_key_bytes == report(plain).stored_key_bytes > 0
 

@@ -37,6 +37,7 @@ def test_kernels_compile_for_a_gpu_and_fit_it():
     assert all(one["shared"] <= one["may"] for one in made), list(zip(KERNELS, made, strict=True))
 
 
+@pytest.mark.slow  # minutes of compiling, for what only a change of the kernels can change
 @pytest.mark.parametrize("device", ["A100", "RTX 4090", "MI250", "RX 7900"])
 def test_kernels_compile_for_other_gpus_and_fit_them(device):
     # Triton 3.6 cannot translate the largest for an MI250
