@@ -507,8 +507,7 @@ def test_an_internal_failure_costs_no_tokens(place, monkeypatch):
     assert "report" in str(seen[0].message)
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("how", ["variable", "strict"])
+@pytest.mark.parametrize(("place", "how"), [*((place, "strict") for place in PLACES), ("rewrite", "variable")])
 def test_an_internal_failure_raises_when_asked_to(place, how, monkeypatch):
     monkeypatch.setenv("THINK_COMPILE_FALLBACK", "0" if how == "variable" else "1")
     monkeypatch.setattr(PLACES[place], explode)

@@ -173,21 +173,24 @@ def failing(monkeypatch):
 NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no memory"), MemoryError(), NO_MEMORY])
+ERRORS = [KeyboardInterrupt(), torch.OutOfMemoryError("no memory"), MemoryError(), NO_MEMORY]
+
+
 @torch.no_grad()
-def test_what_the_plain_graph_cannot_mend_comes_out_and_changes_nothing(error, failing):
-    ids = tokens(2, 12)
-    expected, _ = talk("tuple_cat", wrapped("tuple_cat"), ids, [9, 1, 1, 1])
-    model = wrapped("tuple_cat")
-    got, conversation = talk("tuple_cat", model, ids[:, :10], [9, 1])
-    graphs = report(model).graphs
-    failing.at(error)
-    with warnings.catch_warnings(), pytest.raises(type(error)):
-        warnings.simplefilter("error", ThinkWarning)
-        conversation.call(ids[:, 10:11])
-    got += [conversation.step(ids[:, 10:11]), conversation.step(ids[:, 11:])]
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+def test_what_the_plain_graph_cannot_mend_comes_out_and_changes_nothing(failing):
+    ids, model = tokens(2, 14), wrapped("tuple_cat")
+    calls = [9, *[1] * 5]
+    expected, _ = talk("tuple_cat", model, ids, calls)
+    graphs, conversation = report(model).graphs, session("tuple_cat", model)
+    errors = iter([None, *ERRORS, None])
+    for part, logits in zip(ids.split(calls, dim=1), expected, strict=True):
+        error = next(errors)
+        if error is not None:
+            failing.at(error)
+            with warnings.catch_warnings(), pytest.raises(type(error)):
+                warnings.simplefilter("error", ThinkWarning)
+                conversation.call(part)
+        torch.testing.assert_close(conversation.step(part), logits)
     assert report(model).graphs == graphs and len(report(model).rewritten) == 2
 
 
@@ -239,20 +242,20 @@ def test_an_error_of_the_model_after_its_layers_leaves_fixed_caches_packed():
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("calls", [[12, 1, 1, 1, 1], [12, 1, 6, 1, 1]], ids=["one token", "several"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), NO_MEMORY], ids=["interrupt", "memory"])
 @torch.no_grad()
-def test_a_failed_call_on_a_fixed_cache_made_again_is_exact(calls, error, failing):
-    """The first layer has run, and moved its window, when the second fails."""
-    ids = tokens(3, sum(calls))
-    expected, _ = talk("buffer_index_put", wrapped("buffer_index_put"), ids, calls)
-    conversation = session("buffer_index_put", wrapped("buffer_index_put"))
-    for n, (part, logits) in enumerate(zip(ids.split(calls, dim=1), expected, strict=True)):
-        if n == 2:
-            failing.at(error)
-            with pytest.raises(type(error)):
-                conversation.call(part)
-        torch.testing.assert_close(conversation.step(part), logits)
+def test_a_failed_call_on_a_fixed_cache_made_again_is_exact(failing):
+    """The first layer has run, and moved its window, when the second fails: in a call of one token and of several."""
+    calls = [12, 1, 1, 6, 1, 1]
+    ids, model = tokens(3, sum(calls)), wrapped("buffer_index_put")
+    expected, _ = talk("buffer_index_put", model, ids, calls)
+    for error in (KeyboardInterrupt(), NO_MEMORY):
+        conversation = session("buffer_index_put", model)
+        for n, (part, logits) in enumerate(zip(ids.split(calls, dim=1), expected, strict=True)):
+            if n in (2, 3):
+                failing.at(error)
+                with pytest.raises(type(error)):
+                    conversation.call(part)
+            torch.testing.assert_close(conversation.step(part), logits)
 
 
 def test_a_kind_of_call_that_dynamo_fails_on_runs_plain_and_the_others_stay_compressed(monkeypatch):

@@ -24,12 +24,18 @@ RULES = Rules()
 
 
 def follow(
-    style: Style, *, lowering: str = "eager", padded: str = "left", rules: Rules = RULES, batch: int = 3
+    style: Style,
+    *,
+    calls: tuple[int, ...] = (20, 1, 1, 5, 1, 1, 1),
+    lowering: str = "eager",
+    padded: str = "left",
+    rules: Rules = RULES,
+    batch: int = 3,
 ) -> None:
     """A conversation of several calls, with every cache compared; the layer must have been rewritten."""
     trio = Trio(register(style), rules, rows=batch, lowering=lowering)
     real = padding("none" if style.mask == "none" else padded, batch, 20)
-    trio.run(tokens(batch, 30), [20, 1, 1, 5, 1, 1, 1], real)
+    trio.run(tokens(batch, sum(calls)), list(calls), real)
     assert len(report(trio.model).rewritten) == 1, str(report(trio.model))
     trio.check_handles(1)
 
@@ -80,4 +86,4 @@ INDUCTOR = [
 @pytest.mark.parametrize("style", INDUCTOR)
 @torch.no_grad()
 def test_inductor(style):
-    follow(style, lowering="inductor")
+    follow(style, calls=(20, 1, 1, 1), lowering="inductor")

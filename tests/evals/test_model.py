@@ -130,6 +130,7 @@ def test_compiled_method_is_the_simulated_one(rows):
     assert max(abs(a - b) for a, b in zip(got, scores(hflm(model))[0], strict=True)) > 0.1
 
 
+@pytest.mark.slow  # the lowering has tests of its own, with the same calls
 def test_compiled_by_inductor():
     model, pairs = random_model(num_hidden_layers=1), choices(2, 30)
     exact = scores(think(in_float64(model), **SIMULATED), pairs)[0]
