@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from think_compile import ThinkConfig
-from think_compile.handle import Cell, handle_for
+from think_compile.cell import Cell
+from think_compile.handle import handle_for
 from think_compile.kernels.canonical import CANONICAL
 from think_compile.kernels.steps import LayerSpec
 from think_compile.store import FixedKeys, FixedValues, Rows

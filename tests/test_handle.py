@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from think_compile.handle import Cell, Handle, handle_for
+from think_compile.cell import Cell
+from think_compile.handle import Handle, handle_for
 from think_compile.kernels import steps
 from think_compile.store import (
     Dense,

@@ -15,7 +15,8 @@ from tiny import tiny_llama
 from transformers import StaticCache
 
 from think_compile import CacheFull, capture, restore, think_compile
-from think_compile.handle import Cell, LostWrite, handle_for
+from think_compile.cell import Cell
+from think_compile.handle import LostWrite, handle_for
 from think_compile.repeat import Repeated
 
 ROOM, PROMPT = 24, 9

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from think_compile.cell import Cell
 from think_compile.config import ThinkConfig, fallback_allowed
 from think_compile.graph import CompiledGraph, FailedGraph
-from think_compile.handle import Cell, Handle
+from think_compile.handle import Handle
 from think_compile.holders import Place, holders, owns_its_storage
 from think_compile.passes.attention import Attention, find_attention, module_path
 from think_compile.passes.broken import broken_attention

@@ -9,7 +9,6 @@ makes the handle dense; a write to a view of it, which is a copy, is found out a
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -18,6 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from think_compile import packed
+from think_compile.cell import Cell, Tally
 from think_compile.kernels.canonical import BATCH, CANONICAL, TOKEN, Layout, from_canonical, shape_of, token_axis
 from think_compile.running import RUNNING, Running
 from think_compile.store import Dense, FixedKeys, FixedValues, GrowingKeys, Rows, Store, allocating, join_batches
@@ -28,38 +28,6 @@ log = logging.getLogger(__name__)
 
 class LostWrite(RuntimeError):
     """Somebody wrote in place to a copy of packed numbers."""
-
-
-class Cell:
-    """A cache tensor's place: its store now, shared by the aliases of the tensor.
-
-    Attributes:
-        store: the store; a write to the tensor that no packed form can express puts a dense one here.
-        of_keys: whether the tensor holds keys.
-        family: the living cells of one model's caches, for the report.
-        pruned_in: the call that pruned these keys, their first.
-    """
-
-    def __init__(self, store: Store, parent: Cell | None = None) -> None:
-        """``parent``: the cell of the tensor that this one is made of."""
-        self.store = store
-        self.of_keys: bool = isinstance(store, (GrowingKeys, FixedKeys)) if parent is None else parent.of_keys
-        self.family: weakref.WeakSet[Cell] | None = None
-        self.pruned_in: object = None
-        if parent is not None and parent.family is not None:
-            self.join(parent.family)
-
-    def join(self, family: weakref.WeakSet[Cell]) -> None:
-        """Become a member of ``family``."""
-        self.family = family
-        family.add(self)
-
-
-class Tally:
-    """How often a tensor and its aliases have written to their cell themselves: autograd counts other writes too."""
-
-    def __init__(self) -> None:
-        self.writes = 0
 
 
 class Handle(torch.Tensor):

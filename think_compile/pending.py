@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from think_compile.handle import Cell, Handle, handle_for
+from think_compile.cell import Cell
+from think_compile.handle import Handle, handle_for
 from think_compile.kernels import reference as ref
 from think_compile.kernels.canonical import CHANNEL, HEAD, Layout, to_canonical
 from think_compile.kernels.steps import GROWTH_ROWS, LayerSpec, capacity_for

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor, distributed
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from think_compile.cell import Cell
 from think_compile.config import ThinkConfig
-from think_compile.handle import Cell
 from think_compile.kernels.canonical import HEAD, describe
 from think_compile.passes.attention import Attention
 from think_compile.passes.kv_cache import CachedAttention

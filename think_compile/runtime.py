@@ -9,8 +9,9 @@ import torch
 from torch import SymInt, Tensor
 
 from think_compile.capture import Replayed
+from think_compile.cell import Cell
 from think_compile.config import ThinkConfig
-from think_compile.handle import Cell, Handle, handle_for
+from think_compile.handle import Handle, handle_for
 from think_compile.kernels.attend import MAX_KERNEL_QUERIES
 from think_compile.kernels.steps import LayerSpec, capacity_for
 from think_compile.lower import Dims, Eager, Inductor

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from think_compile.kernels import steps
+from think_compile.kernels import answers
 from think_compile.kernels.canonical import CANONICAL, TOKEN
 from think_compile.passes.kv_cache import CachedAttention, CacheTensor
 from think_compile.passes.layout import same_size
@@ -95,6 +95,6 @@ def _all_hold(graph: Graph, at: Callable[[Any], Any], sites: Sequence[CachedAtte
     """The answer for all sites at once."""
     starts = dict.fromkeys((site.keys.join.start, site.keys.join.consecutive) for site in sites)
     masks = dict.fromkeys(site.attention.mask for site in sites if site.attention.mask is not None)
-    asked = [graph.call_function(steps.begins_at_first_row, (at(start), known)) for start, known in starts]
-    asked += [graph.call_function(steps.hides_other_rows, (at(mask),)) for mask in masks]
-    return graph.call_function(steps.all_hold, (asked,))
+    asked = [graph.call_function(answers.begins_at_first_row, (at(start), known)) for start, known in starts]
+    asked += [graph.call_function(answers.hides_other_rows, (at(mask),)) for mask in masks]
+    return graph.call_function(answers.all_hold, (asked,))

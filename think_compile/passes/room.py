@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from think_compile.kernels import steps
+from think_compile.kernels import answers
 from think_compile.passes.kv_cache import CachedAttention
 from think_compile.passes.layout import same_size, value_of
 from think_compile.passes.normalize import Normalized
@@ -41,10 +41,10 @@ def find_starts(normalized: Normalized, sites: Sequence[CachedAttention]) -> Gra
 
     def asked(masked: list[_Writes]) -> GraphModule | None:
         def ask(graph: Any, at: Any) -> Any:
-            start = graph.call_function(steps.highest_start, ([at(start) for start in starts],))
-            seen = [graph.call_function(steps.reads_later_rows, (rows, at(own), n)) for rows, own, n in unmasked]
-            seen += [graph.call_function(steps.sees_later_rows, (at(mask), at(own), n)) for mask, own, n in masked]
-            return start, graph.call_function(steps.any_holds, (seen,))
+            start = graph.call_function(answers.highest_start, ([at(start) for start in starts],))
+            seen = [graph.call_function(answers.reads_later_rows, (rows, at(own), n)) for rows, own, n in unmasked]
+            seen += [graph.call_function(answers.sees_later_rows, (at(mask), at(own), n)) for mask, own, n in masked]
+            return start, graph.call_function(answers.any_holds, (seen,))
 
         return question(normalized, [*starts, *(mask for mask, _, _ in masked)], ask)
 
