@@ -220,6 +220,7 @@ def one_line_errors() -> Iterator[Console]:
     """Shows what our API says about bad input as one sentence, exit status 2; yields a console."""
     transformers_logging.disable_progress_bar()
     with warnings.catch_warnings():
+        warnings.simplefilter("default", tc.ThinkWarning)  # messages of the command, whatever Python ignores
         warnings.showwarning = lambda message, *_: _complain("warning", message)
         try:
             yield Console()
