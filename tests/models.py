@@ -70,7 +70,8 @@ GPT2 = {"n_embd": 64, "n_head": 2, "n_layer": 2, "n_positions": 128}
 OPT = {"hidden_size": 64, "ffn_dim": 96, "num_attention_heads": 2, "num_hidden_layers": 2}
 FALCON = {"hidden_size": 128, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
 NEOX = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_hidden_layers": 2}
-GEMMA = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 24}
+GEMMA = {"head_dim": 32, "num_key_value_heads": 1, "sliding_window": 24}
+IN_TURN = ["sliding_attention", "full_attention"]
 
 # name -> (class, configuration, layers whose cache is a sliding window)
 HUGGING_FACE: dict[str, tuple[str, dict, int]] = {
@@ -78,9 +79,10 @@ HUGGING_FACE: dict[str, tuple[str, dict, int]] = {
     "qwen3": ("Qwen3", {**SIZES, "head_dim": 32}, 0),
     "gemma3": (
         "Gemma3",
-        {**SIZES, **GEMMA, "head_dim": 32, "num_hidden_layers": 4, "num_key_value_heads": 1},
-        2,
+        {**SIZES, **GEMMA, "layer_types": IN_TURN},
+        1,
     ),
+    "gemma3_deep": ("Gemma3", {**SIZES, **GEMMA, "layer_types": IN_TURN * 2, "num_hidden_layers": 4}, 2),
     "gpt2": ("GPT2", GPT2, 0),
     "opt": ("OPT", {**OPT, "word_embed_proj_dim": 64, "max_position_embeddings": 128}, 0),
     "falcon": ("Falcon", {**FALCON, "multi_query": True, "new_decoder_architecture": False}, 0),

@@ -51,6 +51,7 @@ FAMILIES = {
     "llama": [*SETTINGS],
     "qwen3": ["half", "right", "short"],
     "gemma3": ["half", "left", "third"],
+    "gemma3_deep": ["left"],
     "gpt2": ["left", "most", "short"],
     "opt": ["half", "right", "zero"],
     "falcon": ["half", "left", "zero_plain"],

@@ -132,7 +132,7 @@ def test_chunked_prefill_by_generate(rules):
 @MOSTLY_PRUNED
 def test_mixed_sliding_layers(rules):
     ours = assert_same_tokens(rules, tokens(2, 30), padding("left", 2, 30), model=hugging_face("gemma3"))
-    assert (len(report(ours).rewritten), len(report(ours).refused)) == (2, 2)
+    assert (len(report(ours).rewritten), len(report(ours).refused)) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_mixed_sliding_layers(rules):
 )
 def test_mixed_sliding_layers_otherwise(options):
     ours = assert_same_tokens(PRUNED, tokens(1, 8).repeat(1, 4), model=hugging_face("gemma3"), **options)
-    assert (len(report(ours).rewritten), len(report(ours).refused)) == (2, 2)
+    assert (len(report(ours).rewritten), len(report(ours).refused)) == (1, 1)
 
 
 def test_assistant_model():
@@ -601,4 +601,4 @@ def test_a_compiled_model_is_not_compiled_twice():
 def test_explain_tells_without_generating():
     ours = compiled(hugging_face("gemma3"))
     found = explain(ours, {"input_ids": tokens(1, 8)})
-    assert (len(found.rewritten), len(found.refused)) == (2, 2)
+    assert (len(found.rewritten), len(found.refused)) == (1, 1)

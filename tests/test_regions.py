@@ -53,7 +53,7 @@ def test_no_repetition(numbers):
 
 # ----------------------------------------------------------------------------------------- models, part by part
 
-MODELS = ["llama", "gemma3", "gpt2", "mixtral", "buffer_index_put"]
+MODELS = ["llama", "gemma3_deep", "gpt2", "mixtral", "buffer_index_put"]
 MORE = ["falcon", "gpt_neox", "tuple_cat", "bshd_cat"]  # whose layers repeat as those of another do
 
 

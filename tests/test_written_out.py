@@ -43,7 +43,14 @@ def follow(
 @pytest.mark.parametrize("style", every_choice(), ids=str)
 @torch.no_grad()
 def test_each_choice(style):
-    follow(style)
+    follow(style, calls=(20, *[1] * 7))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("product", ["bmm", "grouped einsum"])
+@torch.no_grad()
+def test_calls_of_several_tokens(product, cache):
+    follow(Style(product=product, cache=cache))
 
 
 @pytest.mark.parametrize("product", ["bmm", "grouped einsum", "grouped matmul"])
