@@ -84,6 +84,7 @@ def test_a_first_call_in_two_graphs(decoder, attention, ratio):
     assert not report(trio.model).refused
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 @torch.no_grad()
 def test_keys_that_stay_behind_as_they_came(decoder, ratio):

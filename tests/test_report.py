@@ -50,7 +50,7 @@ def test_caches_that_are_made_before_the_first_call_are_counted():
     model = wrapped("llama")
     cache = StaticCache(config=model.config, max_cache_len=32)
     heads, dim = model.config.num_key_value_heads, model.config.head_dim
-    cache.early_initialization(2, heads, dim, torch.float32, torch.device("cpu"))
+    cache.early_initialization(2, heads, dim, torch.float32, model.device)
     model(tokens(2, 9), **{CACHE: cache})
     assert report(model).stored_key_bytes == bytes_of(*(layer.keys for layer in cache.layers)) > 0
 
@@ -162,7 +162,7 @@ def test_layers_behind_accelerates_hooks_are_told_apart():
     model = own("tuple_cat")
     for layer in model.layers:
         for module in (layer.attention, *layer.attention.children()):
-            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+            add_hook_to_module(module, AlignDevicesHook(execution_device=torch.get_default_device()))
     think_compile(model, **SMALL)
     talk("tuple_cat", model, tokens(1, 11), [9, 1, 1])
     assert {record.layer for record in report(model).rewritten} == {"layers.0.attention", "layers.1.attention"}

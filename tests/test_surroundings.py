@@ -222,7 +222,7 @@ def quantized_pair(kind):
     ("kind", "lowering"),
     [
         (Quantized, "eager"),
-        (KnowsLinear, "eager"),
+        pytest.param(KnowsLinear, "eager", marks=pytest.mark.versions),
         pytest.param(Quantized, "inductor", marks=BROKEN_CPP),
         pytest.param(KnowsLinear, "inductor", marks=[BROKEN_CPP, pytest.mark.slow]),  # through what the other shows
     ],

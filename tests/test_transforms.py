@@ -38,6 +38,7 @@ def of_pairs():
     return model
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 @torch.no_grad()
 def test_masks_made_by_vmap(ratio):

@@ -8,6 +8,7 @@ again, and the report says so.
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections import Counter
 from collections.abc import Callable
@@ -30,6 +31,7 @@ MAX_GRAPHS = 64
 MAX_GRAPHS_OF_A_LAYER = 8  # where graph breaks part the layers, which have one piece of code
 MAX_FAILURES = 8  # looks of the arguments on which Dynamo may fail before it no longer tries a piece of code
 
+_numbers = itertools.count()
 _CONVERTED = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
 _SKIPPED_WITH_ALL_INSIDE = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
 _SKIPPED = FrameExecStrategy(FrameAction.SKIP, FrameAction.DEFAULT)
@@ -81,7 +83,8 @@ def compiled_call(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     Its code object is its own, so that models do not share recompile limits. Errors of the model and of this package
     come out as they are.
     """
-    code = _call.__code__.replace(co_name=f"{type(model).__name__}_call")
+    # by its name Dynamo tells the sizes that vary between calls, which are not those of another model
+    code = _call.__code__.replace(co_name=f"{type(model).__name__}_call_{next(_numbers)}")
     context: Any = torch._dynamo.optimize(backend)  # does nothing where the environment turns Dynamo off
     context.callback = converter = _Converter(getattr(context, "callback", None))
     compiled = context(types.FunctionType(code, globals()))

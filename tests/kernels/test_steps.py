@@ -302,8 +302,8 @@ def test_all_hold():
 
 
 def test_answers_of_layers_on_different_devices():
-    answers = [torch.tensor(True, device="meta"), torch.tensor(True)]
-    assert all(together(answers).device.type == "meta" for together in (answers.all_hold, answers.any_holds))
+    given = [torch.tensor(True, device="meta"), torch.tensor(True)]
+    assert all(together(given).device.type == "meta" for together in (answers.all_hold, answers.any_holds))
 
 
 def test_values_are_a_copy():
