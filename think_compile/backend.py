@@ -111,9 +111,7 @@ class Backend:
         self._give_up_what_is_read_densely(normalized, findings, example_inputs)
         if self.dry or not (findings.cached or findings.pending):
             return self._plain(gm, example_inputs)
-        graph = CompiledGraph(self, gm, normalized, findings, self._own_tensors(example_inputs))
-        graph.frame = frame if any(site.attention.path.startswith(frame) for site in findings.cached) else ""
-        return graph
+        return CompiledGraph(self, gm, normalized, findings, self._own_tensors(example_inputs), frame)
 
     def _parameter_names(self, normalized: Normalized, example_inputs: Sequence[Any]) -> dict[Node, str]:
         """The names, in the model, of the graph's inputs that are its parameters."""
@@ -195,7 +193,7 @@ class Backend:
     def adopt(self, values: Iterable[Any]) -> None:
         """Count the caches among ``values`` in the report."""
         for value in values:
-            if isinstance(value, Handle) and value.cell is not None:
+            if isinstance(value, Handle) and value.cell is not None and value.cell.family is not self.cells:
                 value.cell.join(self.cells)
 
     # ----------------------------------------------------------------------------------------------- failures
@@ -214,7 +212,7 @@ class Backend:
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         refused = Refused(Reason.FAILED, said)
         records = [refused_record(site, refused) for site in layers]
-        self.ledger.fail(records or [refused_graph(refused)])
+        self.ledger.give_up(records or [refused_graph(refused)])
         self.warn_once(f"an internal failure, {said}. {what} as the model wrote them, with no saving; {ISSUES}.")
         log.debug("internal failure", exc_info=error)
 

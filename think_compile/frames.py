@@ -2,7 +2,7 @@
 
 Dynamo on its own marks the code of a frame that it cannot convert, for good: one malformed request would leave every
 later call dense. Here such a frame runs as the model wrote it, in this call only. If the plain code raises too, the
-error is the caller's and nothing is remembered. If it succeeds, the failure is ours: calls of that look are not traced
+error is the caller's and nothing is remembered. If it succeeds, the failure is ours: calls of that kind are not traced
 again, and the report says so.
 """
 
@@ -29,7 +29,7 @@ from think_compile.running import RUNNING, FrameFailure, Running
 # by a few conversations that differ in batch, padding and cache; beyond it no new cache would be pruned.
 MAX_GRAPHS = 64
 MAX_GRAPHS_OF_A_LAYER = 8  # where graph breaks part the layers, which have one piece of code
-MAX_FAILURES = 8  # looks of the arguments on which Dynamo may fail before it no longer tries a piece of code
+MAX_FAILURES = 8  # kinds of arguments that a piece of code may fail on before Dynamo no longer tries it
 
 _numbers = itertools.count()
 _CONVERTED = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
@@ -48,7 +48,7 @@ class _Converter:
         running = RUNNING.get()
         assert running is not None
         failed = self.failed.get(frame.f_code, ())
-        if failed and (len(failed) == MAX_FAILURES or _look(frame) in failed):
+        if failed and (len(failed) == MAX_FAILURES or _kind(frame) in failed):
             return ConvertFrameReturn(_SKIPPED, apply_to_code=False)
         running.names = frame.f_locals
         try:
@@ -56,7 +56,7 @@ class _Converter:
         except Exception as error:
             if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, NothingRewritten):
                 raise
-            running.failures.append(FrameFailure(frame.f_code, _look(frame), error))
+            running.failures.append(FrameFailure(frame.f_code, _kind(frame), error))
             return ConvertFrameReturn(_SKIPPED_WITH_ALL_INSIDE, apply_to_code=False)
         if result.guarded_code is None and result.apply_to_code:
             running.marked.append(frame.f_code)
@@ -64,10 +64,10 @@ class _Converter:
 
     def remember(self, failure: FrameFailure) -> None:
         """Take in that the plain code succeeds where Dynamo fails."""
-        self.failed.setdefault(failure.code, set()).add(failure.look)
+        self.failed.setdefault(failure.code, set()).add(failure.kind)
 
 
-def _look(frame: Any) -> tuple[Any, ...]:
+def _kind(frame: Any) -> tuple[Any, ...]:
     """The kind of a frame's arguments: types, and dtypes and shapes of tensors."""
     leaves = pytree.tree_leaves(dict(frame.f_locals))
     return tuple((x.dtype, tuple(x.shape)) if type(x) is Tensor else type(x) for x in leaves)

@@ -104,7 +104,9 @@ class CompiledGraph(_Graph):
         normalized: Normalized,
         findings: Findings,
         own: frozenset[int],
+        frame: str,
     ) -> None:
+        """``own``: the inputs that are the model's own tensors; ``frame``: the module whose code was compiled."""
         super().__init__(backend, gm)
         self.normalized, self.own = normalized, own
         sites = self.sites = findings.cached
@@ -112,8 +114,8 @@ class CompiledGraph(_Graph):
         self.own_rows, self.starts = find_own_rows(normalized, sites), find_starts(normalized, sites)
         self.packed_inputs = PackedInputs(sites)
         self.programs: dict[Key, Program] = {}
-        self.frame = ""  # the module whose code was compiled, where the sites' paths come from that
-        self.layers: set[str] = set()  # the modules whose code it has served
+        self.frame = frame if any(site.attention.path.startswith(frame) for site in sites) else ""
+        self.layers: set[str] = set()  # the modules that the graph has served; layers of one kind share it
         self.latest: Key | None = None  # the program that ran last
         backend.graphs.add(self)
 

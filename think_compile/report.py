@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor, distributed
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import distributed
 
 from think_compile.cell import Cell
 from think_compile.config import ThinkConfig
 from think_compile.kernels.canonical import HEAD, describe
+from think_compile.passes.as_written import plain_parts
 from think_compile.passes.attention import Attention
 from think_compile.passes.kv_cache import CachedAttention
 from think_compile.passes.refusal import Reason, Refused
@@ -157,8 +157,6 @@ class Ledger:
             known = self.layers.get(record.layer)
             self.layers[record.layer] = replace(record, source=known.source if known else "")
 
-    fail = give_up
-
 
 def _merged(known: LayerRecord | None, record: LayerRecord) -> LayerRecord:
     """What is known of a layer after one more graph."""
@@ -173,17 +171,8 @@ def _merged(known: LayerRecord | None, record: LayerRecord) -> LayerRecord:
 
 def _stored(stores: Iterable[Store]) -> int:
     """Bytes of the distinct tensors behind the stores."""
-    tensors = [part for store in stores for tensor in store.tensors() for part in _plain(tensor)]
+    tensors = [part for store in stores for tensor in store.tensors() for part in plain_parts(tensor)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """A plain tensor itself; of a tensor subclass the plain ones that it is made of."""
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _plain(getattr(tensor, name))
 
 
 def _dense(stores: Iterable[Store]) -> int:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 
 class FrameFailure(NamedTuple):
-    """A frame on which Dynamo failed: its code, the look of its arguments, and the error."""
+    """A frame that Dynamo failed on: its code, the kind of its arguments, and the error."""
 
     code: CodeType
-    look: tuple[Any, ...]
+    kind: tuple[Any, ...]
     error: Exception
 
 

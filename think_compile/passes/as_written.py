@@ -56,7 +56,7 @@ def _takes_own(node: Node) -> bool:
 def _checked(node: Node, mode: FakeTensorMode) -> Any:
     given = torch.fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["example_value"])
     operands = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
-    fakes = (x for tensor in operands for x in _parts(tensor) if isinstance(x, FakeTensor))
+    fakes = (x for tensor in operands for x in plain_parts(tensor) if isinstance(x, FakeTensor))
     dynamo = next((x.fake_mode for x in fakes), mode)  # whose values the nodes of its graph hold
     with dynamo, torch.no_grad(), _Writes() as writes:
         result = _function(node)(*given[0], **given[1])
@@ -96,16 +96,16 @@ class _Writes(TorchDispatchMode):
 
 
 def _storages(tensors: Iterable[Any]) -> set[int]:
-    return {part.untyped_storage()._cdata for x in tensors if isinstance(x, Tensor) for part in _parts(x)}
+    return {part.untyped_storage()._cdata for x in tensors if isinstance(x, Tensor) for part in plain_parts(x)}
 
 
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that hold the numbers of one of any class."""
+def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors behind a tensor of any class; a plain one is its own."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _parts(getattr(tensor, name))
+        yield from plain_parts(getattr(tensor, name))
 
 
 def plain_stand_in(mode: FakeTensorMode, value: Tensor) -> Tensor:
