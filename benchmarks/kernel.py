@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from benchmarks.measure import captured_ms, copies_for, read_bandwidth
-from benchmarks.tune import Shape, arguments
-from think_compile.kernels import reference as ref
+from benchmarks.tune import RECENT, Shape, arguments
+from think_compile.formats.attention import narrow
+from think_compile.formats.base import Side
+from think_compile.formats.think import Channels
+from think_compile.formats.whole import Whole
 from think_compile.kernels.decode import decode_attention
 
 SHAPES = (
@@ -34,25 +38,24 @@ SHAPES = (
 def check(shape: Shape) -> None:
     """Raise unless the kernel's error against fp64 is what the reference's in the same dtype is, a few times over."""
     given = arguments(replace(shape, batch=1, tokens=3000))
-    got, same = decode_attention(**given), _reference(**given)
-    exact = _reference(**{name: _double(value) for name, value in given.items()})
+    sides = Side(Channels(shape.kept, 32), shape.d, RECENT), Side(Whole(), shape.dv)
+    got, same = decode_attention(*given), narrow(*given, sides)
+    call, keys, values, span = _double(given)
+    exact = narrow(call, keys, values, span, sides)
     error, natural = ((x.double() - exact).abs().max().item() for x in (got, same))
     if not error <= 4 * natural + 1e-3:
         raise RuntimeError(f"{shape}: the kernel is off by {error:.1e}, the reference by {natural:.1e}: not timed")
 
 
-def _reference(pruned: Any, channels: Any, recent: Any, **given: Any) -> Any:
-    return ref.pruned_attention(packed=ref.Packed(pruned, channels, recent), **given)
-
-
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+def _double(x: Any) -> Any:
+    """The tensors in ``x`` that are floating-point, in fp64."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, x)
 
 
 def pruned_us(shape: Shape) -> float:
     """Microseconds of the kernel."""
     inputs = [arguments(shape) for _ in range(copies_for(shape.n_bytes))]
-    return captured_ms([functools.partial(decode_attention, **given) for given in inputs]) * 1e3
+    return captured_ms([functools.partial(decode_attention, *given) for given in inputs]) * 1e3
 
 
 Attention = Callable[[Any, Any, Any], Any]

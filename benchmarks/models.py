@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from think_compile import ThinkConfig
-from think_compile.cell import Cell
-from think_compile.handle import handle_for
-from think_compile.kernels.canonical import CANONICAL
-from think_compile.kernels.steps import LayerSpec
-from think_compile.store import FixedKeys, FixedValues, Rows
+from think_compile.cache.canonical import CANONICAL
+from think_compile.cache.cell import Cell
+from think_compile.cache.handle import Handle, handle_for
+from think_compile.cache.state import COUNTERS
+from think_compile.cache.store import Packed
 
 SPARE = 256  # rows of a fixed cache behind its past
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
@@ -102,21 +102,30 @@ def fixed_past(model: LlamaForCausalLM, batch: int, tokens: int) -> StaticCache:
 
 
 def pruned_past(model: LlamaForCausalLM, batch: int, tokens: int, config: ThinkConfig) -> StaticCache:
-    """The same as the wrapped model leaves it behind a prompt: handles on pruned keys; layer by layer."""
+    """The same as the wrapped model leaves it after a prompt: handles on pruned keys; layer by layer."""
     cache = StaticCache(config=model.config, max_cache_len=tokens + SPARE)
     heads, d = model.config.num_key_value_heads, model.config.head_dim
-    spec = LayerSpec(config.kept_channels(d), d, config.recent, config.observe, config.prune_generated)
+    form, capacity = config.format_for(d, d), tokens + SPARE
+    window_start = form.keys.window_start(tokens)
     for layer in cache.layers:
         _begun(layer, model, batch, tokens)
-        layer.keys = layer.values = None
-        channels = torch.rand(batch, heads, d, device=model.device).topk(spec.keep).indices.sort().values
-        rows = _drawn(model, batch, heads, tokens + SPARE, spec.keep)
-        ring = _drawn(model, batch, heads, spec.ring_rows(0), d)
-        progress = torch.tensor([tokens - spec.recent, tokens], device=model.device)
-        layer.keys = handle_for(Cell(FixedKeys(Rows(rows), channels, ring, progress, spec, tokens)), CANONICAL)
-        values = _drawn(model, batch, heads, tokens + SPARE, d)
-        layer.values = handle_for(Cell(FixedValues(Rows(values))), CANONICAL)
+        kept = config.kept_channels(d)
+        channels = torch.rand(batch, heads, d, device=model.device).topk(kept).indices.sort().values
+        keys = {
+            "rows": _drawn(model, batch, heads, capacity, kept),
+            "channels": channels,
+            "ring": _drawn(model, batch, heads, form.keys.ring_rows(0), d),
+            COUNTERS: torch.tensor([window_start, tokens, 0], device=model.device),
+        }
+        layer.keys = _handle(Packed.made("keys", form.keys, keys, model.dtype, None), tokens)
+        values = {"rows": _drawn(model, batch, heads, capacity, d)}
+        layer.values = _handle(Packed.made("values", form.values, values, model.dtype, None), None)
     return cache
+
+
+def _handle(store: Packed, written: int | None) -> Handle:
+    store.written = written
+    return handle_for(Cell(store), CANONICAL)
 
 
 def densified(cache: StaticCache, model: LlamaForCausalLM) -> StaticCache:

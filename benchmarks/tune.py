@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.measure import captured_ms, copies_for, device_name, versions, write_rows
 from think_compile import ThinkConfig
+from think_compile.cache.state import Call, Span, Stored
 from think_compile.kernels import decode
 from think_compile.kernels.launch import TABLE, Launch, query_tile
 
@@ -52,31 +53,27 @@ class Shape:
         return self.batch * self.heads * self.tokens * (self.d + self.dv) * self.dtype.itemsize
 
 
-def arguments(shape: Shape, device: str = "cuda", spare: int = 64) -> dict[str, Any]:
+Arguments = tuple[Call, Stored, Stored, Span]
+
+
+def arguments(shape: Shape, device: str = "cuda", spare: int = 64) -> Arguments:
     """Fresh random arguments of :func:`decode.decode_attention`, the lengths on the device."""
     b, h, s = shape.batch, shape.heads, shape.tokens
     make = functools.partial(torch.randn, dtype=shape.dtype)
     with torch.device(device):
-        q, k_new = make(b, shape.query_heads, shape.queries, shape.d), make(b, h, shape.queries, shape.d)
+        q = make(b, shape.query_heads, shape.queries, shape.d)
+        k, v = (make(b, h, shape.queries, width) for width in (shape.d, shape.dv))
         channels = torch.rand(b, h, shape.d).topk(shape.kept).indices.sort().values
         rows, ring = make(b, h, s + spare, shape.kept), make(b, h, RECENT + 1, shape.d)
         values = make(b, h, s + spare, shape.dv)
-        start, floor = torch.tensor(s - shape.queries), torch.tensor(s - shape.queries - RECENT)
+        start, window_start = torch.tensor(s - shape.queries), torch.tensor(s - shape.queries - RECENT)
         mask = None
         if shape.mask != "none":
             mask = (torch.arange(s + spare) < s).expand(b, 1, shape.queries, -1)
             if shape.mask == "float":
                 mask = torch.zeros(mask.shape, dtype=shape.dtype).masked_fill(~mask, torch.finfo(shape.dtype).min)
-    given: dict[str, Any] = {
-        "q": q,
-        "k_new": k_new,
-        "pruned": rows,
-        "channels": channels,
-        "recent": ring,
-        "values": values,
-    }
-    given |= {"start": start, "floor": floor, "extent": s + spare, "mask": mask}
-    return given | {"scale": shape.d**-0.5, "is_causal": False}
+    keys = Stored({"rows": rows, "channels": channels, "ring": ring}, window_start)
+    return Call(q, k, v, mask, shape.d**-0.5), keys, Stored({"rows": values}), Span(start, 0, s + spare)
 
 
 # Fixed caches, which CUDA graphs replay, come with a mask; growing ones mostly without.
@@ -119,7 +116,7 @@ def _compile(job: tuple[Shape, Launch]) -> str | None:
     """Compiles in a process of its own; what does not fit the device is said."""
     shape, launch = job
     try:
-        decode.decode_attention(**arguments(variant(shape)), launch=launch)
+        decode.decode_attention(*arguments(variant(shape)), launch)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -143,7 +140,7 @@ def timings(shape: Shape, tiles: Any, repeats: int = 7) -> list[tuple[float, Lau
     inputs = [arguments(shape) for _ in range(copies_for(shape.n_bytes))]
     found = []
     for launch in launches(shape, tiles):
-        calls = [functools.partial(decode.decode_attention, **given, launch=launch) for given in inputs]
+        calls = [functools.partial(decode.decode_attention, *given, launch) for given in inputs]
         found.append((captured_ms(calls, repeats), launch))
     return sorted(found, key=lambda pair: pair[0])
 

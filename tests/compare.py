@@ -12,7 +12,7 @@ from oracle import Yardstick, assert_close_to, kept_count
 from torch import Tensor, nn
 
 from think_compile import think_compile
-from think_compile.handle import Handle
+from think_compile.cache.handle import Handle
 
 HEAD_DIM = 32  # of every model here
 

@@ -19,8 +19,8 @@ from torch import nn
 
 import think_compile as tc
 from think_compile import NothingRewritten, ThinkConfig, ThinkWarning, explain, report, restore, think_compile
-from think_compile.frames import _limits
-from think_compile.handle import Handle
+from think_compile.cache.handle import Handle
+from think_compile.runtime.frames import _limits
 
 SMALL = {"recent": 4, "observe": 8, "channel_multiple": 1, "lowering": "eager"}
 
@@ -478,13 +478,13 @@ PLACES = {
     "normalize": "think_compile.backend.normalize",
     "attention": "think_compile.backend.find_attention",
     "kv_cache": "think_compile.backend.find_caches",
-    "rewrite": "think_compile.graph.rewrite",
-    "program": "think_compile.graph.Program",
-    "lowering": "think_compile.lower.Eager.__call__",
-    "later call": "think_compile.kernels.steps.attend_growing",
-    "first call": "think_compile.kernels.steps.first_call_growing",
-    "packed inputs": "think_compile.runtime.PackedInputs.of",
-    "handles": "think_compile.runtime.handle_for",
+    "rewrite": "think_compile.runtime.graph.rewrite",
+    "program": "think_compile.runtime.graph.Program",
+    "lowering": "think_compile.runtime.lower.Eager.__call__",
+    "later call": "think_compile.formats.base.CacheFormat.step",
+    "first call": "think_compile.formats.base.CacheFormat.first_call",
+    "packed inputs": "think_compile.runtime.program.PackedInputs.of",
+    "handles": "think_compile.runtime.program.handle_for",
 }
 
 

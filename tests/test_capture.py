@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from think_compile import capture
-from think_compile.capture import ATTEMPTS, LARGE, MAX_CAPTURES, NotCaptured, Replayed, Signature
+from think_compile.runtime import capture
+from think_compile.runtime.capture import ATTEMPTS, LARGE, MAX_CAPTURES, NotCaptured, Replayed, Signature
 
 
 class Lowered:

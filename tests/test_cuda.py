@@ -9,9 +9,10 @@ import torch
 from oracle import CACHE
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from think_compile import capture, report, think_compile
+from think_compile import report, think_compile
 from think_compile.api import _backend_of
-from think_compile.capture import NotCaptured
+from think_compile.runtime import capture
+from think_compile.runtime.capture import NotCaptured
 
 pytestmark = [
     pytest.mark.gpu,

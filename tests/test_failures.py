@@ -11,10 +11,10 @@ from torch._dynamo.variables import builder
 from transformers import StaticCache
 
 from think_compile import ThinkWarning, report, think_compile
-from think_compile.handle import Handle
-from think_compile.kernels import reference
+from think_compile.cache.handle import Handle
+from think_compile.formats import base
 from think_compile.passes.refusal import Reason
-from think_compile.runtime import CacheFull
+from think_compile.runtime.program import CacheFull
 
 SMALL = {"recent": 4, "observe": 8, "channel_multiple": 1, "lowering": "eager"}
 
@@ -156,7 +156,7 @@ def failing(monkeypatch):
     """``failing.at(error)``: appending to the ring of the second layer raises that, once."""
 
     class Failing:
-        plain, error, layer = staticmethod(reference.advance_ring), None, 0
+        plain, error, layer = staticmethod(base.advanced), None, 0
 
         def at(self, error):
             self.error, self.layer = error, 0
@@ -169,7 +169,7 @@ def failing(monkeypatch):
             return self.plain(*args)
 
     fails = Failing()
-    monkeypatch.setattr(reference, "advance_ring", fails)
+    monkeypatch.setattr(base, "advanced", fails)
     return fails
 
 

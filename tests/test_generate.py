@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast, StaticCache, pipeline
 
 from think_compile import explain, report, restore, think_compile
-from think_compile.handle import Handle
+from think_compile.cache.handle import Handle
 
 NEW = 10
 PLAIN, PRUNED = Rules(0.0), Rules(0.5)

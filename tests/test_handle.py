@@ -7,23 +7,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import stores
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from think_compile.cell import Cell
-from think_compile.handle import Handle, handle_for
-from think_compile.kernels import steps
-from think_compile.store import (
-    Dense,
-    FixedKeys,
-    FixedValues,
-    GrowingKeys,
-    GrowingValues,
-    Rows,
-)
+from think_compile.cache.cell import Cell
+from think_compile.cache.handle import Handle, handle_for
+from think_compile.cache.state import capacity_for
+from think_compile.cache.store import Dense
 
 BHSD, BSHD = (0, 1, 2, 3), (0, 2, 1, 3)
 HEADS, DIM, KEEP, RECENT, SIZE = 2, 8, 4, 3, 14
@@ -84,19 +78,11 @@ class Twin:
 
 def first_call(kind: str, batch: int, length: int, recent: int = RECENT, prune_generated: bool = True):
     """The stored tensors after a first call, and the dense key (or value) tensor that was given."""
-    spec = steps.LayerSpec(KEEP, DIM, recent, 4, prune_generated)
-    q = torch.randn(batch, 2 * HEADS, length, DIM)
-    k, v = torch.randn(batch, HEADS, length, DIM), torch.randn(batch, HEADS, length, DIM)
-    if not kind.startswith("fixed"):
-        pruned, channels, ring, values = steps.first_call_growing(q, k, v, None, spec)
-        if kind == "values":
-            return GrowingValues(Rows(values), length), v
-        return GrowingKeys(Rows(pruned), channels, ring, length, max(0, length - recent), spec), k
-    k, v = (torch.nn.functional.pad(t, (0, 0, 0, SIZE - length)) for t in (k, v))
-    pruned, channels, ring, progress, values = steps.first_call_fixed(q, k, v, None, 0, spec)
-    if kind == "fixed_values":
-        return FixedValues(Rows(values)), v
-    return FixedKeys(Rows(pruned), channels, ring, progress, spec), k
+    q, k, v = stores.drawn(batch, length, 2 * HEADS)
+    size = SIZE if kind.startswith("fixed") else None
+    keys, values = stores.first_call(stores.format_of(recent, prune_generated), q, k, v, size)
+    store, dense = (values, v) if kind.endswith("values") else (keys, k)
+    return store, torch.nn.functional.pad(dense, (0, 0, 0, 0 if size is None else size - length))
 
 
 def pair(kind="keys", layout=BHSD, batch=2, length=7, recent=RECENT) -> tuple[Handle, Twin]:
@@ -105,7 +91,7 @@ def pair(kind="keys", layout=BHSD, batch=2, length=7, recent=RECENT) -> tuple[Ha
     kept = torch.ones(batch, HEADS, DIM, dtype=torch.bool)
     floor = 0
     if kind.endswith("keys"):
-        kept = torch.zeros_like(kept).scatter_(-1, store.channels, True)
+        kept = torch.zeros_like(kept).scatter_(-1, store.own["channels"], True)
         floor = max(0, length - recent)
     twin = Twin(dense.clone(), kept, floor, recent, layout)._prune()
     if kind.startswith("fixed"):
@@ -504,10 +490,7 @@ def test_append_of_another_shape_raises(kind, shape):
 
 def test_append_of_more_heads_to_one_head_raises():
     handle, _ = pair(batch=1)
-    store = handle.store
-    narrow = GrowingKeys(
-        Rows(store.rows.tensor[:, :1].clone()), store.channels[:, :1], store.recent[:, :1], 7, 4, store.spec
-    )
+    narrow = handle.store.map_batch(lambda t: t[:, :1].clone())
     with pytest.raises((RuntimeError, ValueError)):
         torch.cat([Handle(narrow), torch.randn(1, 3, 1, DIM)], 2)
 
@@ -639,11 +622,11 @@ def test_a_change_of_shape_in_place_raises_or_is_right(name):
 @FIXED
 def test_zero_clears_a_fixed_cache(kind):
     handle, twin = pair(kind)
-    address = handle.store.rows.tensor.data_ptr()
+    address = handle.store.rows.parts["rows"].data_ptr()
     assert handle.zero_() is handle
     same(handle, torch.zeros_like(twin.plain()))
     assert packed(handle)
-    assert handle.store.rows.tensor.data_ptr() == address
+    assert handle.store.rows.parts["rows"].data_ptr() == address
 
 
 @FIXED
@@ -668,7 +651,7 @@ def test_reading_leaves_a_cache_packed(kind):
 
 
 def address(handle: Handle) -> int:
-    return handle.store.rows.tensor.data_ptr()
+    return handle.store.rows.parts["rows"].data_ptr()
 
 
 def one_more(batch: int = 2) -> Tensor:
@@ -679,7 +662,7 @@ def one_more(batch: int = 2) -> Tensor:
 def test_appends_happen_in_place(kind):
     handle, twin = pair(kind)
     first = address(handle)
-    for _ in range(steps.capacity_for(7) - 8):  # one row stays free
+    for _ in range(capacity_for(7) - 8):  # one row stays free
         new = one_more()
         handle, twin = torch.cat([handle, new], 2), twin.append(new)
         assert address(handle) == first
@@ -739,7 +722,7 @@ def test_two_appends_to_an_alias_do_not_meet(kind):
 def test_a_cropped_window_does_not_come_back():
     handle, twin = pair("keys")
     handle, twin = handle[:, :, :5], twin.crop(5)  # the window began at 4
-    assert (handle.store.floor, twin.floor) == (4, 4)
+    assert (handle.store.counters.window_start, twin.floor) == (4, 4)
     for _ in range(5):
         new = one_more()
         handle, twin = torch.cat([handle, new], 2), twin.append(new)
@@ -749,7 +732,7 @@ def test_a_cropped_window_does_not_come_back():
 def test_generated_tokens_stay_whole_without_prune_generated():
     store, dense = first_call("keys", 2, 7, prune_generated=False)
     handle = Handle(store)
-    kept = torch.zeros(2, HEADS, DIM, dtype=torch.bool).scatter_(-1, store.channels, True)
+    kept = torch.zeros(2, HEADS, DIM, dtype=torch.bool).scatter_(-1, store.own["channels"], True)
     twin = Twin(dense, kept, 7 - RECENT, 10**6)._prune()
     for step in range(60):
         new = one_more()
@@ -775,7 +758,7 @@ def test_room_made_in_inference_mode(kind):
     handle, _ = pair(kind)
     with torch.inference_mode():
         room = handle.store.reserve(100)
-    assert not room.rows.tensor.is_inference()
+    assert not room.rows.parts["rows"].is_inference()
 
 
 def test_gradients_flow_around():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from think_compile.holders import holders
+from think_compile.cache.holders import holders
 
 TENSOR = torch.zeros(2)
 

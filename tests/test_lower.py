@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from think_compile import report, think_compile
 from think_compile.api import _backend_of
-from think_compile.lower import CompilationFailed, Dims, Inductor, suited
+from think_compile.runtime.lower import CompilationFailed, Dims, Inductor, suited
 
 
 def inductors(model):
@@ -119,7 +119,7 @@ def test_products_of_one_row_are_tuned_on_a_gpu(rows, device, tuned):
 def test_a_users_options_come_first(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "think_compile.lower.suited", lambda graph: {"coordinate_descent_tuning": True, "max_fusion_size": 7}
+        "think_compile.runtime.lower.suited", lambda graph: {"coordinate_descent_tuning": True, "max_fusion_size": 7}
     )
     monkeypatch.setattr(
         "torch._inductor.compile_fx.compile_fx", lambda g, inputs, config_patches: seen.append(config_patches) or g

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
-from think_compile import lower, report, think_compile
+from think_compile import report, think_compile
 from think_compile.passes.refusal import Reason
+from think_compile.runtime import lower
 
 HEADS, KV_HEADS, DIM, ROWS, NEW = 4, 2, 8, 24, 9
 

@@ -7,8 +7,8 @@ from torch import nn
 from torch.fx import symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from think_compile import regions
-from think_compile.lower import Dims, Inductor
+from think_compile.runtime import regions
+from think_compile.runtime.lower import Dims, Inductor
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ from oracle import CACHE
 from tiny import tiny_llama
 from transformers import StaticCache
 
-from think_compile import CacheFull, capture, restore, think_compile
-from think_compile.cell import Cell
-from think_compile.handle import LostWrite, handle_for
-from think_compile.repeat import Repeated
+from think_compile import CacheFull, restore, think_compile
+from think_compile.cache.cell import Cell
+from think_compile.cache.handle import LostWrite, handle_for
+from think_compile.runtime import capture
+from think_compile.runtime.repeat import Repeated
 
 ROOM, PROMPT = 24, 9
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import StaticCache
 
 from think_compile import report, think_compile
-from think_compile.handle import Handle
+from think_compile.cache.handle import Handle
 
 SMALL = {"recent": 4, "observe": 8, "channel_multiple": 1, "lowering": "eager"}
 
@@ -188,7 +188,7 @@ def test_layers_of_one_length_whose_windows_differ_each_read_their_own():
     longer = talk("tuple_cat", model, ids[:, :14], [9, 1, 1, 1, 1, 1])
     mixed = grown.past[0], tuple(t[:, :, :12] for t in longer.past[1])
     dense = tuple(tuple(t.dense() for t in layer) for layer in mixed)
-    assert mixed[0][0].store.floor < mixed[1][0].store.floor
+    assert mixed[0][0].store.counters.window_start < mixed[1][0].store.counters.window_start
     conversation, reference = session("tuple_cat", model), session("tuple_cat", plain)
     conversation.past, reference.past = mixed, dense
     for talking in (conversation, reference):

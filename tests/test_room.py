@@ -11,8 +11,8 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from think_compile import CacheFull, ThinkWarning, report, think_compile
+from think_compile.cache.store import Packed, Rows
 from think_compile.kernels.steps import capacity_for
-from think_compile.store import FixedKeys, Rows
 
 ROOM = 12
 RULES = {"recent": 2, "observe": 4, "channel_multiple": 1, "lowering": "eager"}
@@ -68,7 +68,7 @@ def test_a_buffer_that_is_written_from_its_beginning_again():
     for start, length in ((0, 8), (8, 2), (10, 1), (11, 1), (0, 9), (9, 1), (10, 2), (4, 3), (7, 1)):
         x, positions = torch.randn(2, length, 32), torch.arange(start, start + length)
         torch.testing.assert_close(ours(x, positions), plain(x, positions))
-    assert len(report(ours).rewritten) == 1 and isinstance(ours.k.store, FixedKeys)
+    assert len(report(ours).rewritten) == 1 and isinstance(ours.k.store, Packed)
     with pytest.raises(CacheFull, match="was to take 5 more behind 8"):
         ours(torch.randn(2, 5, 32), torch.arange(8, 13))
 
@@ -89,7 +89,7 @@ def test_a_full_buffer_is_found_whatever_its_mask_costs():
     ours = think_compile(CostlyMask(), 0, **RULES)
     for start, length in ((0, 8), (8, 4)):
         ours(torch.randn(2, length, 32), torch.arange(start, start + length))
-    assert isinstance(ours.k.store, FixedKeys)
+    assert isinstance(ours.k.store, Packed)
     with pytest.raises(CacheFull, match="was to take 1 more behind 12"):
         ours(torch.randn(2, 1, 32), torch.arange(12, 13))
 
@@ -126,7 +126,7 @@ def test_a_ring_whose_rows_are_told_from_outside(ratio):
             true = plain.k[:, :, : start + n]
             assert ((kept == 0) | torch.isclose(kept, true, atol=1e-5)).all(), start
             if start < ROOM:
-                assert isinstance(ours.k.store, FixedKeys)
+                assert isinstance(ours.k.store, Packed)
     assert [w for w in seen if "its rows are written again while those behind are read" in str(w.message)]
     assert not report(ours).rewritten and len(report(ours).refused) == 1
     assert (ours.k == plain.k).all() if ratio == 0 else (ours.k[:, :, :6] == plain.k[:, :, :6]).all()
@@ -163,7 +163,7 @@ def test_a_ring_behind_attention_sinks_keeps_its_window(kind, ratio):
         n = 8 if start == 0 else 1
         x, rows = torch.randn(2, n, 32), torch.arange(start, start + n)
         ours(x, rows, torch.tensor(start + n)), plain(x, rows, torch.tensor(start + n))
-    assert isinstance(ours.k.store, FixedKeys)
+    assert isinstance(ours.k.store, Packed)
     whole = slice(ROOM - WINDOW, ROOM)
     torch.testing.assert_close(ours.k.dense()[:, :, whole], plain.k[:, :, whole])
     plain.k.copy_(ours.k.dense())  # as the rule leaves it

@@ -9,7 +9,7 @@ from windows import BUFFER, CUTS, Kind, register
 from written_out import Style
 
 from think_compile import report, think_compile
-from think_compile.handle import Handle
+from think_compile.cache.handle import Handle
 from think_compile.passes.refusal import Reason
 
 RULES = Rules(recent=4, sliding=True)
@@ -141,7 +141,7 @@ def test_memory_and_graphs_are_bounded():
     store = trio.got.raw()[0].store
     assert store.length == 15
     assert store.rows.capacity <= 48
-    one = sum(t.nbytes for t in store.tensors()) + trio.got.past[0][1].store.rows.tensor.nbytes
+    one = sum(t.nbytes for t in store.tensors()) + trio.got.past[0][1].store.rows.parts["rows"].nbytes
     assert most <= 2.5 * one  # while a buffer is copied there are two
 
 
@@ -246,8 +246,8 @@ def test_what_a_full_buffer_takes():
         trio.step(tokens(2, 1))
     assert report(trio.model).graphs == graphs
     store = trio.got.raw()[0].store
-    assert tuple(store.rows.tensor.shape[2:]) == (24, trio.rules.kept)
-    assert store.recent.shape[2] == 9 and store.progress.tolist() == [16, 24]
+    assert tuple(store.rows.parts["rows"].shape[2:]) == (24, trio.rules.kept)
+    assert store.own["ring"].shape[2] == 9 and store.own["counters"].tolist() == [16, 24, 0]
 
 
 @torch.no_grad()

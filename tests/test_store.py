@@ -6,38 +6,35 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import DIM, HEADS, drawn, first_call, format_of
 
-from think_compile.kernels import steps
+from think_compile.cache.state import Span, capacity_for
+from think_compile.cache.store import Dense, Packed
 from think_compile.report import _stored
-from think_compile.store import Dense, FixedKeys, FixedValues, GrowingKeys, GrowingValues, Rows
 
-HEADS, DIM, KEEP = 2, 8, 4
-
-
-def keys(length=7, batch=2, recent=3, prune_generated=True) -> GrowingKeys:
-    spec = steps.LayerSpec(KEEP, DIM, recent, 4, prune_generated)
-    q, k = torch.randn(batch, HEADS, length, DIM), torch.randn(batch, HEADS, length, DIM)
-    pruned, channels, ring, _ = steps.first_call_growing(q, k, k, None, spec)
-    return GrowingKeys(Rows(pruned), channels, ring, length, max(0, length - recent), spec)
+RECENT = 3
 
 
-def values(length=7, batch=2) -> GrowingValues:
-    v = torch.randn(batch, HEADS, length, DIM)
-    return GrowingValues(Rows(F.pad(v, (0, 0, 0, 16))), length)
+def keys(length=7, batch=2, recent=RECENT, prune_generated=True) -> Packed:
+    return first_call(format_of(recent, prune_generated), *drawn(batch, length))[0]
 
 
-def fixed(size=12, length=7, recent=3) -> tuple[FixedKeys, FixedValues]:
-    spec = steps.LayerSpec(KEEP, DIM, recent, 4, True)
-    k = F.pad(torch.randn(2, HEADS, length, DIM), (0, 0, 0, size - length))
-    q = torch.randn(2, HEADS, length, DIM)
-    pruned, channels, ring, progress, v = steps.first_call_fixed(q, k, k, None, 0, spec)
-    return FixedKeys(Rows(pruned), channels, ring, progress, spec), FixedValues(Rows(v))
+def values(length=7, batch=2) -> Packed:
+    return first_call(format_of(RECENT), *drawn(batch, length))[1]
+
+
+def fixed(size=12, length=7, recent=RECENT) -> tuple[Packed, Packed]:
+    q, k, _ = drawn(2, length)
+    return first_call(format_of(recent), q, k, k, size)
 
 
 BOTH = pytest.mark.parametrize("make", [keys, values])
+
+
+def address(store):
+    return store.rows.parts["rows"].data_ptr()
 
 
 def new(n, batch=2):
@@ -68,9 +65,9 @@ def test_growth_is_amortised(make):
     """Few copies over many one-token appends, and little memory above what is needed."""
     store, copies, moved = make(length=1000), 0, 0
     for _ in range(400):
-        address = store.rows.tensor.data_ptr()
+        before = address(store)
         store = store.append(new(1))
-        if store.rows.tensor.data_ptr() != address:
+        if address(store) != before:
             copies, moved = copies + 1, moved + store.length
         assert store.rows.capacity <= store.length * 1.05 + 32
     assert store.length == 1400
@@ -79,11 +76,11 @@ def test_growth_is_amortised(make):
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 1000, 4096, 100_000])
 def test_capacity_for(length):
-    capacity = steps.capacity_for(length)
+    capacity = capacity_for(length)
     assert capacity > length
     assert capacity % 16 == 0
     assert capacity <= length + length // 64 + 32
-    assert steps.capacity_for(length + 1) >= capacity
+    assert capacity_for(length + 1) >= capacity
 
 
 @BOTH
@@ -146,12 +143,12 @@ def test_map_batch_owns_its_rows(make):
 def test_ring_grows_without_prune_generated(recent, call):
     """Every token after the first call stays whole, whatever the sizes of the calls."""
     store = keys(length=12, recent=recent, prune_generated=False)
-    expected, floor = store.dense(), store.floor
+    expected, floor = store.dense(), store.counters.window_start
     for _ in range(max(3, 100 // call)):
         rows = new(call)
         store = store.append(rows)
         expected = torch.cat([expected, rows], 2)
-        assert store.floor == floor, f"at {store.length}"
+        assert store.counters.window_start == floor, f"at {store.length}"
         assert torch.equal(store.dense(), expected), f"at {store.length}"
 
 
@@ -160,9 +157,9 @@ def test_ring_grows_without_prune_generated(recent, call):
 def test_window_moves_with_prune_generated(recent, call):
     store = keys(length=12, recent=recent)
     whole = torch.full((2, HEADS, 12, DIM), torch.nan)
-    whole[:, :, store.floor :] = store.dense()[:, :, store.floor :]
-    stays = torch.zeros(2, HEADS, DIM, dtype=torch.bool).scatter_(-1, store.channels, True)
-    old = store.dense()[:, :, : store.floor]
+    whole[:, :, store.counters.window_start :] = store.dense()[:, :, store.counters.window_start :]
+    stays = torch.zeros(2, HEADS, DIM, dtype=torch.bool).scatter_(-1, store.own["channels"], True)
+    old = store.dense()[:, :, : store.counters.window_start]
     for _ in range(max(3, 60 // call)):
         rows = new(call)
         before, store, whole = store, store.append(rows), torch.cat([whole, rows], 2)
@@ -171,39 +168,36 @@ def test_window_moves_with_prune_generated(recent, call):
         settled = store.settled()
         got = settled.dense()
         floor = max(0, store.length - recent, 12 - recent)
-        assert settled.floor == floor
+        assert settled.counters.window_start == floor
         assert torch.equal(got[:, :, floor:], whole[:, :, floor:])
         assert torch.equal(got[:, :, : old.shape[2]], old)
         gone = got[:, :, max(0, 12 - recent) : floor]
         expected = whole[:, :, max(0, 12 - recent) : floor].masked_fill(~stays[:, :, None], 0)
         assert torch.equal(gone, expected)
-        assert settled.recent.shape[2] == recent + 1
+        assert settled.own["ring"].shape[2] == recent + 1
 
 
 def test_crop_keeps_the_window_where_it_was():
     store = keys(length=12, recent=4)
-    assert (store.floor, store.crop(10).floor, store.crop(5).floor) == (8, 8, 5)
+    cropped = [store.crop(length).counters.window_start for length in (12, 10, 5)]
+    assert cropped == [8, 8, 5]
     assert torch.equal(store.crop(10).dense(), store.dense()[:, :, :10])
 
 
 def test_bytes_are_those_of_the_tensors():
     store, other = keys(), values()
-    expected = sum(t.nbytes for t in (store.rows.tensor, store.channels, store.recent))
-    assert sum(t.nbytes for t in store.tensors()) == expected
-    assert [t.nbytes for t in other.tensors()] == [other.rows.tensor.nbytes]
+    rows, ring, channels = 2 * HEADS * 32 * 4 * 4, 2 * HEADS * 4 * DIM * 4, 2 * HEADS * 4 * 8
+    assert sum(t.nbytes for t in store.tensors()) == rows + ring + channels
+    assert sum(t.nbytes for t in other.tensors()) == 2 * HEADS * 32 * DIM * 4
     key, value = fixed()
-    assert sum(t.nbytes for t in key.tensors()) == expected_fixed(key)
-    assert sum(t.nbytes for t in value.tensors()) == value.rows.tensor.nbytes
-
-
-def expected_fixed(key):
-    return sum(t.nbytes for t in (key.rows.tensor, key.channels, key.recent, key.progress))
+    assert sum(t.nbytes for t in key.tensors()) == 2 * HEADS * 12 * 4 * 4 + ring + channels + 3 * 8
+    assert sum(t.nbytes for t in value.tensors()) == 2 * HEADS * 12 * DIM * 4
 
 
 def test_shared_rows_count_once():
     store = values()
     newer = store.append(new(1))
-    assert _stored([store, newer]) == store.rows.tensor.untyped_storage().nbytes()
+    assert _stored([store, newer]) == store.rows.parts["rows"].untyped_storage().nbytes()
 
 
 def test_fixed_clear():
@@ -214,14 +208,14 @@ def test_fixed_clear():
     assert addresses == [t.data_ptr() for t in (*key.tensors(), *value.tensors())]
     assert not key.dense().any()
     assert not value.dense().any()
-    assert key.progress.tolist() == [0, 0]
+    assert key.own["counters"].tolist() == [0, 0, 0]
 
 
 def test_fixed_dense():
     key, value = fixed()
     got = key.dense()
     assert got.shape == (2, HEADS, 12, DIM) == key.logical_shape
-    stays = torch.zeros(2, HEADS, DIM, dtype=torch.bool).scatter_(-1, key.channels, True)
+    stays = torch.zeros(2, HEADS, DIM, dtype=torch.bool).scatter_(-1, key.own["channels"], True)
     whole = value.dense()  # made of the same numbers
     assert torch.equal(got[:, :, 4:7], whole[:, :, 4:7])
     assert torch.equal(got[:, :, :4], whole[:, :, :4].masked_fill(~stays[:, :, None], 0))
@@ -231,16 +225,15 @@ def test_fixed_dense():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_to_another_dtype_keeps_indices(dtype):
     for store in (keys(), values(), *fixed()):
-        moved = store.to(store.rows.tensor.device, dtype)
+        moved = store.to(store.device, dtype)
         assert moved.dtype == dtype
         assert torch.equal(moved.dense(), store.dense().to(dtype))
         assert moved.rows is not store.rows
-        if hasattr(store, "channels"):
-            assert moved.channels.dtype == torch.int64
-        if hasattr(store, "progress"):
-            assert moved.progress.dtype == torch.int64
-            moved.progress.zero_()
-            assert store.progress.any()
+        for name in ("channels", "counters"):
+            if name in store.own:
+                assert moved.own[name].dtype == torch.int64
+                moved.own[name].zero_()
+                assert store.own[name].any()
 
 
 @pytest.mark.parametrize("make", [keys, values, lambda: fixed()[0], lambda: fixed()[1]])
@@ -251,7 +244,7 @@ def test_stores_can_be_pickled(make):
 
 
 def test_dense_store():
-    store = Dense(Rows(torch.randn(2, HEADS, 5, DIM)))
+    store = Dense.of(torch.randn(2, HEADS, 5, DIM))
     assert store.logical_shape == (2, HEADS, 5, DIM)
     assert torch.equal(store.map_batch(lambda t: t[:1]).dense(), store.dense()[:1])
 
@@ -263,17 +256,18 @@ def call(store, k_new):
     """As a compiled call does it: rows written in place, a new ring, the window moved."""
     n_new = k_new.shape[2]
     room = store.reserve(n_new)
-    ring = steps.append_keys_growing(k_new, room.rows.tensor, room.channels, room.recent, room.end)
-    return room.appended(ring, n_new)
+    span = Span(room.end, room.counters.oldest, room.length + n_new)
+    left = room.side.append(k_new, {}, room.stored(), span)
+    return room.appended(left, n_new)
 
 
 class Window:
     """What a bounded store stands for: the tokens it keeps, whole, and how many of the first of them are pruned."""
 
     def __init__(self, store, whole):
-        self.stays = torch.zeros(whole.shape[0], HEADS, DIM, dtype=torch.bool).scatter_(-1, store.channels, True)
-        self.whole, self.pruned, self.recent = whole, store.floor, store.spec.recent
-        self.moves = store.spec.prune_generated
+        self.stays = torch.zeros(whole.shape[0], HEADS, DIM, dtype=torch.bool).scatter_(-1, store.own["channels"], True)
+        self.whole, self.pruned, self.recent = whole, store.counters.window_start, store.side.recent
+        self.moves = store.side.encodes_later
 
     def settle(self):
         if self.moves:
@@ -289,10 +283,8 @@ class Window:
 
 
 def whole_keys(length, recent, prune_generated):
-    spec = steps.LayerSpec(KEEP, DIM, recent, 4, prune_generated)
     k = torch.randn(2, HEADS, length, DIM)
-    pruned, channels, ring, _ = steps.first_call_growing(k, k, k, None, spec)
-    store = GrowingKeys(Rows(pruned), channels, ring, length, max(0, length - recent), spec)
+    store, _ = first_call(format_of(recent, prune_generated), k, k, k)
     return store, Window(store, k)
 
 
@@ -327,7 +319,7 @@ def test_a_window_of_any_size(first, size, recent, moves, walk):
             store = store.tail(length)
             window.last(length)
         assert torch.equal(store.dense(), window.dense())
-        assert store.rows.capacity <= 2 * steps.capacity_for(max(size, first)) + steps.capacity_for(30)
+        assert store.rows.capacity <= 2 * capacity_for(max(size, first)) + capacity_for(30)
     assert all(torch.equal(older.dense(), was) for older, was in history)
 
 
@@ -339,7 +331,7 @@ def test_the_rows_of_a_full_window_are_used_again(make):
         rows = store.rows
         store = store.append(new(1)).tail(30)
         copies += store.rows is not rows
-        assert store.rows.capacity <= steps.capacity_for(40)
+        assert store.rows.capacity <= capacity_for(40)
         assert store.length == 30, i
     assert copies <= 400 / 16 + 1
 
@@ -348,5 +340,35 @@ def test_the_rows_of_a_full_window_are_used_again(make):
 def test_a_long_call_does_not_leave_its_rows_to_a_window(make):
     store = make(length=20)
     store = store.append(new(500)).tail(20)
-    assert store.rows.capacity == steps.capacity_for(20)
-    assert store.first == 0
+    assert store.rows.capacity == capacity_for(20)
+    assert store.counters.oldest == 0
+
+
+# ------------------------------------------------------------------ buffers in a circle
+
+
+@pytest.mark.parametrize("recent", [0, 3, 30])
+def test_a_buffer_in_a_circle_and_back(recent):
+    """A full cache of fixed size goes on in a circle, and can be written at positions again."""
+    size, tokens = 6, 17
+    q, k, v = drawn(2, tokens)
+    form = format_of(recent)
+    key, value = first_call(form, q[:, :, :size], k[:, :, :size], v[:, :, :size], size)
+    stays = torch.zeros(2, HEADS, DIM, dtype=torch.bool).scatter_(-1, key.own["channels"], True)
+    key.roll(), value.roll()
+    for start in range(size, tokens, 3):
+        rows = slice(start, start + 3)
+        span = Span(torch.tensor(start), torch.tensor(start - size), size, rolling=True)
+        key.side.append(k[:, :, rows], {}, key.stored(), span)
+        value.side.append(v[:, :, rows], {}, value.stored(), span)
+        end = min(start + 3, tokens)
+        whole = torch.arange(end - size, end) >= end - recent
+        pruned = k[:, :, end - size : end].masked_fill(~(stays[:, :, None] | whole[:, None]), 0)
+        assert torch.equal(key.dense(), pruned)
+        assert torch.equal(value.dense(), v[:, :, end - size : end])
+    for store in (key, value):
+        before = store.dense()
+        store.unroll()
+        assert not store.rolling and store.own["counters"][2] == 0
+        assert torch.equal(store.dense(), before)
+    assert torch.equal(value.rows.parts["rows"], v[:, :, -size:])

@@ -10,10 +10,10 @@ from compare import Rules, Trio, tokens
 from models import OWN, PastDecoder, causal_mask, own
 
 from think_compile import report, think_compile
-from think_compile.handle import Handle
+from think_compile.cache.handle import Handle
+from think_compile.cache.store import Dense
 from think_compile.passes.refusal import Reason
 from think_compile.report import _stored
-from think_compile.store import Dense, Rows
 
 SMALL = vars(Rules())
 
@@ -275,7 +275,7 @@ def test_functions_of_a_tensor_subclass_that_a_trace_cannot_say(kind, why):
 def test_bytes_of_tensor_subclasses_are_those_of_their_parts():
     """As of a cache whose keys are sharded or quantized."""
     keys = Quantized.of(torch.randn(1, 2, 8, 16))
-    assert _stored([Dense(Rows(keys))]) == 2 * 8 * 16 + keys.scale.nbytes
+    assert _stored([Dense.of(keys)]) == 2 * 8 * 16 + keys.scale.nbytes
 
 
 def halved(module, args, out):

@@ -12,7 +12,7 @@ from test_surroundings import KnowsLinear
 from torch import vmap
 
 from think_compile import ThinkWarning, report, think_compile
-from think_compile.handle import Handle
+from think_compile.cache.handle import Handle
 from think_compile.passes.normalize import normalize
 from think_compile.passes.refusal import Reason, Refused
 

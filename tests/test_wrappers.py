@@ -10,7 +10,7 @@ from torch import nn
 from transformers import StaticCache
 
 from think_compile import adapter, explain, report, restore, think_compile
-from think_compile.handle import Handle
+from think_compile.cache.handle import Handle
 
 IDS = torch.arange(2, 42).view(2, 20)
 RULES = {"recent": 4, "channel_multiple": 1, "lowering": "eager"}

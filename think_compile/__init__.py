@@ -4,7 +4,7 @@ from think_compile.api import explain, report, restore, think_compile
 from think_compile.backend import NothingRewritten, ThinkWarning
 from think_compile.config import ThinkConfig
 from think_compile.report import LayerRecord, Report
-from think_compile.runtime import CacheFull
+from think_compile.runtime.program import CacheFull
 
 __all__ = [
     "CacheFull",

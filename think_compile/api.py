@@ -13,8 +13,9 @@ from torch import nn
 from think_compile import adapter
 from think_compile.backend import Backend
 from think_compile.config import ThinkConfig
-from think_compile.frames import compiled_call
+from think_compile.formats.base import Codec
 from think_compile.report import Report
+from think_compile.runtime.frames import compiled_call
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,6 +26,8 @@ def think_compile(
     model: M,
     ratio: float = ThinkConfig.ratio,
     *,
+    keys: Codec | None = None,
+    values: Codec | None = None,
     recent: int = ThinkConfig.recent,
     observe: int = ThinkConfig.observe,
     channel_multiple: int = ThinkConfig.channel_multiple,
@@ -41,7 +44,9 @@ def think_compile(
     Args:
         model: any ``nn.Module`` decoder that keeps a key/value cache, or a module around one (of peft, for example).
         ratio: share of the key channels to drop, in [0, 1). 0 keeps all.
-        recent: number of latest tokens whose keys stay whole.
+        keys, values: how the rows of keys and values are stored (docs/formats.md) instead of keys by ``ratio`` and
+            values whole.
+        recent: number of latest tokens whose rows stay whole.
         observe: number of latest queries that score the channels.
         channel_multiple: kept channels are rounded up to a multiple of this.
         prune_generated: also prune generated tokens as they leave the window.
@@ -60,6 +65,8 @@ def think_compile(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     config = ThinkConfig(
         ratio=ratio,
+        keys=keys,
+        values=values,
         recent=recent,
         observe=observe,
         channel_multiple=channel_multiple,

@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from think_compile.cell import Cell
+from think_compile.cache.cell import Cell
+from think_compile.cache.handle import Handle
+from think_compile.cache.holders import Place, holders, owns_its_storage
+from think_compile.cache.store import writable
 from think_compile.config import ThinkConfig, fallback_allowed
-from think_compile.graph import CompiledGraph, FailedGraph
-from think_compile.handle import Handle
-from think_compile.holders import Place, holders, owns_its_storage
-from think_compile.passes.attention import Attention, find_attention, module_path
-from think_compile.passes.broken import broken_attention
-from think_compile.passes.kv_cache import CachedAttention, Findings, find_caches
-from think_compile.passes.naming import full_path, told_apart, with_full_path
+from think_compile.passes.find.attention import Attention, find_attention, module_path
+from think_compile.passes.find.broken import broken_attention
+from think_compile.passes.find.naming import full_path, told_apart, with_full_path
 from think_compile.passes.normalize import Normalized, normalize
-from think_compile.passes.readers import reads_any
+from think_compile.passes.prove.kv_cache import CachedAttention, Findings, find_caches
+from think_compile.passes.prove.readers import reads_any
 from think_compile.passes.refusal import Reason, Refused, where
-from think_compile.pending import Pending
 from think_compile.report import Ledger, Report, refused_graph, refused_record, rewritten_record, sentence
-from think_compile.running import RUNNING, FrameFailure
-from think_compile.store import writable
+from think_compile.runtime.graph import CompiledGraph, FailedGraph
+from think_compile.runtime.pending import Pending
+from think_compile.runtime.running import RUNNING, FrameFailure
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from think_compile.formats.base import CacheFormat, Codec, Side
+from think_compile.formats.think import Channels
+from think_compile.formats.whole import Whole
+
 LOWERINGS = ("inductor", "eager")
 
 
@@ -36,6 +40,20 @@ def _check_ratio(ratio: Any) -> None:
         )
     if math.isnan(ratio) or not 0 <= ratio < 1:
         raise ValueError(f"ratio must be in [0, 1), the share of key channels to drop; got {ratio}.")
+
+
+def _check_codec(name: str, codec: Any) -> None:
+    if codec is None:
+        return
+    wanted = ("name", "group", "has_window", "parts", "choose", "encode", "decode", "scores", "is_lossy", "describe")
+    missing = [attribute for attribute in wanted if not hasattr(codec, attribute)]
+    if missing or isinstance(codec, type):
+        lacks = "a class and not an object of it" if isinstance(codec, type) else f"without {', '.join(missing)}"
+        raise TypeError(f"{name} must be a codec (docs/formats.md says what that is), got {codec!r}, {lacks}.")
+    try:
+        hash(codec)
+    except TypeError:
+        raise TypeError(f"{name} must be hashable, as a frozen dataclass is; got {codec!r}.") from None
 
 
 def _inductor_options(options: Mapping[str, Any]) -> Options:
@@ -81,7 +99,8 @@ class ThinkConfig:
 
     Attributes:
         ratio: share of the key channels to drop, in [0, 1) (the paper's lambda).
-        recent: number of latest tokens whose keys stay whole between calls (the paper's is 32; docs/accuracy.md).
+        keys, values: how rows are stored instead (docs/formats.md); None: keys by ``ratio``, values whole.
+        recent: number of latest tokens whose rows stay whole between calls (the paper's is 32; docs/accuracy.md).
         observe: number of latest queries that score the channels (the paper's observation window).
         channel_multiple: kept channels are rounded up to a multiple of this; 1 is exactly the paper.
         prune_generated: also prune tokens that come after the first call, as they leave the window.
@@ -96,6 +115,8 @@ class ThinkConfig:
     """
 
     ratio: float = 0.5
+    keys: Codec | None = None
+    values: Codec | None = None
     recent: int = 64
     observe: int = 32
     channel_multiple: int = 16
@@ -109,6 +130,14 @@ class ThinkConfig:
 
     def __post_init__(self) -> None:
         _check_ratio(self.ratio)
+        _check_codec("keys", self.keys)
+        _check_codec("values", self.values)
+        if self.keys is not None:
+            if self.ratio not in (0, ThinkConfig.ratio):
+                raise ValueError(
+                    f"ratio={self.ratio} drops key channels, and keys={self.keys!r} says how keys are stored: give one."
+                )
+            object.__setattr__(self, "ratio", 0.0)
         _check_int("recent", self.recent, 0)
         _check_int("observe", self.observe, 1)
         _check_int("channel_multiple", self.channel_multiple, 1)
@@ -128,3 +157,10 @@ class ThinkConfig:
         kept = head_dim - int(head_dim * self.ratio)
         rounded = -(-kept // self.channel_multiple) * self.channel_multiple
         return min(head_dim, rounded)
+
+    def format_for(self, head_dim: int, value_dim: int) -> CacheFormat:
+        """How a layer with so many channels of keys and of values is stored."""
+        keys = Channels(self.kept_channels(head_dim), self.observe) if self.keys is None else self.keys
+        values = Whole() if self.values is None else self.values
+        window = self.recent, self.prune_generated
+        return CacheFormat(Side(keys, head_dim, *window), Side(values, value_dim, *window))

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 
 from torch import distributed
 
-from think_compile.cell import Cell
+from think_compile.cache.canonical import CHANNEL, HEAD, describe
+from think_compile.cache.cell import Cell
+from think_compile.cache.store import Store
 from think_compile.config import ThinkConfig
-from think_compile.kernels.canonical import HEAD, describe
 from think_compile.passes.as_written import plain_parts
-from think_compile.passes.attention import Attention
-from think_compile.passes.kv_cache import CachedAttention
+from think_compile.passes.find.attention import Attention
+from think_compile.passes.prove.kv_cache import CachedAttention
 from think_compile.passes.refusal import Reason, Refused
-from think_compile.store import Store
 
 # The arguments of the compiled call, and a module's own dictionaries, in the names that a trace gives to its inputs.
 _SPELLINGS = (
@@ -35,7 +35,8 @@ class LayerRecord:
         source: where the trace found the past keys, or "" while there are none.
         axes: the cache's axes, of B(atch) H(ead) S(equence) D(channel); merged ones in brackets.
         q_heads, kv_heads, head_dim: sizes.
-        kept: key channels stored for tokens out of the window, T.
+        kept: key channels stored for tokens out of the window.
+        stored: how keys and values are stored, for people.
         reason: why it was left alone; None: rewritten.
         detail: what in the graph stopped it.
     """
@@ -50,6 +51,7 @@ class LayerRecord:
     kept: int | None
     reason: Reason | None
     detail: str
+    stored: str = ""
 
     @property
     def sentence(self) -> str:
@@ -73,8 +75,8 @@ class LayerRecord:
 
 def rewritten_record(site: CachedAttention, sources: list[str], config: ThinkConfig) -> LayerRecord:
     """The record of a rewritten layer."""
-    head_dim = int(site.keys.size(3))
-    kept = config.kept_channels(head_dim)
+    head_dim = int(site.keys.size(CHANNEL))
+    kept, form = config.kept_channels(head_dim), config.format_for(head_dim, int(site.values.size(CHANNEL)))
     layout = next(iter(site.keys.outputs.values()))
     return LayerRecord(
         layer=site.attention.path,
@@ -86,7 +88,8 @@ def rewritten_record(site: CachedAttention, sources: list[str], config: ThinkCon
         head_dim=head_dim,
         kept=kept,
         reason=None,
-        detail="" if kept < head_dim else f"all {head_dim} channels are kept: {_why_all(config, head_dim)}",
+        detail="" if form.is_lossy else f"all {head_dim} channels are kept: {_why_all(config, head_dim)}",
+        stored=form.describe(),
     )
 
 
@@ -267,13 +270,10 @@ def _line(record: LayerRecord) -> str:
     if record.reason is not None:
         return f"  left as it was: {record.sentence}"
     name = record.layer or "(attention)"
-    assert record.kept is not None and record.head_dim is not None
-    dropped = 1 - record.kept / record.head_dim
     place = f" in {record.place}" if record.place else ""
     return (
         f"  {name}: {record.cache} cache {record.axes}{place}, {record.q_heads} query and {record.kv_heads} key heads, "
-        f"{record.kept} of {record.head_dim} channels kept (effective ratio {dropped:.3g})"
-        + (f"; {record.detail}" if record.detail else "")
+        f"{record.stored}" + (f"; {record.detail}" if record.detail else "")
     )
 
 

@@ -64,7 +64,7 @@ def share(
     mask="none",
     on_device=True,
     causal=False,
-    new_values=False,
+    rolling=False,
     launch=None,
     device="H100",
 ) -> dict[str, int]:
@@ -77,11 +77,16 @@ def share(
     constants = {
         **parts,
         **{f"{name}{i}": part for name, width in parts.items() for i, part in enumerate(decode._parts(width))},
-        **{"GROUP": group, "ON_DEVICE": on_device, "KIND": ["none", "bool", "float"].index(mask), "CAUSAL": causal},
+        **{
+            "GROUP": group,
+            "ON_DEVICE": on_device,
+            "ROLLING": rolling,
+            "KIND": ["none", "bool", "float"].index(mask),
+            "CAUSAL": causal,
+        },
         **{"ALIKE": mask != "float", "HALF_MASK": mask == "float" and dtype == "fp16"},
         **{"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n},
         **({"MASK": None} if mask == "none" else {}),
-        **({"V_NEW": None} if not new_values else {}),
         **({} if on_device else {"FLOOR": None, "START": None}),
     }
     types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "PRUNED", "RECENT", "VALUES"), f"*{dtype}")

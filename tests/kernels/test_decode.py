@@ -1,4 +1,4 @@
-"""The Triton kernel of later calls against the reference in float64, in Triton's interpreter or on a GPU."""
+"""The Triton kernel of later calls against its specification in float64, in Triton's interpreter or on a GPU."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,12 @@ import pytest
 import torch
 from oracle import assert_close_to
 
-from think_compile.kernels import reference as ref
+from think_compile.cache.state import Call, Span, Stored
+from think_compile.formats import attention
+from think_compile.formats.base import Side
+from think_compile.formats.ring import ring_of
+from think_compile.formats.think import Channels, narrow_rows
+from think_compile.formats.whole import Whole
 
 decode = pytest.importorskip("think_compile.kernels.decode", reason="needs triton", exc_type=ModuleNotFoundError)
 ON_GPU = torch.cuda.is_available()
@@ -16,7 +21,10 @@ SMALL = decode.Launch(16, 16, 4, 1, 3)  # several tiles a share, several shares 
 
 @dataclass
 class Case:
-    """A later call of ``queries`` tokens behind ``past``; ``spare`` rows behind them hold no token."""
+    """A later call of ``queries`` tokens after ``past``; ``spare`` rows after them hold no token.
+
+    ``rolling``: a buffer of so many rows is written in a circle.
+    """
 
     batch: int = 2
     query_heads: int = 4
@@ -32,6 +40,7 @@ class Case:
     mask: str = "none"
     causal: bool = False
     on_device: bool = False
+    rolling: int = 0
     dtype: torch.dtype = torch.float32
     launch: tuple[int, ...] | None = SMALL
 
@@ -43,26 +52,36 @@ class Case:
     def end(self) -> int:
         return self.past + self.queries
 
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return Side(Channels(self.kept, 4), self.d, self.recent), Side(Whole(), self.dv)
 
-def call_of(case: Case) -> tuple:
-    """The arguments of a call; rows without a token hold what a shorter past left there."""
+
+def call_of(case: Case) -> tuple[Call, Stored, Stored, Span]:
+    """A call; rows without a token hold what a shorter past left there."""
     with torch.device(DEVICE):
         keys = torch.randn(case.batch, case.heads, case.past, case.d)
         channels = torch.rand(case.batch, case.heads, case.d).topk(case.kept).indices.sort().values
-        stored = torch.randn(case.batch, case.heads, case.end + case.spare, case.kept)
-        stored[:, :, : case.past] = ref.narrow_rows(keys, channels)
-        ring = ref.ring_of(keys, case.past, case.recent + 1)
+        rows = torch.randn(case.batch, case.heads, case.end + case.spare, case.kept)
+        rows[:, :, : case.past] = narrow_rows(keys, channels)
+        ring = ring_of(keys, case.past, case.recent + 1)
         values = torch.randn(case.batch, case.heads, case.end + case.spare, case.dv)
         q = torch.randn(case.batch, case.query_heads, case.queries, case.d)
-        new = torch.randn(case.batch, case.heads, case.queries, case.d)
-        start, floor = case.past, max(0, case.past - case.recent)
-        extent = case.end
+        k, v = (torch.randn(case.batch, case.heads, case.queries, width) for width in (case.d, case.dv))
+        start, window_start, oldest, columns = case.past, max(0, case.past - case.recent), case.first, case.end
         if case.on_device:
-            start, floor, extent = torch.tensor(start), torch.tensor(floor), case.end + case.spare
-        mask = MASKS[case.mask](case, extent - case.first)
-    tensors = (x.to(case.dtype) for x in (q, new, stored, ring, values))
-    q, new, stored, ring, values = tensors
-    return q, new, ref.Packed(stored, channels, ring), values, start, floor, extent, mask
+            start, window_start, columns = torch.tensor(start), torch.tensor(window_start), case.end + case.spare
+        if case.rolling:
+            at = torch.arange(case.past - case.rolling, case.past)
+            circle = torch.empty_like(at).scatter_(0, at % case.rolling, at)
+            rows, values = rows[:, :, circle].contiguous(), values[:, :, circle].contiguous()
+            oldest = torch.tensor(oldest)
+        columns = columns - case.first
+        mask = MASKS[case.mask](case, columns)
+    q, k, v, rows, ring, values = (x.to(case.dtype) for x in (q, k, v, rows, ring, values))
+    stored = Stored({"rows": rows, "channels": channels, "ring": ring}, window_start), Stored({"rows": values})
+    call = Call(q, k, v, mask, case.d**-0.5, case.causal)
+    return call, *stored, Span(start, oldest, columns, bool(case.rolling))
 
 
 def random_mask(case: Case, columns: int) -> torch.Tensor:
@@ -93,13 +112,16 @@ def double(x):
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
+def in_double(call: Call, *stored: Stored) -> tuple:
+    wide = [side._replace(state={name: double(x) for name, x in side.state.items()}) for side in stored]
+    return Call(*map(double, call)), *wide
+
+
 def check(case: Case) -> None:
-    q, new, packed, values, start, floor, extent, mask = call_of(case)
-    rest = (start, floor, extent, mask, case.d**-0.5, case.causal, case.first)
-    got = decode.decode_attention(q, new, *packed, values, *rest, case.launch)
-    same = ref.pruned_attention(q, new, packed, values, *rest)
-    wide = ref.Packed(*(double(t) for t in packed))
-    exact = ref.pruned_attention(double(q), double(new), wide, double(values), *(double(x) for x in rest))
+    call, keys, values, span = call_of(case)
+    got = decode.decode_attention(call, keys, values, span, case.launch)
+    same = attention.narrow(call, keys, values, span, case.sides)
+    exact = attention.narrow(*in_double(call, keys, values), span, case.sides)
     assert got.isfinite().all()
     assert_close_to(same, got, exact)
 
@@ -128,6 +150,10 @@ CASES = [
     Case(mask="float", on_device=True, spare=300, queries=2),
     Case(dtype=torch.float16, queries=3, mask="float"),
     Case(dtype=torch.float16, queries=2, mask="float", on_device=True, spare=300),
+    Case(on_device=True, rolling=20, first=20),
+    Case(on_device=True, rolling=20, first=21, mask="bool", recent=30),
+    Case(on_device=True, rolling=37, first=3, mask="float", queries=5),
+    Case(on_device=True, rolling=37, first=3, queries=6, causal=True, launch=None),
     Case(launch=None),
     Case(queries=64, query_heads=2, launch=None),
 ]
@@ -141,11 +167,11 @@ def test_like_the_reference(case):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_rows_behind_the_tokens_are_not_read_where_a_float_mask_hides_them(dtype):
     case = Case(dtype=dtype, on_device=True, spare=300)
-    q, new, packed, values, start, floor, extent, _ = call_of(case)
-    values[:, :, case.end :] = torch.nan
-    hidden = torch.arange(extent, device=DEVICE) >= case.end
-    mask = torch.zeros(1, 1, 1, extent, dtype=dtype, device=DEVICE).masked_fill(hidden, torch.finfo(dtype).min)
-    got = decode.decode_attention(q, new, *packed, values, start, floor, extent, mask, 0.2, False, 0, SMALL)
+    call, keys, values, span = call_of(case)
+    values.state["rows"][:, :, case.end :] = torch.nan
+    hidden = torch.arange(span.columns, device=DEVICE) >= case.end
+    mask = torch.zeros(1, 1, 1, span.columns, dtype=dtype, device=DEVICE).masked_fill(hidden, torch.finfo(dtype).min)
+    got = decode.decode_attention(call._replace(mask=mask, scale=0.2), keys, values, span, SMALL)
     assert got.isfinite().all()
 
 

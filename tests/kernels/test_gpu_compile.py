@@ -20,7 +20,7 @@ SHARES = [
     ("share", {"mask": "float", "dtype": "fp32", "d": 256, "kept": 240, "dv": 256, "group": 7, "causal": True}),
     ("share", {"dtype": "fp16", "d": 96, "kept": 80, "dv": 48, "on_device": False}),
 ]
-KERNELS = [*SHARES, ("share", {"mask": "bool", "new_values": True}), ("merge", {}), ("append", {}), ("finish", {})]
+KERNELS = [*SHARES, ("share", {"mask": "bool", "rolling": True}), ("merge", {}), ("append", {}), ("finish", {})]
 
 
 def compiled(kernels: list) -> list[dict[str, int]]:

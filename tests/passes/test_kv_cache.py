@@ -10,12 +10,12 @@ from torch import nn
 from torch.fx import Graph, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from think_compile.passes.attention import find_attention
-from think_compile.passes.kv_cache import CachedAttention, find_caches
+from think_compile.passes.find.attention import find_attention
 from think_compile.passes.normalize import Normalized, normalize
-from think_compile.passes.own_rows import find_own_rows
+from think_compile.passes.prove.kv_cache import CachedAttention, find_caches
+from think_compile.passes.prove.sequence import is_cross_attention, tokens_of
 from think_compile.passes.refusal import Reason
-from think_compile.passes.sequence import is_cross_attention, tokens_of
+from think_compile.passes.rewrite.prompt_only import find_own_rows
 
 B, HQ, H, N, P, C, D = 2, 4, 2, 3, 7, 16, 8
 BHSD, BSHD = (0, 1, 2, 3), (0, 2, 1, 3)
@@ -668,8 +668,8 @@ def test_heads_repeated_in_turn():
         return F.scaled_dot_product_attention(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)), k, v
 
     site = cached(f, *qkv(), *past())
-    assert site.keys.in_turn
-    assert site.values.in_turn
+    assert site.keys.interleaved
+    assert site.values.interleaved
 
 
 def test_keys_rotated_after_they_are_cached():

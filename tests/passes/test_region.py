@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_kv_cache import HQ, D, H, N, P, cached, findings_of, normalized, past, qkv, refused, repeat_kv
 
-from think_compile.passes.attention import find_attention
-from think_compile.passes.product import product_of
+from think_compile.passes.find.attention import find_attention
+from think_compile.passes.find.product import product_of
+from think_compile.passes.find.region import find_regions
 from think_compile.passes.refusal import Reason
-from think_compile.passes.region import find_regions
 
 
 def joined(k, v, pk, pv):

@@ -7,19 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from think_compile.cache.canonical import CANONICAL
+from think_compile.cache.state import Call, Prompt, capacity_for
 from think_compile.config import ThinkConfig
-from think_compile.kernels import steps
-from think_compile.kernels.canonical import CANONICAL
-from think_compile.passes import plan
-from think_compile.passes import rewrite as rw
-from think_compile.passes.attention import find_attention
-from think_compile.passes.kv_cache import find_caches
+from think_compile.formats.base import CacheFormat, Side
+from think_compile.formats.think import Channels
+from think_compile.formats.whole import Whole
+from think_compile.kernels import arrange
+from think_compile.passes.find.attention import find_attention
 from think_compile.passes.normalize import normalize
+from think_compile.passes.prove.kv_cache import find_caches
+from think_compile.passes.rewrite import plan
+from think_compile.passes.rewrite import rewrite as rw
 
 B, HQ, H, N, P, C, D = 2, 4, 2, 3, 7, 16, 8
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
-FIRST = {steps.first_call_growing, steps.first_call_fixed}
-LATER = {steps.attend_growing, steps.attend_fixed, steps.step_fixed}
+FIRST = {CacheFormat.first_call}
+LATER = {CacheFormat.step, CacheFormat.attend}
 CONFIG = ThinkConfig(0.5, recent=2, channel_multiple=1, lowering="eager")
 
 
@@ -35,11 +39,13 @@ def prepared(f, *inputs):
 
 def rewritten(f, *inputs, packed=(), config=CONFIG):
     normalized, sites = prepared(f, *inputs)
-    return normalized, rw.rewrite(normalized, sites, frozenset(packed), config)
+    return normalized, rw.rewrite(normalized, sites, frozenset(packed), config.format_for)
 
 
 def targets(graph_module):
-    return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
+    """What is called; of a format's methods the functions."""
+    called = [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
+    return [getattr(target, "__func__", target) for target in called]
 
 
 def count(graph_module, wanted):
@@ -111,14 +117,14 @@ def test_first_call_keeps_its_result_and_stores_the_rest():
     out, keys, vals = result.outputs
     assert isinstance(out, plan.Returned)
     assert torch.equal(values[out.position], first(*inputs)[0])
-    assert isinstance(keys, plan.NewKeys)
-    assert isinstance(vals, plan.NewValues)
+    assert isinstance(keys, plan.NewStore) and isinstance(vals, plan.NewStore)
+    assert (keys.of, vals.of) == ("keys", "values")
     assert (keys.length, keys.fixed, keys.layout) == (N, False, CANONICAL)
-    pruned, channels, ring = values[keys.position : keys.position + 3]
-    assert pruned.shape == (B, H, steps.capacity_for(N), D // 2)
-    assert channels.shape == (B, H, D // 2)
-    assert ring.shape == (B, H, 3, D)
-    assert torch.equal(values[vals.position][:, :, :N], inputs[2] * 2)
+    parts = {name: values[position] for name, position in keys.positions}
+    assert parts["rows"].shape == (B, H, capacity_for(N), D // 2)
+    assert parts["channels"].shape == (B, H, D // 2)
+    assert parts["ring"].shape == (B, H, 3, D)
+    assert torch.equal(values[dict(vals.positions)["rows"]][:, :, :N], inputs[2] * 2)
     assert result.appended == [] and result.replaced == []
 
 
@@ -136,7 +142,7 @@ def test_a_dense_past_makes_a_first_call():
 def test_a_dense_buffer_is_replaced_not_written():
     normalized, result = rewritten(fixed, *fixed_inputs())
     assert [index for index, _ in result.replaced] == normalized.written == [3, 4]
-    assert isinstance(result.replaced[0][1], plan.NewKeys)
+    assert isinstance(result.replaced[0][1], plan.NewStore)
     assert count(result.graph_module, {torch.ops.aten.copy_.default}) == 0
     inputs = fixed_inputs()
     before = inputs[3].clone()
@@ -154,9 +160,9 @@ def test_later_call_drops_the_past_and_the_attention():
     assert count(after, LATER) == 1
     assert count(after, FIRST) == 0
     assert not {3, 4} & {what.index for what in result.inputs if isinstance(what, plan.Passed)}
-    stored = {(what.index, what.name) for what in result.inputs if isinstance(what, plan.FromStore)}
-    assert stored == {(3, "rows"), (3, "channels"), (3, "recent"), (4, "rows")}
-    assert isinstance(result.outputs[1], plan.GrownKeys) and isinstance(result.outputs[2], plan.GrownValues)
+    stored = {(what.index, what.part.name) for what in result.inputs if isinstance(what, plan.FromStore)}
+    assert stored == {(3, "rows"), (3, "channels"), (3, "ring"), (4, "rows")}
+    assert all(isinstance(what, plan.GrownStore) for what in result.outputs[1:3])
     assert [index for index, _ in result.appended] == [3, 4]
     assert len(after.graph.find_nodes(op="placeholder")) == len(result.inputs)
     after.graph.lint()
@@ -172,12 +178,12 @@ def test_later_call_on_a_fixed_cache():
     _, result = rewritten(fixed, *fixed_inputs(), packed=(3, 4))
     after = result.graph_module
     assert count(after, {SDPA, torch.ops.aten.index_copy.default, torch.ops.aten.copy_.default}) == 0
-    assert count(after, LATER) == count(after, {steps.step_fixed}) == 1
-    assert count(after, {steps.append_keys_fixed}) == 0
-    stored = {(what.index, what.name) for what in result.inputs if isinstance(what, plan.FromStore)}
-    assert stored == {(3, "rows"), (3, "channels"), (3, "recent"), (3, "progress"), (4, "rows")}
+    assert count(after, LATER) == count(after, {CacheFormat.step}) == 1
+    assert count(after, {CacheFormat.append}) == 0
+    stored = {(what.index, what.part.name) for what in result.inputs if isinstance(what, plan.FromStore)}
+    assert stored == {(3, "rows"), (3, "channels"), (3, "ring"), (3, "counters"), (4, "rows")}
     assert result.replaced == []
-    assert not any(isinstance(what, plan.FloorOf | plan.PastLength) for what in result.inputs)
+    assert not any(isinstance(what, plan.Counter) for what in result.inputs)
 
 
 def read_twice(q, k, v, pk, pv, pos, mask):
@@ -188,14 +194,14 @@ def read_twice(q, k, v, pk, pv, pos, mask):
 
 def test_a_cache_that_two_attentions_read_is_appended_to_behind_both():
     _, result = rewritten(read_twice, *fixed_inputs(), packed=(3, 4))
-    order = [n.target for n in result.graph_module.graph.nodes if n.target in LATER | {steps.append_keys_fixed}]
-    assert order == [steps.attend_fixed, steps.attend_fixed, steps.append_keys_fixed]
+    order = [target for target in targets(result.graph_module) if target in LATER | {CacheFormat.append}]
+    assert order == [CacheFormat.attend, CacheFormat.attend, CacheFormat.append]
 
 
 def test_layers_of_one_length_share_its_numbers():
     _, result = rewritten(two_layers, *qkv(), *past(), *past(), packed=(3, 4, 5, 6))
-    floors = [what for what in result.inputs if isinstance(what, plan.FloorOf)]
-    assert floors == [plan.FloorOf((3, 5))]
+    counters = [what for what in result.inputs if isinstance(what, plan.Counter)]
+    assert counters == [plan.Counter((3, 5), "window_start")]
     assert count(result.graph_module, LATER) == 2
 
 
@@ -205,24 +211,24 @@ def test_layers_that_are_packed_in_part():
     assert count(result.graph_module, FIRST) == 1
     assert count(result.graph_module, {SDPA}) == 1
     kinds = [type(what) for what in result.outputs]
-    assert kinds == [plan.Returned, plan.GrownKeys, plan.GrownValues, plan.NewKeys, plan.NewValues]
+    assert kinds == [plan.Returned, plan.GrownStore, plan.GrownStore, plan.NewStore, plan.NewStore]
 
 
 def test_the_later_call_computes_what_the_model_would_on_pruned_keys():
     q, k, v = qkv()
     pk, pv = past()
-    spec = steps.LayerSpec(D // 2, D, 2, 32, True)
-    pruned, channels, ring, values = steps.first_call_growing(torch.randn(B, HQ, P, D), pk, pv, None, spec)
+    form = CONFIG.format_for(D, D)
+    keys, values = form.first_call(Call(torch.randn(B, HQ, P, D), pk, pv), Prompt())
     _, result = rewritten(growing, q, k, v, pk, pv, packed=(3, 4))
-    stored = {(3, "rows"): pruned, (3, "channels"): channels, (3, "recent"): ring, (4, "rows"): values}
+    stored = {3: keys, 4: values}
     given = []
     for what in result.inputs:
         if isinstance(what, plan.FromStore):
-            given.append(stored[(what.index, what.name)])
+            given.append(stored[what.index][what.part.name])
         else:
             given.append((q, k, v)[what.index] if isinstance(what, plan.Passed) else P - 2)
     out = result.graph_module(*given)[result.outputs[0].position]
-    kept = torch.zeros(B, H, D, dtype=torch.bool).scatter_(-1, channels, True)
+    kept = torch.zeros(B, H, D, dtype=torch.bool).scatter_(-1, keys["channels"], True)
     old = torch.arange(P) < P - 2
     zeroed = pk.masked_fill(old[:, None] & ~kept[:, :, None], 0)
     torch.testing.assert_close(out, growing(q, k, v, zeroed, pv)[0])
@@ -230,14 +236,14 @@ def test_the_later_call_computes_what_the_model_would_on_pruned_keys():
 
 def test_output_lies_in_memory_as_the_stock_attention_would():
     _, result = rewritten(growing, *qkv(), *past(), packed=(3, 4))
-    assert steps.laid_out in targets(result.graph_module)
+    assert arrange.laid_out in targets(result.graph_module)
 
 
 def test_the_normalized_graph_is_not_changed():
     normalized, sites = prepared(growing, *qkv(), *past())
     before = str(normalized.graph_module.graph)
-    rw.rewrite(normalized, sites, frozenset((3, 4)), CONFIG)
-    rw.rewrite(normalized, sites, frozenset(), CONFIG)
+    rw.rewrite(normalized, sites, frozenset((3, 4)), CONFIG.format_for)
+    rw.rewrite(normalized, sites, frozenset(), CONFIG.format_for)
     assert str(normalized.graph_module.graph) == before
 
 
@@ -263,17 +269,18 @@ def test_what_is_returned_twice_is_stored_once():
     one, two, moved = result.outputs[1], result.outputs[3], result.outputs[4]
     assert one == two
     assert moved.layout == ((0,), (2,), (1,), (3,))
-    assert moved.position == one.position
+    assert moved.positions == one.positions
 
 
 # ------------------------------------------------------------------ settings and logging
 
 
 @pytest.mark.parametrize("ratio,multiple,kept", [(0.0, 1, 8), (0.3, 1, 6), (0.5, 16, 8), (0.9, 1, 1), (0.75, 4, 4)])
-def test_layer_spec(ratio, multiple, kept):
-    _, (site,) = prepared(growing, *qkv(), *past())
+def test_format_of_a_layer(ratio, multiple, kept):
     config = ThinkConfig(ratio, recent=5, observe=9, channel_multiple=multiple, prune_generated=False)
-    assert rw.layer_spec(site, config) == steps.LayerSpec(kept, D, 5, 9, False)
+    form = config.format_for(D, 6)
+    assert form.keys == Side(Channels(kept, 9), D, 5, encodes_later=False)
+    assert form.values == Side(Whole(), 6, 5, encodes_later=False)
 
 
 def test_each_pass_logs_one_line(caplog):
@@ -292,4 +299,4 @@ def test_passes_dump_their_graphs(caplog):
     after = next(text for text in dumps if text.startswith("rewrite, after"))
     assert "scaled_dot_product_attention" in before
     assert "scaled_dot_product_attention" not in after
-    assert "attend_growing" in after
+    assert "step" in after

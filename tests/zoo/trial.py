@@ -21,8 +21,8 @@ from transformers import LogitsProcessor
 
 from think_compile import Report, report, think_compile
 from think_compile.api import _backends
-from think_compile.handle import Handle
-from think_compile.store import FixedKeys, GrowingKeys
+from think_compile.cache.handle import Handle
+from think_compile.cache.store import Packed
 
 BATCH, PROMPT, NEW = 2, 24, 8
 Kept = dict[int, Tensor]  # layer -> [B, H, D] bool, of the layers whose keys are packed
@@ -156,10 +156,10 @@ def kept_channels(cache: object) -> Kept:
     kept = {}
     for i, layer in enumerate(cache_layers(cache)):
         keys = getattr(layer, "keys", None)
-        if isinstance(keys, Handle) and isinstance(keys.store, (GrowingKeys, FixedKeys)):
+        if isinstance(keys, Handle) and isinstance(keys.store, Packed):
             store = keys.store
-            mask = torch.zeros(*store.channels.shape[:2], store.width, dtype=torch.bool)
-            kept[i] = mask.scatter_(-1, store.channels, True)
+            mask = torch.zeros(*store.logical_shape[:2], store.width, dtype=torch.bool)
+            kept[i] = mask.scatter_(-1, store.own["channels"], True)
     return kept
 
 

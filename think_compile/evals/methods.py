@@ -24,10 +24,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import think_compile
 from think_compile import hf
+from think_compile.cache.handle import Handle
+from think_compile.cache.store import Packed
 from think_compile.evals.rules import RULES, Observed, Seen, best, last_valid, valid_keys
 from think_compile.evals.settings import Settings
-from think_compile.handle import Handle
-from think_compile.store import FixedKeys, GrowingKeys
 
 # ----------------------------------------------------------------------------------------------- methods in force
 
@@ -80,7 +80,7 @@ class Compiled(Dense):
     def prunes(self, cache: DynamicCache) -> bool:
         """As of :class:`Dense`; asks what is stored."""
         stores = [layer.keys.store for layer in cache.layers if isinstance(layer.keys, Handle)]
-        return any(isinstance(s, (GrowingKeys, FixedKeys)) and s.channels.shape[-1] < s.width for s in stores)
+        return any(isinstance(store, Packed) and store.is_lossy for store in stores)
 
     def effective_ratio(self) -> float:
         """As of :class:`Dense`; layers that keep a cache and were left alone count as 0."""

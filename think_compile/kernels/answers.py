@@ -1,7 +1,7 @@
 """Questions about a call, answered from its masks and positions before it runs: which rows it writes and reads.
 
-The passes put these functions into small graphs of their own (:mod:`think_compile.passes.question`). N new tokens, S
-rows of a cache; an answer is a bool, or a 0-d tensor where only the device knows.
+The passes put these functions into small graphs of their own (:mod:`think_compile.passes.rewrite.question`). N new
+tokens, S rows of a cache; an answer is a bool, or a 0-d tensor where only the device knows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A step of one token on a fixed cache: its key goes into the store, in one kernel.
+"""A step of one token on a cache of fixed size: one kernel stores its key.
 
-Written in ATen operations it is five kernels a layer, each of which a captured decode pays for; and a cache that is
-written from its first row again, whose channels are chosen anew, would cost every step what it costs the one. Where
-one attention reads the cache, :func:`decode_step` stores key and value in the kernel that merges its shares.
+In ATen, appending takes five kernels per layer and step. A restart (start == 0) chooses the channels again; since the
+device decides that, ATen code would pay for it on every step. One kernel with a branch does not. Where one attention
+reads the cache, :func:`decode_step` stores key and value in the kernel that merges its shares.
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from think_compile.kernels.decode import device_of_launch, four_axes, launch_of, launch_shares, traced
+from think_compile.cache.state import COUNTERS, Call, Span, Stored
+from think_compile.kernels.decode import (
+    bounds,
+    device_of_launch,
+    four_axes,
+    launch_of,
+    launch_shares,
+    scale_of,
+    traced,
+)
 from think_compile.kernels.decode_kernel import merged_row
 from think_compile.kernels.launch import Launch
 
@@ -32,7 +41,7 @@ def _energy(q, k, channel, real, GROUP: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _choose(q, k, channels, GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    """The T channels of most energy, by counting, as :func:`.reference.top_channels`."""
+    """The T channels of most energy, by counting, as :func:`think_compile.formats.think.top_channels`."""
     channel = tl.arange(0, BLOCK)
     real = channel < D
     mine = _energy(q, k, channel, real, GROUP, D)
@@ -118,8 +127,19 @@ def _sizes(q: Tensor, k_new: Tensor, channels: Tensor) -> dict[str, int]:
     }
 
 
+def append_token(call: Call, keys: Stored, span: Span, windows: tuple[int, int]) -> None:
+    """Write a key [B, H, 1, D] at the span's start (0-d, int64) into the narrow rows and the ring, and count it.
+
+    Where the start is 0 the channels are first chosen anew, by this token's q [B, Hq, 1, D] and key. ``windows`` tells
+    how many tokens keep whole keys after a first call and after a later one.
+    """
+    state = keys.state
+    tensors = state["rows"], state["channels"], state["ring"], state[COUNTERS]
+    _append_token(call.q.contiguous(), call.k.contiguous(), *tensors, span.start, *windows)
+
+
 @triton_op("think_compile::append_token", mutates_args={"pruned", "channels", "recent", "progress"})
-def append_token(
+def _append_token(
     q: Tensor,
     k_new: Tensor,
     pruned: Tensor,
@@ -130,45 +150,26 @@ def append_token(
     window: int,
     whole: int,
 ) -> None:
-    """Write a key [B, H, 1, D] at position ``start`` (0-d, int64) into the pruned rows and the ring, and count it.
-
-    Where ``start`` is 0 the channels are first chosen anew, by this token's q [B, Hq, 1, D] and key. ``window`` and
-    ``whole`` are how many tokens keep whole keys behind a first call and behind later ones.
-    """
     with device_of_launch(q):
         traced(append_key)[(k_new.shape[0] * k_new.shape[1],)](
-            q.contiguous(), k_new.contiguous(), pruned, channels, recent, progress, start,
+            q, k_new, pruned, channels, recent, progress, start,
             window, whole, pruned.shape[2], recent.shape[2], **_sizes(q, k_new, channels),
         )  # fmt: skip
 
 
 def decode_step(
-    q: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    pruned: Tensor,
-    channels: Tensor,
-    recent: Tensor,
-    progress: Tensor,
-    values: Tensor,
-    start: Tensor,
-    extent: int,
-    mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    window: int,
-    whole: int,
-    launch: Launch | None = None,
+    call: Call, keys: Stored, values: Stored, span: Span, windows: tuple[int, int], launch: Launch | None = None
 ) -> Tensor:
-    """:func:`.decode.decode_attention` of one token on a fixed cache, which then holds it; [B, Hq, 1, Dv].
+    """:func:`.decode.decode_attention` of one token on a cache of fixed size, which then holds it; [B, Hq, 1, Dv].
 
-    As :func:`append_token` with that token's value [B, H, 1, Dv], which the attention does not look for in ``values``.
+    As :func:`append_token` with that token's value [B, H, 1, Dv].
     """
-    launch = launch or launch_of(q, k_new, pruned.shape[-1], values.shape[-1], extent)
+    state, rows = keys.state, values.state["rows"]
+    launch = launch or launch_of(call, keys, values, span)
     return _decode_step(
-        q.contiguous(), k_new.contiguous(), v_new.to(values.dtype).contiguous(),
-        pruned, channels, recent, progress, values, four_axes(mask), start, extent,
-        scale, is_causal, window, whole, list(launch),
+        call.q.contiguous(), call.k.contiguous(), call.v.to(rows.dtype).contiguous(),
+        state["rows"], state["channels"], state["ring"], state[COUNTERS], rows, four_axes(call.mask), span.start,
+        bounds(call, span)[1], scale_of(call), call.causal, *windows, list(launch),
     )  # fmt: skip
 
 
@@ -195,7 +196,7 @@ def _decode_step(
     with device_of_launch(q):
         shares = launch_shares(
             q, k_new, v_new, pruned, channels, recent, values, mask, progress, 0, start, 0, 0, extent,
-            scale, is_causal, Launch(*launch),
+            False, scale, is_causal, Launch(*launch),
         )  # fmt: skip
         sizes = _sizes(q, k_new, channels) | shares.sizes()
         traced(finish_step)[(k_new.shape[0] * k_new.shape[1], sizes["GROUP"] + 1)](

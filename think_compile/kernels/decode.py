@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -10,9 +11,9 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from think_compile.cache.state import Call, Length, Span, Stored
 from think_compile.kernels.decode_kernel import attend_share, merge_shares
 from think_compile.kernels.launch import LONG, Launch, device_of, launch_for
-from think_compile.kernels.reference import Length
 
 _LOG2E = 1.4426950408889634
 WHOLE_SHARE = 128  # about as many positions with whole keys does a program take
@@ -52,42 +53,44 @@ def _on_device(length: Length) -> tuple[Tensor | None, int]:
     return (length, 0) if isinstance(length, Tensor) else (None, length)
 
 
-def decode_attention(
-    q: Tensor,
-    k_new: Tensor,
-    pruned: Tensor,
-    channels: Tensor,
-    recent: Tensor,
-    values: Tensor,
-    start: Length,
-    floor: Length,
-    extent: int,
-    mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    first: int = 0,
-    launch: Launch | None = None,
-) -> Tensor:
-    """:func:`.reference.pruned_attention` by the kernel; [B, Hq, N, Dv] in q's dtype.
+def decode_attention(call: Call, keys: Stored, values: Stored, span: Span, launch: Launch | None = None) -> Tensor:
+    """:func:`think_compile.formats.attention.narrow` by the kernel; [B, Hq, N, Dv] in q's dtype.
 
-    ``pruned``, ``recent`` and ``values`` are the stores' own tensors, which are contiguous. ``start`` and ``floor``
-    are both numbers or both 0-d int64 tensors; a floor above the start counts as the start.
+    The stored tensors are contiguous. The start and the window's start are both numbers or both 0-d int64 tensors; a
+    window that begins above the start counts as empty.
     """
-    mask = four_axes(mask)
-    if launch is None:
-        launch = launch_of(q, k_new, pruned.shape[-1], values.shape[-1], extent)
+    assert keys.window_start is not None
+    state, rows = keys.state, values.state["rows"]
+    launch = launch or launch_of(call, keys, values, span)
     return _decode(
-        q.contiguous(), k_new.contiguous(), pruned, channels.contiguous(), recent, values, mask,
-        *_on_device(floor), *_on_device(start), first, extent, scale, is_causal, list(launch),
+        call.q.contiguous(), call.k.contiguous(), call.v.to(rows.dtype).contiguous(),
+        state["rows"], state["channels"].contiguous(), state["ring"], rows, four_axes(call.mask),
+        *_on_device(keys.window_start), *_on_device(span.start), *bounds(call, span), span.rolling,
+        scale_of(call), call.causal, list(launch),
     )  # fmt: skip
 
 
-def launch_of(q: Tensor, k_new: Tensor, kept: int, dv: int, extent: int) -> Launch:
+def scale_of(call: Call) -> float:
+    """The scale of the logits."""
+    return 1 / math.sqrt(call.q.shape[-1]) if call.scale is None else call.scale
+
+
+def bounds(call: Call, span: Span) -> tuple[int, int]:
+    """The lowest position that is read and the end of all; of a buffer in a circle how many of the past are read."""
+    if span.rolling:
+        return span.columns - call.q.shape[2], span.columns
+    assert not isinstance(span.oldest, Tensor)
+    return span.oldest, span.oldest + span.columns
+
+
+def launch_of(call: Call, keys: Stored, values: Stored, span: Span) -> Launch:
     """The launch for a call; of sizes that vary, for those that a graph is made with."""
-    (batch, query_heads, queries, d), heads = (_hint(size) for size in q.shape), _hint(k_new.shape[1])
+    kept, dv, extent = keys.state["rows"].shape[-1], values.state["rows"].shape[-1], bounds(call, span)[1]
+    (batch, query_heads, queries, d), heads = (_hint(size) for size in call.q.shape), _hint(call.k.shape[1])
     tokens = extent if isinstance(extent, int) else max(LONG, _hint(extent))
-    narrow, whole = ((width + dv) * q.dtype.itemsize for width in (kept, d))
-    return launch_for(query_heads // heads * queries, narrow, whole, batch * heads, tokens, device_of(q.device))
+    narrow, whole = ((width + dv) * call.q.dtype.itemsize for width in (kept, d))
+    shape = query_heads // heads * queries, narrow, whole, batch * heads
+    return launch_for(*shape, tokens, device_of(call.q.device))
 
 
 def _hint(size: int | torch.SymInt) -> int:
@@ -116,7 +119,7 @@ class Shares(NamedTuple):
 def launch_shares(
     q: Tensor,
     k_new: Tensor,
-    v_new: Tensor | None,
+    v_new: Tensor,
     pruned: Tensor,
     channels: Tensor,
     recent: Tensor,
@@ -128,11 +131,12 @@ def launch_shares(
     start: int,
     first: int,
     extent: int,
+    rolling: bool,
     scale: float,
     is_causal: bool,
     how: Launch,
 ) -> Shares:
-    """Attend in shares; the new values are read from ``v_new``, or without one from the buffer that they are in."""
+    """Attend in shares."""
     (batch, query_heads, queries, d), heads, width, dv = q.shape, k_new.shape[1], pruned.shape[-1], values.shape[-1]
     rows, all_heads = query_heads // heads * queries, batch * heads
     whole_splits = min(how.splits, -(-(_hint(recent.shape[2]) + _hint(queries)) // WHOLE_SHARE))
@@ -147,8 +151,8 @@ def launch_shares(
         pruned.shape[2], values.shape[2], recent.shape[2], how.splits, whole_splits, *strides,
         GROUP=query_heads // heads, D=d, D0=_parts(d)[0], D1=_parts(d)[1],
         T=width, T0=_parts(width)[0], T1=_parts(width)[1], DV=dv, DV0=_parts(dv)[0], DV1=_parts(dv)[1],
-        ON_DEVICE=start_at is not None, KIND=kind, CAUSAL=is_causal, ALIKE=strides[1] == 0 and strides[2] == 0,
-        HALF_MASK=mask is not None and mask.dtype == torch.float16,
+        ON_DEVICE=start_at is not None, ROLLING=rolling, KIND=kind, CAUSAL=is_causal,
+        ALIKE=strides[1] == 0 and strides[2] == 0, HALF_MASK=mask is not None and mask.dtype == torch.float16,
         BLOCK_M=how.block_m, BLOCK_N=how.block_n, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return Shares(out, most, total)
@@ -158,6 +162,7 @@ def launch_shares(
 def _decode(
     q: Tensor,
     k_new: Tensor,
+    v_new: Tensor,
     pruned: Tensor,
     channels: Tensor,
     recent: Tensor,
@@ -169,6 +174,7 @@ def _decode(
     start: int,
     first: int,
     extent: int,
+    rolling: bool,
     scale: float,
     is_causal: bool,
     launch: list[int],
@@ -176,8 +182,8 @@ def _decode(
     result = q.new_empty((*q.shape[:3], values.shape[-1]))
     with device_of_launch(q):
         shares = launch_shares(
-            q, k_new, None, pruned, channels, recent, values, mask, floor_at, floor, start_at, start, first, extent,
-            scale, is_causal, Launch(*launch),
+            q, k_new, v_new, pruned, channels, recent, values, mask, floor_at, floor, start_at, start, first, extent,
+            rolling, scale, is_causal, Launch(*launch),
         )  # fmt: skip
         all_heads, _, rows, _ = shares.out.shape
         traced(merge_shares)[(all_heads, rows)](*shares, result, rows, **shares.sizes())

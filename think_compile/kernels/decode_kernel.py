@@ -3,7 +3,8 @@
 Each program takes a share of the positions and attends to it with an online softmax: the stored narrow rows with the
 queries gathered on the kept channels, or the ring and the new keys with the whole queries. A second kernel merges the
 shares. Lengths are numbers (growing caches) or read from device memory (fixed ones), so that one captured graph serves
-all steps. What they compute is :func:`.reference.pruned_attention`; letters as there.
+all steps. What they compute is :func:`think_compile.formats.attention.narrow`; letters as in
+:mod:`think_compile.cache.state`.
 """
 
 import triton
@@ -97,16 +98,21 @@ def _absorb(
 @triton.jit
 def _walk(
     m, total, o0, o1, q0, q1, keys, values, low, high, shift, ring_rows, MASK, mask_row, query, first, sm_s, scale,
-    IN_RING: tl.constexpr, WIDTH: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
+    capacity, ROLLING: tl.constexpr, IN_RING: tl.constexpr,
+    WIDTH: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attend to positions [low, high), whose keys and values stand in rows position - shift, or the keys in a ring."""
+    """Attend to positions [low, high), whose keys and values stand in rows position - shift, or the keys in a ring.
+
+    ``ROLLING``: position p stands in row p % capacity.
+    """
     position = low + tl.arange(0, BLOCK_N)
     value = _masked(MASK, mask_row, position - first, position < high, sm_s, KIND, ALIKE)
     for at in range(low, high, BLOCK_N):
         position = at + tl.arange(0, BLOCK_N)
-        ok, behind, row = position < high, position + BLOCK_N, position - shift
+        ok, behind = position < high, position + BLOCK_N
+        row = position % capacity if ROLLING else position - shift
         s = _scores(q0, q1, keys, position % ring_rows if IN_RING else row, ok, WIDTH, PART0, PART1)
         s = _hidden(s * scale, value, position - first, query, ok, KIND, CAUSAL)
         # read a tile ahead: too small for the pipeline that hides the wait for keys and values
@@ -149,15 +155,21 @@ def attend_share(
     sm_b, sm_h, sm_n, sm_s,
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     T: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
-    ON_DEVICE: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, HALF_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ON_DEVICE: tl.constexpr, ROLLING: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr,
+    HALF_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One share of the positions of one KV head, for BLOCK_M of its rows (query head of the group, query)."""
+    """One share of the positions of one KV head, for BLOCK_M of its rows (query head of the group, query).
+
+    ``ROLLING``: ``first`` counts back from the start, and position p stands in row p % capacity.
+    """
     scale = tl.cast(scale, tl.float32)  # a Python float arrives as float64 from Inductor
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     if ON_DEVICE:
         start = tl.load(START)
         floor = tl.minimum(tl.load(FLOOR), start)
+    if ROLLING:
+        first = start - first
+        extent = start + queries
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n_rows = GROUP * queries
     real = row < n_rows
@@ -169,9 +181,7 @@ def attend_share(
         mask_row = tl.where(real, mask_row, 0)  # no tile is read behind the mask's end
     pruned, values = PRUNED + bh * capacity * T, VALUES + bh * value_rows * DV
     ring, new = RECENT + bh * ring_rows * D, K_NEW + bh * queries * D
-    new_values = values + tl.cast(start, tl.int64) * DV  # the buffer may hold them already
-    if V_NEW is not None:
-        new_values = V_NEW + bh * queries * DV
+    new_values = V_NEW + bh * queries * DV
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -193,14 +203,14 @@ def attend_share(
         value = _masked(MASK, mask_row, behind + chunk - first, behind + chunk < last, sm_s, BEHIND, ALIKE)
         m, total, o0, o1 = _walk(
             m, total, o0, o1, q0, q1, pruned, values, low, high, 0, ring_rows, MASK, mask_row, query, first, sm_s,
-            scale, False, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, BLOCK_N,
+            scale, value_rows, ROLLING, False, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, BLOCK_N,
         )  # fmt: skip
         if not CAUSAL:
             for at in range(behind, last, CHUNK):
                 if _counts(value, m, real, at + chunk < last, KIND, ALIKE, HALF_MASK):
                     m, total, o0, o1 = _walk(
                         m, total, o0, o1, q0, q1, pruned, values, at, tl.minimum(at + CHUNK, last), 0, ring_rows, MASK,
-                        mask_row, query, first, sm_s, scale, False, T, T0, T1, DV, DV0, DV1,
+                        mask_row, query, first, sm_s, scale, value_rows, ROLLING, False, T, T0, T1, DV, DV0, DV1,
                         KIND, CAUSAL, ALIKE, BLOCK_N,
                     )  # fmt: skip
                 position = at + CHUNK + chunk
@@ -211,11 +221,12 @@ def attend_share(
         low, high = _part(tl.maximum(first, floor), end, split - splits, whole_splits, BLOCK_N)
         m, total, o0, o1 = _walk(
             m, total, o0, o1, whole0, whole1, ring, values, low, tl.minimum(high, start), 0, ring_rows, MASK,
-            mask_row, query, first, sm_s, scale, True, D, D0, D1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, BLOCK_N,
+            mask_row, query, first, sm_s, scale, value_rows, ROLLING, True, D, D0, D1, DV, DV0, DV1,
+            KIND, CAUSAL, ALIKE, BLOCK_N,
         )  # fmt: skip
         m, total, o0, o1 = _walk(
             m, total, o0, o1, whole0, whole1, new, new_values, tl.maximum(low, start), high, start, ring_rows, MASK,
-            mask_row, query, first, sm_s, scale, False, D, D0, D1, DV, DV0, DV1,
+            mask_row, query, first, sm_s, scale, value_rows, False, False, D, D0, D1, DV, DV0, DV1,
             KIND, CAUSAL, ALIKE, BLOCK_N,
         )  # fmt: skip
 

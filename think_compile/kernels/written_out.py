@@ -1,15 +1,13 @@
-"""Attention that is written out: how its operands and logits lie, and its product with packed keys.
+"""Attention that is written out: how its operands and logits lie.
 
-The graph keeps what the model does between that product and the one with the values; only the logits' own product is
-split over pruned and recent keys. Shapes as in :mod:`.reference`.
+The graph keeps what the model does between the two products; only the product with the keys is replaced. Shapes as in
+:mod:`think_compile.cache.state`.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from think_compile.kernels import reference as ref
 
 
 def canonical_queries(q: Tensor, order: tuple[int, ...], k: Tensor) -> Tensor:
@@ -39,41 +37,6 @@ def canonical_pairs(
 def nonzero_pairs(probabilities: Tensor) -> Tensor:
     """Bool, true where a query did attend: of an attention whose mask was not recognised."""
     return probabilities != 0
-
-
-def logits_growing(
-    q: Tensor,
-    k_new: Tensor,
-    pruned: Tensor,
-    channels: Tensor,
-    recent: Tensor,
-    start: int,
-    floor: int,
-    first: int = 0,
-    read: int | None = None,
-) -> Tensor:
-    """Q K^T of a later call, unscaled, over past and new tokens from position ``first`` on, or the last ``read``.
-
-    [B, Hq, N, start + N - first], fp32 at least.
-    """
-    packed, extent = ref.Packed(pruned, channels, recent), start + k_new.shape[2]
-    return ref.pruned_logits(q, k_new, packed, start, floor, extent, first if read is None else extent - read)
-
-
-def logits_fixed(
-    q: Tensor,
-    k_new: Tensor,
-    pruned: Tensor,
-    channels: Tensor,
-    recent: Tensor,
-    progress: Tensor,
-    start: Tensor | int,
-    extent: int,
-) -> Tensor:
-    """Q K^T of a later call on a fixed cache, unscaled, over its first ``extent`` rows: [B, Hq, N, extent]."""
-    start = torch.as_tensor(start, device=q.device)
-    packed = ref.Packed(pruned, channels, recent)
-    return ref.pruned_logits(q, k_new, packed, start, torch.minimum(progress[0], start), extent)
 
 
 def as_product(

@@ -1,0 +1,438 @@
+"""The stored form of a cache tensor, of one side of a layer.
+
+A growing store is a value: an append makes a new store that shares the row buffers, so an older store (a branch, a
+reused prefix) stays what it was. It may let go of its oldest tokens (a bounded window): the live rows then begin at
+``oldest``, and move to the front of new buffers when these are full. A store of fixed size is a place: it is written in
+place, as the buffer that it replaces. Which tensors there are, and how each behaves, says the side's list of parts.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from think_compile.cache.state import COUNTERS, LENGTH, OLDEST, WINDOW_START, Span, State, Stored, capacity_for
+from think_compile.formats.base import Side
+from think_compile.formats.ring import advanced, ring_positions
+
+
+def allocating() -> AbstractContextManager[Any]:
+    """Stores outlive the call, so they must not be inference tensors, which no later call could write to."""
+    stack = ExitStack()
+    stack.enter_context(torch.no_grad())
+    if torch.is_inference_mode_enabled():
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+    return stack
+
+
+def writable(tensor: Tensor) -> Tensor:
+    """The tensor, or where that can be written to in inference mode only, another on the same memory."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+class Rows:
+    """Buffers [B, H, C, *] that are appended to in place, shared by the stores of one line of calls."""
+
+    def __init__(self, parts: State) -> None:
+        self.parts = parts
+        self.owners: weakref.WeakSet[Store] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"parts": self.parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.parts, self.owners = state["parts"], weakref.WeakSet()
+
+    @property
+    def capacity(self) -> int:
+        return next(iter(self.parts.values())).shape[2]
+
+    def free_above(self, length: int, owner: Store) -> bool:
+        """Whether rows from ``length`` on belong to nobody but ``owner``."""
+        return all(other is owner or other.end <= length for other in self.owners)
+
+    def copy(self, first: int, length: int, capacity: int) -> Rows:
+        """A copy, with ``capacity``, of ``length`` rows from ``first`` on; the rows above are zero."""
+
+        def moved(x: Tensor) -> Tensor:
+            copy = x.new_zeros([capacity if axis == 2 else size for axis, size in enumerate(x.shape)])
+            copy[:, :, :length] = x[:, :, first : first + length]
+            return copy
+
+        with allocating():
+            return self.map(moved)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Rows:
+        return Rows({name: f(x) for name, x in self.parts.items()})
+
+
+class Counters(NamedTuple):
+    """Of a growing store, in rows: the first that it keeps, the first with a whole row, and how many it keeps."""
+
+    oldest: int
+    window_start: int
+    length: int
+
+
+class Store:
+    """What every store can do. ``length`` is the number of rows a reader may see: tokens, or the size of a buffer."""
+
+    rows: Rows
+    dtype: torch.dtype  # of the tensor that the model sees
+
+    def __post_init__(self) -> None:
+        self.rows.owners.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.rows.owners.add(self)
+
+    @property
+    def length(self) -> int:
+        return self.rows.capacity
+
+    @property
+    def end(self) -> int:
+        """One more than the last token's row."""
+        return self.length
+
+    @property
+    def width(self) -> int:
+        """Channels of the logical tensor."""
+        raise NotImplementedError
+
+    @property
+    def grows(self) -> bool:
+        """Whether tokens are appended beyond what is allocated."""
+        return False
+
+    @property
+    def kind(self) -> str:
+        """A word or two for people."""
+        return "dense"
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that hold memory."""
+        yield from self.rows.parts.values()
+
+    def dense(self) -> Tensor:
+        """The logical tensor [B, H, length, W]."""
+        raise NotImplementedError
+
+    def map_batch(self, f: Callable[[Tensor], Tensor]) -> Store:
+        """A new store with ``f`` applied to every tensor that has a batch axis (in front)."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool = False) -> Store:
+        """A copy on another device or in another dtype; indices and lengths keep theirs."""
+        raise NotImplementedError
+
+    @property
+    def logical_shape(self) -> tuple[int, int, int, int]:
+        batch, heads = next(iter(self.rows.parts.values())).shape[:2]
+        return batch, heads, self.length, self.width
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.rows.parts.values())).device
+
+
+@dataclass(eq=False)
+class Packed(Store):
+    """The keys, or the values, of a layer in the form that their side of the format says.
+
+    Attributes:
+        of: "keys" or "values".
+        side: how they are stored.
+        rows: the parts that are appended to in place.
+        own: the other parts, which belong to this store alone; of fixed size, with its counters on the device.
+        dtype: of the tensor that the model sees.
+        counters: of a growing store; None: it is of fixed size.
+        written: of fixed size, no less than the rows that hold tokens, as far as the host knows; None: it does not.
+        rolling: whether position p stands in row p % C.
+    """
+
+    of: str
+    side: Side
+    rows: Rows
+    own: State
+    dtype: torch.dtype
+    counters: Counters | None = None
+    written: int | None = None
+    rolling: bool = False
+
+    @classmethod
+    def made(cls, of: str, side: Side, state: State, dtype: torch.dtype, length: int | None) -> Packed:
+        """The store of what a first call left; ``length`` tokens of a growing cache, None: it is of fixed size."""
+        names = {part.name for part in side.parts(fixed=length is None) if part.is_rows}
+        rows = Rows({name: x for name, x in state.items() if name in names})
+        own = {name: x for name, x in state.items() if name not in names}
+        counters = None if length is None else Counters(0, side.window_start(length), length)
+        return cls(of, side, rows, own, dtype, counters)
+
+    @property
+    def state(self) -> State:
+        """All parts by name."""
+        return self.rows.parts | self.own
+
+    @property
+    def kind(self) -> str:
+        return f"{'growing' if self.grows else 'fixed'} {self.of}"
+
+    @property
+    def grows(self) -> bool:
+        return self.counters is not None
+
+    @property
+    def length(self) -> int:
+        return self.rows.capacity if self.counters is None else self.counters.length
+
+    @property
+    def end(self) -> int:
+        return self.rows.capacity if self.counters is None else self.counters.oldest + self.counters.length
+
+    @property
+    def width(self) -> int:
+        return self.side.width
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether tokens out of the window lose something."""
+        return self.side.is_lossy
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Of a growing store: how many of its tokens are encoded, and how many rows its ring has."""
+        assert self.counters is not None
+        encoded = self.counters.window_start - self.counters.oldest
+        return encoded, self._ring_rows
+
+    @property
+    def _ring_rows(self) -> int:
+        return self.own["ring"].shape[2] if self.side.has_ring else 0
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.state.values()
+
+    def stored(self) -> Stored:
+        """As a later call finds it."""
+        if self.counters is not None:
+            return Stored(self.state, self.counters.window_start)
+        counters = self.own.get(COUNTERS)
+        return Stored(self.state, None if counters is None else counters[WINDOW_START])
+
+    def dense(self) -> Tensor:
+        if self.counters is not None:
+            return self.side.dense(self.stored(), self.counters.oldest, self.end, self.length).to(self.dtype)
+        counters = self.own.get(COUNTERS)
+        length = self.length if counters is None else counters[LENGTH]
+        oldest = counters[OLDEST] if self.rolling and counters is not None else 0
+        return self.side.dense(self.stored(), oldest, length, self.length, rolling=self.rolling).to(self.dtype)
+
+    def map_batch(self, f: Callable[[Tensor], Tensor]) -> Packed:
+        own = {name: x.clone() if name == COUNTERS else f(x) for name, x in self.own.items()}
+        return replace(self, rows=self.rows.map(f), own=own)
+
+    def to(self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool = False) -> Packed:
+        kept = {part.name for part in self._parts if part.dtype is not None}
+
+        def moved(name: str, x: Tensor) -> Tensor:
+            return x.to(device, None if name in kept else dtype, non_blocking=non_blocking, copy=True)
+
+        rows = Rows({name: moved(name, x) for name, x in self.rows.parts.items()})
+        own = {name: moved(name, x) for name, x in self.own.items()}
+        return replace(self, rows=rows, own=own, dtype=self.dtype if dtype is None else dtype)
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return self.side.parts(fixed=not self.grows, rolling=self.rolling)
+
+    # ------------------------------------------------------------------------------------------ of fixed size
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all rows hold tokens; waits for the device."""
+        return COUNTERS in self.own and bool(self.own[COUNTERS][LENGTH] == self.rows.capacity)
+
+    def clear(self) -> None:
+        """Forget every token; the next call writes from position 0 and chooses anew what a first call chooses."""
+        chosen = {part.name for part in self._parts if not (part.is_rows or part.replaced)}
+        for name, tensor in self.state.items():
+            if name not in chosen:
+                tensor.zero_()
+        self.written, self.rolling = 0, False
+
+    def roll(self) -> None:
+        """Be written in a circle from now on."""
+        if not self.rolling:
+            if COUNTERS not in self.own:
+                at = torch.tensor([self.length, self.length, 0], device=self.device)
+                self.own = {**self.own, COUNTERS: at}
+            self.rolling = True
+
+    def unroll(self) -> None:
+        """Have each token in the row of its place again: what a call needs that writes at positions."""
+        if not self.rolling:
+            return
+        counters = self.own[COUNTERS]
+        order = (counters[OLDEST] + torch.arange(self.length, device=self.device)) % self.length
+        for rows in self.rows.parts.values():
+            rows.copy_(rows.index_select(2, order))
+        if self.side.has_ring:
+            ring = self.own["ring"]
+            at = (counters[OLDEST] + torch.arange(self._ring_rows, device=self.device)) % self._ring_rows
+            ring.copy_(ring.index_select(2, at))
+        counters.copy_((counters - counters[OLDEST]).clamp(min=0))
+        self.rolling = False
+
+    # ---------------------------------------------------------------------------------------------- growing
+
+    def crop(self, length: int) -> Packed:
+        """The first ``length`` tokens, sharing the rows; tokens that have left the window stay encoded."""
+        counters = self._counters
+        start = min(counters.window_start, counters.oldest + length)
+        return replace(self, counters=counters._replace(length=length, window_start=start))
+
+    def tail(self, length: int) -> Packed:
+        """The last ``length`` tokens, sharing the rows unless those are far too many."""
+        oldest = self.end - length
+        kept = replace(self, counters=Counters(oldest, max(self._counters.window_start, oldest), length))
+        has_outgrown = kept.rows.capacity > 2 * capacity_for(length)  # most rows are of tokens that were let go
+        return kept.moved(capacity_for(length)) if has_outgrown else kept
+
+    def moved(self, capacity: int) -> Packed:
+        """The same tokens in the first rows of new buffers."""
+        oldest, window_start, length = self._counters
+        rows, own = self.rows.copy(oldest, length, capacity), self.own
+        if self.side.has_ring and oldest:
+            own = {**own, "ring": own["ring"].roll(-oldest, 2)}  # token in row p: ring row p % R
+        return replace(self, rows=rows, own=own, counters=Counters(0, window_start - oldest, length))
+
+    def reserve(self, n_new: int) -> Packed:
+        """This store, or one with the same tokens whose rows and ring take ``n_new`` more in place."""
+        settled = self.settled()
+        capacity = settled._capacity_of_copy(n_new)
+        room = settled if capacity is None else settled.moved(capacity)
+        return room if self.side.encodes_later else room._with_ring(room._ring_with_room(n_new))
+
+    def _capacity_of_copy(self, n_new: int) -> int | None:
+        """Rows of a larger or private copy in which ``n_new`` more may be written; None: the own rows take them."""
+        fits = self.end + n_new < self.rows.capacity  # one row stays free: a slice that is the whole is compiled apart
+        if fits and self.rows.free_above(self.end, self):
+            return None
+        return self.rows.capacity if fits and not self._counters.oldest else capacity_for(self.length + n_new)
+
+    def settled(self) -> Packed:
+        """This store, or one whose window has moved on: :meth:`append` leaves that to whatever comes next."""
+        rows = self.side.ring_rows(0)
+        if not (self.side.has_ring and self.side.encodes_later) or self._ring_rows == rows:
+            return self
+        start = max(self._counters.window_start, self.side.window_start(self.end))
+        return self._with_ring(self._ring_of(rows), window_start=start)
+
+    def _with_ring(self, ring: Tensor | None, **counters: int) -> Packed:
+        if ring is None:
+            return self
+        return replace(self, own={**self.own, "ring": ring}, counters=self._counters._replace(**counters))
+
+    def _ring_of(self, rows: int) -> Tensor:
+        """The latest tokens in a ring of another size."""
+        positions = ring_positions(self.end, rows, self.device).clamp(min=0)
+        return self.own["ring"].index_select(2, positions % self._ring_rows)
+
+    def _ring_with_room(self, n_new: int) -> Tensor | None:
+        """A larger ring, in which ``n_new`` more tokens stay beside all whole ones; None: the own one takes them."""
+        if not self.side.has_ring:
+            return None
+        needed = self.end + n_new - self._counters.window_start
+        if needed < self._ring_rows:  # a full ring is a window again, and would let go of its oldest token
+            return None
+        return self._ring_of(capacity_for(needed))
+
+    def appended(self, replaced: State, n_new: int) -> Packed:
+        """The store after a call wrote ``n_new`` rows in place and left new tensors in the place of old ones."""
+        own, counters = self.own | replaced, self._counters
+        start = counters.window_start
+        if self.side.has_ring:
+            start = max(start, self.side.window_start(self.end + n_new, self.side.whole_tokens(own["ring"].shape[2])))
+        return replace(self, own=own, counters=Counters(counters.oldest, start, counters.length + n_new))
+
+    def append(self, new: Tensor) -> Packed:
+        """The store with ``new`` [B, H, N, W] after its tokens, outside of any graph.
+
+        The window does not move yet: whoever appends reads the result next, and is to see whole rows of all tokens
+        that were whole before, as an attention in a graph does.
+        """
+        n_new = new.shape[2]
+        room = self.reserve(n_new)
+        room.side.write_rows(new, room.state, Span(room.end, room._counters.oldest, room.length + n_new))
+        ring = room._ring_with_room(n_new) if self.side.has_ring else None
+        if self.side.has_ring:
+            ring = advanced(room.own["ring"] if ring is None else ring, new, room.end)
+        return room._with_ring(ring)._longer(n_new)
+
+    def _longer(self, n_new: int) -> Packed:
+        return replace(self, counters=self._counters._replace(length=self.length + n_new))
+
+    @property
+    def _counters(self) -> Counters:
+        assert self.counters is not None
+        return self.counters
+
+
+@dataclass(eq=False)
+class Dense(Store):
+    """A plain tensor in canonical axes: what a handle holds after an operation that no packed form can express."""
+
+    rows: Rows
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Dense:
+        """The store of ``tensor`` [B, H, S, W]."""
+        return cls(Rows({"rows": tensor}))
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.rows.parts["rows"]
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.tensor.dtype
+
+    @property
+    def width(self) -> int:
+        return self.tensor.shape[-1]
+
+    def dense(self) -> Tensor:
+        return self.tensor
+
+    def map_batch(self, f: Callable[[Tensor], Tensor]) -> Dense:
+        return Dense(self.rows.map(f))
+
+    def to(self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool = False) -> Dense:
+        return Dense.of(self.tensor.to(device, dtype, non_blocking=non_blocking, copy=True))
+
+
+def join_batches(stores: Sequence[Store]) -> Store | None:
+    """One store of the sequences of several growing ones that have the same history; None: they have not."""
+    packed = [s for s in stores if isinstance(s, Packed) and s.grows]
+    if len(packed) != len(stores):
+        return None
+    packed = [s.moved(s.length) if s._counters.oldest else s for s in packed]
+    if len({(s.of, s.side, s.dtype, s.counters, s._ring_rows) for s in packed}) != 1:
+        return None
+    first = packed[0]
+    rows = {name: torch.cat([s.rows.parts[name][:, :, : s.end] for s in packed]) for name in first.rows.parts}
+    own = {name: torch.cat([s.own[name] for s in packed]) for name in first.own}
+    return replace(first, rows=Rows(rows), own=own)

@@ -1,0 +1,200 @@
+"""Attention over stored rows in plain PyTorch: the specification, and the way where no kernel is used.
+
+A later call reads three segments. The *body* holds the encoded rows; the *tail* the last positions before the call, as
+many as a ring has, each row whole or encoded as the side's window says; then come the call's *own* rows. Softmax does
+not depend on their order, so nothing is moved: the mask's columns are gathered at the segments' positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from think_compile.cache.state import Call, Span, State, Stored
+from think_compile.formats.ring import ring_positions
+from think_compile.kernels import channels_whole
+
+if TYPE_CHECKING:
+    from think_compile.formats.base import Codec, Side
+
+# Up to this many new tokens a call multiplies with the stored rows; a longer one is bound by arithmetic, not by reading
+# the cache, and attends to decoded rows by the stock attention instead.
+MAX_NARROW_QUERIES = 16
+
+PAIRS = {("channels", "whole"): channels_whole}
+
+
+def default_scale(call: Call) -> float:
+    """The scale of the stock attention, pinned to all channels of the queries."""
+    return 1 / math.sqrt(call.q.shape[-1]) if call.scale is None else call.scale
+
+
+def kernels_for(keys: Codec, values: Codec) -> Any:
+    """The module of Triton kernels for a pair of codecs, or None."""
+    return PAIRS.get((keys.name, values.name))
+
+
+# ---------------------------------------------------------------------------------------------------- segments
+
+
+class Places(NamedTuple):
+    """Where the rows of the segments stand.
+
+    Attributes:
+        positions: [M] int64, body, tail and own rows one after another.
+        counts: [M] bool, which of them are read: tokens, and rows after the tokens, which the mask hides.
+        sizes: rows of each segment.
+    """
+
+    positions: Tensor
+    counts: Tensor
+    sizes: tuple[int, int, int]
+
+
+def _places(span: Span, capacity: int, tail: int, n_new: int, device: torch.device) -> Places:
+    """The segments of a call; ``tail`` is how many positions before the call may have whole rows."""
+    begin = span.start - tail
+    if span.rolling:
+        body = ring_positions(span.start, capacity, device)
+        body_counts = (body >= span.oldest) & (body < begin)
+    else:
+        body = span.oldest + torch.arange(span.columns, device=device)
+        body_counts = (body < begin) | (body >= span.start + n_new)
+    after = begin + torch.arange(tail + n_new, device=device)
+    positions = torch.cat([body, after])
+    return Places(positions, torch.cat([body_counts, after >= span.oldest]), (body.shape[0], tail, n_new))
+
+
+def _tail(sides: list[tuple[Side, Stored]]) -> int:
+    """The most rows that a ring has."""
+    return max((stored.state["ring"].shape[2] for side, stored in sides if side.has_ring), default=0)
+
+
+def _rows_at(side: Side, state: State, index: Tensor | slice) -> State:
+    """The state with its rows at ``index`` alone."""
+    rows = {part.name for part in side.codec.parts(side.width) if part.is_rows}
+    if isinstance(index, slice):
+        return {name: x[:, :, index] if name in rows else x for name, x in state.items()}
+    return {name: x.index_select(2, index) if name in rows else x for name, x in state.items()}
+
+
+def _body(side: Side, stored: Stored, span: Span) -> State:
+    if span.rolling:
+        return stored.state
+    return _rows_at(side, stored.state, slice(span.oldest, span.oldest + span.columns))
+
+
+def _tail_rows(side: Side, stored: Stored, positions: Tensor, span: Span) -> Tensor:
+    """[B, H, tail, W]: the rows at ``positions``, whole in the window, else decoded."""
+    at = positions % side.capacity(stored.state) if span.rolling else positions.clamp(min=0)
+    encoded = side.decoded(_rows_at(side, stored.state, at))
+    if not side.has_ring:
+        return encoded
+    assert stored.window_start is not None
+    ring = stored.state["ring"]
+    in_window = (positions >= stored.window_start)[:, None]
+    return torch.where(in_window, ring.index_select(2, positions % ring.shape[2]), encoded)
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in fp32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _logits(side: Side, q: Tensor, k: Tensor, keys: Stored, span: Span, places: Places) -> Tensor:
+    """[B, Hq, N, M]: unscaled products with the rows of all segments."""
+    heads, n_new = k.shape[1], q.shape[2]
+    grouped = wide(q).unflatten(1, (heads, -1)).flatten(2, 3)  # [B, H, G*N, D]
+    products = [side.codec.scores(grouped, _body(side, keys, span))]
+    if places.sizes[1]:
+        positions = places.positions.split(places.sizes)[1]
+        products.append(grouped @ wide(_tail_rows(side, keys, positions, span)).mT)
+    products.append(grouped @ wide(k).mT)
+    return torch.cat(products, -1).unflatten(2, (-1, n_new)).flatten(1, 2)
+
+
+def _masked(logits: Tensor, call: Call, span: Span, places: Places) -> Tensor:
+    """The logits with the model's mask, gathered at the positions, and what does not count at -inf."""
+    columns, counts = places.positions - span.oldest, places.counts
+    if call.causal:
+        counts = counts & (columns <= torch.arange(call.q.shape[2], device=columns.device)[:, None])
+    if call.mask is not None:
+        mask = call.mask
+        if mask.shape[-1] != 1:
+            mask = mask.index_select(-1, columns.clamp(min=0, max=mask.shape[-1] - 1))
+        if mask.dtype == torch.bool:
+            counts = counts & mask
+        else:
+            logits = logits + mask
+    return logits.masked_fill(~counts, float("-inf"))
+
+
+def narrow(call: Call, keys: Stored, values: Stored, span: Span, sides: tuple[Side, Side]) -> Tensor:
+    """Attention by products with the stored rows, [B, Hq, N, Dv] in q's dtype."""
+    (keys_side, values_side), n_new = sides, call.q.shape[2]
+    tail = _tail([(keys_side, keys), (values_side, values)])
+    places = _places(span, keys_side.capacity(keys.state), tail, n_new, call.q.device)
+    logits = _logits(keys_side, call.q, call.k, keys, span, places) * default_scale(call)
+    probabilities = torch._safe_softmax(_masked(logits, call, span, places), -1)
+    grouped = probabilities.unflatten(1, (call.k.shape[1], -1)).flatten(2, 3)  # [B, H, G*N, M]
+    body, after, own = grouped.split(places.sizes, -1)
+    encoded = values_side.decoded(_body(values_side, values, span))
+    out = body @ wide(encoded) + own @ wide(call.v)
+    if tail:
+        out = out + after @ wide(_tail_rows(values_side, values, places.positions.split(places.sizes)[1], span))
+    return out.unflatten(2, (-1, n_new)).flatten(1, 2).to(call.q.dtype)
+
+
+def logits_in_order(side: Side, q: Tensor, k: Tensor, keys: Stored, span: Span) -> Tensor:
+    """[B, Hq, N, columns]: the products in the order of the positions, for attention that is written out."""
+    places = _places(span, side.capacity(keys.state), _tail([(side, keys)]), q.shape[2], q.device)
+    logits = _logits(side, q, k, keys, span, places)
+    columns = torch.where(places.counts, places.positions - span.oldest, span.columns)  # what does not count: one more
+    ordered = logits.new_zeros(*logits.shape[:-1], span.columns + 1).index_copy(-1, columns, logits)
+    return ordered[..., : span.columns]
+
+
+# ------------------------------------------------------------------------------------- rows in order of position
+
+
+def in_order(side: Side, stored: Stored, new: Tensor | None, span: Span) -> Tensor:
+    """[B, H, columns, W]: the side's decoded rows, whole in the window, and the call's own, in order of position."""
+    device = next(iter(stored.state.values())).device
+    if span.rolling:
+        at = (span.oldest + torch.arange(span.columns, device=device)) % side.capacity(stored.state)
+        base = side.decoded(_rows_at(side, stored.state, at))
+    else:
+        base = side.decoded(_body(side, stored, span))
+    base = base if new is None else base.to(new.dtype)
+    later, counts, rows = [], [], []
+    if side.has_ring:
+        assert stored.window_start is not None
+        ring = stored.state["ring"]
+        positions = span.start - ring.shape[2] + torch.arange(ring.shape[2], device=device)
+        later.append(positions)
+        counts.append((positions >= stored.window_start) & (positions >= span.oldest))
+        rows.append(ring.index_select(2, positions % ring.shape[2]).to(base.dtype))
+    if new is not None:
+        later.append(span.start + torch.arange(new.shape[2], device=device))
+        counts.append(later[-1] >= span.oldest)
+        rows.append(new)
+    if not later:
+        return base.clone()
+    columns = torch.where(torch.cat(counts), torch.cat(later) - span.oldest, span.columns)
+    return F.pad(base, (0, 0, 0, 1)).index_copy(2, columns, torch.cat(rows, 2))[:, :, : span.columns]
+
+
+def decoded(call: Call, keys: Stored, values: Stored, span: Span, sides: tuple[Side, Side]) -> Tensor:
+    """As :func:`narrow`, by the stock attention over decoded rows."""
+    k = in_order(sides[0], keys, call.k, span).to(call.q.dtype)
+    v = in_order(sides[1], values, call.v, span).to(call.q.dtype)
+    group = call.q.shape[1] // k.shape[1]
+    if group > 1 and call.mask is not None:  # the fused kernels take a mask or grouped heads, not both
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    return F.scaled_dot_product_attention(
+        call.q, k, v, call.mask, 0.0, call.causal, scale=default_scale(call), enable_gqa=call.q.shape[1] != k.shape[1]
+    )

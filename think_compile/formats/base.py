@@ -1,0 +1,376 @@
+"""What the passes and the runtime know of a cache format: :class:`CacheFormat`, its two sides, and their parts.
+
+A format is made for one layer. Its methods are targets of the rewritten graph: functions of tensors alone, which the
+lowering traces. Growing caches are appended to in place up to their capacity (the caller has made room) and leave new
+rings, so that older handles keep theirs; caches of fixed size are written in place altogether.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from think_compile.cache.state import (
+    BATCH_SIZE,
+    COUNTERS,
+    COUNTERS_PART,
+    GROWTH_ROWS,
+    HEADS,
+    OLDEST,
+    RING,
+    WINDOW_START,
+    Call,
+    Length,
+    Part,
+    Prompt,
+    Span,
+    State,
+    Stored,
+    capacity_for,
+)
+from think_compile.formats import attention
+from think_compile.formats.ring import advanced, ring_of
+from think_compile.formats.seen import Seen, seen, seen_again
+
+MAX_STEP_QUERIES = 64  # a call of more tokens is a chunk of a prompt
+
+
+class NoDenseForm(RuntimeError):
+    """A cache that has evicted tokens was asked for its dense tensor: a row of zeros would be attended to."""
+
+
+class Codec(Protocol):
+    """How rows are stored: one file of :mod:`think_compile.formats`.
+
+    Attributes:
+        name: names the device code of the codec, if there is some.
+        group: tokens that are encoded together.
+        has_window: whether the latest rows also stay whole, in a ring.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def group(self) -> int: ...
+
+    @property
+    def has_window(self) -> bool: ...
+
+    def parts(self, width: int) -> tuple[Part, ...]:
+        """The tensors that rows of ``width`` channels are stored in, and what is chosen for all rows of a sequence."""
+
+    def choose(self, seen: Seen) -> State:
+        """What a first call decides for all rows of a sequence."""
+
+    def encode(self, rows: Tensor, chosen: State) -> State:
+        """The stored form of ``rows`` [B, H, S, W]."""
+
+    def decode(self, state: State, width: int) -> Tensor:
+        """[B, H, S, W], the rows that ``state`` stands for, in any floating-point dtype."""
+
+    def scores(self, queries: Tensor, state: State) -> Tensor:
+        """[B, H, M, S], products of ``queries`` [B, H, M, W] with the rows."""
+
+    def is_lossy(self, width: int) -> bool:
+        """Whether decoded rows differ from what came in."""
+
+    def describe(self, width: int) -> str:
+        """A phrase for the report."""
+
+
+class TokenRule(Protocol):
+    """Which tokens of a first call are stored."""
+
+    @property
+    def positional(self) -> bool:
+        """Whether all tokens are, row by position: only then is there a dense form."""
+
+
+@dataclass(frozen=True)
+class AllTokens:
+    """Every token is stored."""
+
+    positional: bool = field(default=True, init=False)
+
+
+class PageRule(Protocol):
+    """Which pages of a stored cache a layer reads in a later call."""
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether it reads all of them."""
+
+
+@dataclass(frozen=True)
+class EveryPage:
+    """Every layer reads every page."""
+
+    reads_all: bool = field(default=True, init=False)
+
+
+@dataclass(frozen=True)
+class Side:
+    """How the keys, or the values, of a layer are stored.
+
+    Attributes:
+        codec: the form of the rows.
+        width: channels of a row, as the model sees it.
+        recent: tokens whose rows stay whole between calls, where the codec is lossy.
+        encodes_later: whether tokens of later calls lose their whole rows as they leave the window; if not, the ring
+            grows.
+    """
+
+    codec: Codec
+    width: int
+    recent: int = 0
+    encodes_later: bool = True
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether tokens that have left the window lose something."""
+        return self.codec.is_lossy(self.width)
+
+    @property
+    def has_ring(self) -> bool:
+        """Whether the latest rows are stored whole beside the encoded ones."""
+        return self.codec.has_window
+
+    def parts(self, *, fixed: bool, rolling: bool = False) -> tuple[Part, ...]:
+        """All tensors that are stored, of a cache of fixed size, or that is written in a circle."""
+        parts = self.codec.parts(self.width)
+        if self.has_ring:
+            rows = self.ring_rows(0) if self.encodes_later else RING
+            parts += (Part("ring", (BATCH_SIZE, HEADS, rows, self.width), replaced=True),)
+        return (*parts, COUNTERS_PART) if fixed and (self.has_ring or rolling) else parts
+
+    def capacity(self, state: State) -> int:
+        """Rows of the parts that are appended to."""
+        return next(state[part.name].shape[2] for part in self.codec.parts(self.width) if part.is_rows)
+
+    def decoded(self, state: State) -> Tensor:
+        """[B, H, S, W]: the encoded rows, in the dtype of the whole ones."""
+        rows = self.codec.decode(state, self.width)
+        return rows.to(state["ring"].dtype) if self.has_ring else rows
+
+    def ring_rows(self, room: int) -> int:
+        """Rows of a new ring: the window and one group, or, if later tokens stay whole, ``room`` on top."""
+        return self.recent + self.codec.group + (0 if self.encodes_later else room)
+
+    def whole_tokens(self, ring_rows: int) -> int:
+        """How many of the latest tokens have whole rows once a later call is over."""
+        return self.recent if self.encodes_later else ring_rows - self.codec.group
+
+    def windows(self, state: State) -> tuple[int, int]:
+        """How many of the latest tokens have whole rows after a first call, and after a later one."""
+        return self.recent, self.whole_tokens(state["ring"].shape[2])
+
+    def window_start(self, length: int, whole: int | None = None) -> int:
+        """The lowest position with a whole row, of ``length`` tokens of which the last ``whole`` stay so."""
+        whole = self.recent if whole is None else whole
+        return max(0, (length - whole) // self.codec.group * self.codec.group)
+
+    # ------------------------------------------------------------------------------------------- first calls
+
+    def pack(self, rows: Tensor, chosen: State, length: Length, capacity: int, *, fixed: bool) -> State:
+        """Rows [B, H, S, W], of which ``length`` hold tokens, as stored."""
+        spare = capacity - rows.shape[2]
+        state = {name: F.pad(x, (0, 0, 0, spare)) for name, x in self.codec.encode(rows, chosen).items()} | chosen
+        if not self.has_ring:
+            copied = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+            return {name: copied(x) for name, x in state.items()} if fixed else state
+        state["ring"] = ring_of(rows, length, self.ring_rows(capacity if fixed else GROWTH_ROWS))
+        if fixed:
+            end = torch.as_tensor(length, device=rows.device)
+            state[COUNTERS] = torch.stack([self._window_start(end, self.recent), end, torch.zeros_like(end)])
+        return state
+
+    def _window_start(self, length: Tensor, whole: int) -> Tensor:
+        start = length - whole
+        if self.codec.group > 1:
+            start = start // self.codec.group * self.codec.group
+        return start.clamp(min=0)
+
+    # ------------------------------------------------------------------------------------------- later calls
+
+    def append(self, new: Tensor, fresh: State, stored: Stored, span: Span) -> State:
+        """Store rows ``new`` [B, H, N, W] from the span's start on; the tensors that take the place of older ones.
+
+        To be run once the call has attended. ``fresh``: what takes the place of the first call's choice in a cache of
+        fixed size that is written from its first row again.
+        """
+        state = stored.state
+        for name, chosen in fresh.items():
+            assert isinstance(span.start, Tensor)
+            state[name].copy_(torch.where(span.start == 0, chosen, state[name]))
+        self.write_rows(new, state, span)
+        replaced = {"ring": advanced(state["ring"], new, span.start)} if self.has_ring else {}
+        if not isinstance(span.start, Tensor):
+            return replaced
+        for name, x in replaced.items():
+            state[name].copy_(x)
+        if COUNTERS in state:
+            state[COUNTERS].copy_(self._counters(new.shape[2], state, span))
+        return {}
+
+    def write_rows(self, new: Tensor, state: State, span: Span) -> None:
+        """Write the stored form of ``new`` [B, H, N, W] in place, and nothing else."""
+        for name, rows in self.codec.encode(new, state).items():
+            append_rows(state[name], rows, span)
+
+    def _counters(self, n_new: int, state: State, span: Span) -> Tensor:
+        """The counters of a cache of fixed size after ``n_new`` more tokens."""
+        start = span.start
+        assert isinstance(start, Tensor)
+        end, capacity = start + n_new, self.capacity(state)
+        oldest = (end - capacity).clamp(min=0) if span.rolling else torch.zeros_like(end)
+        if not self.has_ring:
+            return torch.stack([end, end, oldest])
+        whole = self.whole_tokens(state["ring"].shape[2])
+        now = self._window_start(end, whole)
+        if not self.encodes_later:  # a first call leaves a window all the same
+            now = torch.where(start == 0, self._window_start(end, self.recent), now)
+        return torch.stack([torch.maximum(torch.minimum(state[COUNTERS][WINDOW_START], start), now), end, oldest])
+
+    def dense(self, stored: Stored, oldest: Length, length: Length, columns: int, *, rolling: bool = False) -> Tensor:
+        """[B, H, columns, W]: positions from ``oldest`` on as the next call sees them; ``length`` ends the tokens."""
+        return attention.in_order(self, stored, None, Span(length, oldest, columns, rolling))
+
+
+def append_rows(buffer: Tensor, rows: Tensor, span: Span) -> None:
+    """Write ``rows`` [B, H, N, *] into ``buffer`` [B, H, C, *] from the span's start on, in place."""
+    assert rows.dtype == buffer.dtype or (rows.is_floating_point() and buffer.is_floating_point())
+    n_new, capacity = rows.shape[2], buffer.shape[2]
+    if span.rolling:
+        rows = rows[:, :, -capacity:]
+        last = span.start + n_new - rows.shape[2] + torch.arange(rows.shape[2], device=buffer.device)
+        buffer.index_copy_(2, last % capacity, rows.to(buffer.dtype))
+        return
+    buffer.index_copy_(2, span.start + torch.arange(n_new, device=buffer.device), rows.to(buffer.dtype))
+
+
+def window_start_of(counters: Tensor) -> Tensor:
+    """0-d: the counter of a cache of fixed size that tells where its window begins."""
+    return counters[WINDOW_START]
+
+
+def rolled(counters: Tensor, row: int) -> Tensor:
+    """0-d: the position of the ``row``-th of the tokens that a buffer holds, which is written in a circle."""
+    return counters[OLDEST] + row
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """How a layer's cache is stored: which tokens, the form of keys and values, and which pages a call reads.
+
+    ``keys`` and ``values`` of a later call are the sides' stored tensors; see :mod:`think_compile.cache.state`.
+    """
+
+    keys: Side
+    values: Side
+    tokens: TokenRule = AllTokens()
+    pages: PageRule = EveryPage()
+
+    def side(self, of: str) -> Side:
+        """The side called "keys" or "values"."""
+        return self.keys if of == "keys" else self.values
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether something of a cache is lost."""
+        return self.keys.is_lossy or self.values.is_lossy
+
+    def describe(self) -> str:
+        """A phrase for the report."""
+        keys, values = (side.codec.describe(side.width) for side in (self.keys, self.values))
+        return f"{keys}; values: {values}" if self.values.is_lossy else keys
+
+    # ------------------------------------------------------------------------------------------- first calls
+
+    def choose(self, call: Call, prompt: Prompt) -> tuple[State, State]:
+        """What the first call decides of keys and values for all their rows, by the tokens that its attention reads."""
+        if prompt.read is not None:
+            q, k, v = (_last(x, prompt.read) for x in (call.q, call.k, call.v))
+            call = call._replace(q=q, k=k, v=v)
+        shown = seen(call, prompt.start, self._length(call, prompt))
+        return self.keys.codec.choose(shown), self.values.codec.choose(shown)
+
+    def first_call(self, call: Call, prompt: Prompt) -> tuple[State, State]:
+        """What a first call leaves of its keys and values, ``call.k`` and ``call.v`` [B, H, S, *]."""
+        chosen = self.choose(call, prompt)
+        if prompt.kept is not None:
+            call = call._replace(k=_last(call.k, prompt.kept), v=_last(call.v, prompt.kept))
+        length, fixed = self._length(call, prompt), prompt.capacity is not None
+        capacity = capacity_for(call.k.shape[2]) if prompt.capacity is None else prompt.capacity
+        if fixed:
+            length = torch.full((), length, device=call.q.device) if not isinstance(length, Tensor) else length
+        keys = self.keys.pack(call.k, chosen[0], length, capacity, fixed=fixed)
+        return keys, self.values.pack(call.v, chosen[1], length, capacity, fixed=fixed)
+
+    @staticmethod
+    def _length(call: Call, prompt: Prompt) -> Length:
+        return call.k.shape[2] if prompt.start is None else prompt.start + call.q.shape[2]
+
+    # ------------------------------------------------------------------------------------------- later calls
+
+    def step(self, call: Call, keys: Stored, values: Stored, span: Span) -> tuple[Tensor, tuple[State, State]]:
+        """:meth:`attend`, then :meth:`append`."""
+        kernels = self._kernels()
+        if kernels is not None and kernels.step_fits(call, keys, values, span):
+            return kernels.step(call, keys, values, span, self.keys.windows(keys.state)), ({}, {})
+        out = self.attend(call, keys, values, span)
+        return out, self.append(call, keys, values, span)
+
+    def attend(self, call: Call, keys: Stored, values: Stored, span: Span) -> Tensor:
+        """Attention of the new tokens to past and new ones, [B, Hq, N, Dv] in q's dtype.
+
+        The Triton kernel where there is one; else, up to :data:`.attention.MAX_NARROW_QUERIES` tokens, products with
+        the stored rows; longer calls are bound by arithmetic, and take the stock attention over decoded rows.
+        """
+        kernels = self._kernels()
+        if kernels is not None and kernels.attend_fits(call, keys, values, span):
+            return kernels.attend(call, keys, values, span)
+        way = attention.narrow if call.q.shape[2] <= attention.MAX_NARROW_QUERIES else attention.decoded
+        return way(call, keys, values, span, (self.keys, self.values))
+
+    def append(self, call: Call, keys: Stored, values: Stored | None, span: Span) -> tuple[State, State]:
+        """Store the call's own rows; ``values`` is None where :meth:`join_values` has done so.
+
+        Returns the tensors that take the place of older ones; of caches of fixed size there are none.
+        """
+        kernels = self._kernels()
+        if kernels is not None and kernels.append_fits(call, keys, span):
+            kernels.append(call, keys, span, self.keys.windows(keys.state))
+            return {}, {} if values is None else self.values.append(call.v, {}, values, span)
+        fresh: tuple[State, State] = ({}, {})
+        if isinstance(span.start, Tensor) and not span.rolling:
+            shown = seen_again(call, span.start, span.columns)
+            fresh = self.keys.codec.choose(shown), self.values.codec.choose(shown)
+        left = self.keys.append(call.k, fresh[0], keys, span)
+        return left, {} if values is None else self.values.append(call.v, fresh[1], values, span)
+
+    def join_values(self, new: Tensor, values: Stored, span: Span) -> tuple[Tensor, State]:
+        """The values of past and call in the order of their positions, [B, H, columns, Dv]; they are appended."""
+        if self.values.has_ring or span.rolling:
+            joined = attention.in_order(self.values, values, new, span)
+            return joined, self.values.append(new, {}, values, span)
+        left = self.values.append(new, {}, values, span)
+        rows = self.values.decoded(values.state).to(new.dtype)
+        return rows[:, :, span.oldest : span.oldest + span.columns], left
+
+    def logits(self, q: Tensor, k: Tensor, keys: Stored, span: Span) -> Tensor:
+        """Q K^T of a later call, unscaled, in the order of the positions: [B, Hq, N, columns], fp32 or wider."""
+        return attention.logits_in_order(self.keys, q, k, keys, span)
+
+    def _kernels(self) -> Any:
+        """The Triton kernels of this pair of codecs, or None."""
+        return attention.kernels_for(self.keys.codec, self.values.codec)
+
+
+def _last(x: Tensor, tokens: int) -> Tensor:
+    return x[:, :, -tokens:]

@@ -1,0 +1,77 @@
+"""What a call shows to the rules that choose: queries, rows, and which of them are padding."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from think_compile.cache.state import Call, Length
+
+
+class Seen(NamedTuple):
+    """A first call, as a rule sees it.
+
+    Attributes:
+        q: [B, Hq, N, D], the queries, as they meet the keys.
+        k, v: [B, H, S, D] and [B, H, S, Dv], all rows in the order of their positions.
+        key_valid: [B, S] bool, false for padding; None: all rows are tokens.
+        query_valid: [B, N] bool; None: all queries are.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_valid: Tensor | None = None
+    query_valid: Tensor | None = None
+
+
+def seen(call: Call, start: Length | None, length: Length) -> Seen:
+    """The first call whose queries stand at ``start`` (None: at the last rows) of rows with ``length`` tokens."""
+    if call.mask is None and start is None:
+        return Seen(call.q, call.k, call.v)
+    begin = call.k.shape[2] - call.q.shape[2] if start is None else start
+    return Seen(call.q, call.k, call.v, *_validity(call.mask, call.k, length, begin, call.q.shape[2]))
+
+
+def seen_again(call: Call, start: Length, columns: int) -> Seen:
+    """A call that begins a cache of fixed size anew, with a mask of ``columns`` over its rows."""
+    if call.mask is None or call.q.shape[2] == 1:  # one token, were it padding, leaves nothing to choose by
+        return Seen(call.q, call.k, call.v)
+    positions = start + torch.arange(call.q.shape[2], device=call.q.device)
+    valid = valid_keys(call.mask, call.q.shape[0], columns).index_select(1, positions)
+    return Seen(call.q, call.k, call.v, valid, valid)
+
+
+def valid_keys(mask: Tensor, batch: int, columns: int) -> Tensor:
+    """[B, columns] bool: whether some query may attend to the key.
+
+    ``mask`` broadcasts to [B, Hq, N, S]; bool: true attends; float: added, a key counts when its bias is above half its
+    dtype's minimum.
+    """
+    mask = mask[(None,) * (4 - mask.dim())]
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    attended = allowed.to(torch.int32).amax(dim=(1, 2)) > 0  # not any(): Inductor's C++ fails on some bool reductions
+    return attended.expand(batch, columns if attended.shape[-1] == 1 else -1)
+
+
+def observed_queries(query_valid: Tensor, observe: int) -> Tensor:
+    """[B, N] bool: the last ``observe`` valid queries of each sequence; ``query_valid`` [B, N]."""
+    later_valid = query_valid.flip(1).to(torch.int64).cumsum(1).flip(1)
+    return query_valid & (later_valid <= observe)
+
+
+def _validity(mask: Tensor | None, k: Tensor, length: Length, start: Length, n_new: int) -> tuple[Tensor, Tensor]:
+    columns = torch.arange(k.shape[2], device=k.device)
+    key_valid = (columns < length).expand(k.shape[0], -1)
+    if mask is not None:  # of a cache read by prefix the mask has fewer columns; the rest hold no token
+        key_valid = key_valid & _widened(valid_keys(mask, k.shape[0], k.shape[2]), columns)
+    positions = start + torch.arange(n_new, device=k.device)
+    return key_valid, key_valid.index_select(1, positions)
+
+
+def _widened(allowed: Tensor, columns: Tensor) -> Tensor:
+    """[B, len(columns)]: ``allowed`` [B, E], false from E on."""
+    extent = allowed.shape[1]
+    return allowed.index_select(1, columns.clamp(max=extent - 1)) & (columns < extent)

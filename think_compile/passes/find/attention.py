@@ -1,0 +1,142 @@
+"""Pass 2: find the attention sites of a functional graph, by what the operation is, not by who wrote it.
+
+A site is torch's attention operation, that of flash-attn (:mod:`.flash`), or a region in which attention is written
+out (:mod:`.region`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from think_compile.cache.canonical import CANONICAL, Layout
+from think_compile.passes.find import flash
+from think_compile.passes.find.region import Region, find_regions
+from think_compile.passes.observe import observed
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of the graph.
+
+    Attributes:
+        node: the attention output [B, Hq, N, Dv].
+        operation: the operation that makes it; of a region its second product.
+        q, k, v: its operands [B, Hq, N, D], [B, Hq or H, S, D], [B, Hq or H, S, Dv]; of a region, those of its two
+            products, axes in any order.
+        mask: bool (true attends) or float (added), broadcast to [B, Hq, N, S]; or None.
+        scale: of q k^T; None is 1/sqrt(D).
+        is_causal: causal, the first query seeing the first key.
+        causal_to_end: causal, the last query seeing the last key.
+        dropout: probability.
+        path: the module it stands in, as far as the trace tells.
+        region: of an attention that is written out, its parts; mask, scale and is_causal are then unset.
+        layout: how the axes of operands and result stand to [B, H, tokens, channels]; of a region unset.
+        unsupported: options of the operation that an attention to packed keys has not.
+    """
+
+    node: Node
+    operation: Node
+    q: Node
+    k: Node
+    v: Node
+    dropout: float
+    path: str
+    mask: Node | None = None
+    scale: float | Node | None = None
+    is_causal: bool = False
+    causal_to_end: bool = False
+    region: Region | None = None
+    layout: Layout = CANONICAL
+    unsupported: str = ""
+
+    def reads_keys(self, reader: Node, read: Node) -> bool:
+        """Whether ``reader`` is where this attention reads its keys or values, and ``read`` is those."""
+        if self.region is None:
+            return reader is self.operation and read is not self.q and read is not self.mask
+        products = (self.region.logits, self.region.output)
+        return any(reader is p.node and read is p.right and read is not p.left for p in products)
+
+
+def find_attention(graph_module: GraphModule) -> list[Attention]:
+    """All attention sites, in graph order."""
+    graph = graph_module.graph
+    with observed("attention", graph) as count:
+        sites = [site for node in graph.nodes if (site := _from_operation(node)) is not None]
+        sites += [_from_region(region) for region in find_regions(graph)]
+        sites.sort(key=_position(graph))
+        count.matches = len(sites)
+    return sites
+
+
+def _sdpa_arguments(
+    query: Node,
+    key: Node,
+    value: Node,
+    attn_mask: Node | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: Any = None,
+    enable_gqa: bool = False,
+) -> dict[str, Any]:
+    return {
+        "q": query,
+        "k": key,
+        "v": value,
+        "mask": attn_mask,
+        "scale": scale,
+        "is_causal": is_causal,
+        "dropout": dropout_p,
+    }
+
+
+_SDPA_SIGNATURE = inspect.signature(_sdpa_arguments)
+
+
+def _from_operation(node: Node) -> Attention | None:
+    if node.target is aten.scaled_dot_product_attention.default:
+        bound = _SDPA_SIGNATURE.bind(*node.args, **node.kwargs)
+        arguments = _sdpa_arguments(*bound.args, **bound.kwargs)
+        return Attention(node=node, operation=node, path=module_path(node), **arguments)
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.name() == flash.NAME:
+        return Attention(path=module_path(node), **flash.arguments_of(node))
+    return None
+
+
+def _from_region(region: Region) -> Attention:
+    return Attention(
+        node=region.output.node,
+        operation=region.output.node,
+        q=region.logits.left,
+        k=region.logits.right,
+        v=region.output.right,
+        dropout=region.dropout,
+        path=module_path(region.logits.node),
+        region=region,
+    )
+
+
+def _position(graph: Graph) -> Callable[[Attention], int]:
+    positions = {node: i for i, node in enumerate(graph.nodes)}
+    return lambda site: positions[site.node]
+
+
+def module_path(node: Node) -> str:
+    """The innermost module of a node as the user would write it ("model.layers.0.self_attn"), or ""."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    path = path.replace(".__dict__['_modules']", "")  # how a module with a __getattr__ of its own is reached
+    path = re.sub(r"\._(?:modules|buffers|parameters)\['([^']*)'\]", r".\1", path)  # how older traces spell it
+    path = re.sub(r"^[LG]\['[^']*'\]\.?", "", path)
+    return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path).lstrip(".")

@@ -1,0 +1,61 @@
+"""The full module path of an attention, also where the trace began inside a module.
+
+Part of pass 2. After a graph break the trace knows a module only by its path from there, "attention" in every block.
+The parameters of the queries tell which block it is, or else the module whose code is compiled.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch.fx import Node
+
+from think_compile.passes.find.attention import Attention
+
+
+def with_full_path(site: Attention, parameters: Mapping[Node, str], frame: str) -> Attention:
+    """``site`` with its path in the model.
+
+    ``parameters`` names the graph's inputs that are parameters; ``frame`` is the module whose code is compiled.
+    """
+    return replace(site, path=full_path(site.path, site.q, parameters) or frame)
+
+
+def told_apart(sites: Sequence[Attention]) -> list[Attention]:
+    """The sites under names of their own: "path", "path#2", ... for the attentions of one module."""
+    places: dict[str, list[Node]] = {}
+    named = []
+    for site in sites:
+        place = site.node if site.region is None else site.region.softmax  # several readings of one attention
+        known = places.setdefault(site.path, [])
+        if place not in known:
+            known.append(place)
+        nth = known.index(place) + 1
+        named.append(site if nth == 1 else replace(site, path=f"{site.path}#{nth}"))
+    return named
+
+
+def full_path(path: str, node: Node, parameters: Mapping[Node, str]) -> str:
+    """The path in the model of what the trace calls ``path``, told by the parameter that made ``node``."""
+    name = _nearest_parameter(node, parameters)
+    if name is None or name.startswith(f"{path}." if path else "."):
+        return path
+    at = f".{name}".rfind(f".{path}.")
+    if path and at >= 0:
+        return name[: at + len(path)]
+    return name.rsplit(".", 2)[0] if name.count(".") > 1 else path
+
+
+def _nearest_parameter(node: Node, parameters: Mapping[Node, str]) -> str | None:
+    """The first parameter met on the way back from ``node``, nearer ones first."""
+    queue, seen = deque([node]), {node}
+    while queue:
+        node = queue.popleft()
+        if node in parameters:
+            return parameters[node]
+        fresh = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+    return None

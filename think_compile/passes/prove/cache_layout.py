@@ -1,0 +1,114 @@
+"""The layout of a cache tensor, from how its axes meet an attention; and of a tensor that was made of it.
+
+Part of pass 3. Layouts are those of :mod:`think_compile.cache.canonical`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from think_compile.cache.canonical import AXES, CHANNEL, HEAD, NAMES, TOKEN, Layout
+from think_compile.passes import layout as lay
+from think_compile.passes.refusal import Reason, Refused
+
+_Piece = tuple[lay.Atom, tuple[int, ...]]
+
+
+def source_layout(axes: lay.Axes, roles: Layout, shape: Sequence[Any]) -> Layout:
+    """The layout of a source of ``shape``, given the ``axes`` of a tensor made of it, whose layout is ``roles``.
+
+    Raises:
+        Refused: an axis of the source takes no part, or a canonical one is not one piece of it.
+    """
+    pieces: dict[int | None, list[_Piece]] = {axis: [] for axis in range(len(shape))}
+    for atoms, role in zip(axes, roles, strict=True):
+        for atom, own_role in _assigned(atoms, role):
+            pieces[atom.axis].append((atom, own_role))
+    return _with_unit_axes([_joined(pieces[axis]) for axis in range(len(shape))], shape)
+
+
+def _assigned(atoms: Sequence[lay.Atom], role: tuple[int, ...]) -> Iterator[_Piece]:
+    """Which canonical axes the atoms of one axis are; only heads may be repeated."""
+    own = [atom for atom in atoms if atom.axis is not None]
+    repeated = any(atom.axis is None and not lay.same_size(atom.size, 1) for atom in atoms)
+    if len(own) > len(role):
+        own = [atom for atom in own if not lay.same_size(atom.size, 1)] or own[:1]
+    if (repeated and role != (HEAD,)) or len(own) not in (0, 1, len(role)):
+        raise _not_one_axis(role)
+    if len(own) == 1:
+        yield own[0], role
+    else:
+        yield from zip(own, ((axis,) for axis in role), strict=False)
+
+
+def _joined(pieces: list[_Piece]) -> tuple[int, ...]:
+    """The canonical axes of one axis of the source, which must be all there."""
+    pieces = sorted(pieces, key=lambda piece: lay.place(piece[0].part))
+    roles = tuple(axis for _, role in pieces for axis in role)
+    if pieces and sum(0.5 ** len(lay.place(atom.part)) for atom, _ in pieces) != 1:
+        raise _not_one_axis(roles)
+    return roles
+
+
+def _not_one_axis(role: Sequence[int]) -> Refused:
+    names = "".join(NAMES[axis] for axis in role)
+    reason = Reason.CHANNEL_MIXING if CHANNEL in role else Reason.UNKNOWN_LAYOUT
+    return Refused(reason, f"axis {names} is not one axis of the cache")
+
+
+def _with_unit_axes(layout: list[tuple[int, ...]], shape: Sequence[Any]) -> Layout:
+    """Axes of size one, which may have been dropped or merged on the way, take what is missing."""
+    present = [axis for axes in layout for axis in axes]
+    missing = [axis for axis in AXES if axis not in present]
+    for i, size in enumerate(shape):
+        if not layout[i]:
+            if not lay.same_size(size, 1):
+                raise Refused(Reason.UNKNOWN_LAYOUT, f"axis {i} of the cache takes no part in the attention")
+            layout[i] = (missing.pop(0),) if missing else ()
+    if len(set(present)) != len(present) or (TOKEN,) not in layout or CHANNEL in missing:
+        raise Refused(Reason.UNKNOWN_LAYOUT, f"axes {[''.join(NAMES[a] for a in axes) for axes in layout]}")
+    return tuple(layout)
+
+
+def derived_layout(axes: lay.Axes, layout: Layout, shape: Sequence[Any]) -> Layout:
+    """The layout of a tensor with ``axes``, made of one in ``layout`` whose canonical shape is ``shape``.
+
+    Raises:
+        Refused: it holds copies, or its axes cut across canonical ones.
+    """
+    if any(atom.axis is None and not lay.same_size(atom.size, 1) for atoms in axes for atom in atoms):
+        raise Refused(Reason.UNKNOWN_LAYOUT, "the cache is kept repeated")
+    parts: dict[int, set[int]] = {}
+    for atom in _own(axes):
+        parts.setdefault(atom.axis, set()).add(atom.part)
+    ordered = {axis: sorted(found, key=lay.place) for axis, found in parts.items()}
+    return tuple(
+        tuple(axis for atom in _own([atoms]) for axis in _roles_of(atom, ordered[atom.axis], layout, shape))
+        for atoms in axes
+    )
+
+
+def _own(axes: lay.Axes) -> Iterator[lay.Atom]:
+    return (atom for atoms in axes for atom in atoms if atom.axis is not None)
+
+
+def _roles_of(atom: lay.Atom, parts: list[int], layout: Layout, shape: Sequence[Any]) -> tuple[int, ...]:
+    """The canonical axes of one atom of an axis that falls into ``parts``."""
+    assert atom.axis is not None
+    roles = layout[atom.axis]
+    if len(parts) == 1:
+        return roles
+    role = roles[parts.index(atom.part)] if len(parts) == len(roles) else None
+    if role is None or not lay.same_size(shape[role], atom.size):
+        raise Refused(Reason.UNKNOWN_LAYOUT, "the cache is kept with axes cut anew")
+    return (role,)
+
+
+def same_layout(a: Layout | None, b: Layout | None, shape: Sequence[int]) -> bool:
+    """Whether two layouts of one tensor differ in axes of size one at most."""
+
+    def real(layout: Layout) -> list[tuple[int, ...]]:
+        return [tuple(axis for axis in axes if shape[axis] != 1) for axes in layout]
+
+    return a is not None and b is not None and real(a) == real(b)

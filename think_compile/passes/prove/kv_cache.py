@@ -1,0 +1,383 @@
+"""Pass 3: walk an attention's keys and values back to their cache, and prove that it is one; else refuse by name.
+
+A cache tensor is *joined* from its past and the call's new rows: by ``cat`` along the tokens (growing) or by a
+write at positions (fixed). It is *confirmed* when the joined tensor leaves the graph, returned or written back.
+What it is called and who holds it does not matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch.fx import Node
+
+from think_compile.cache.canonical import HEAD, TOKEN, Layout, token_axis
+from think_compile.passes import layout as lay
+from think_compile.passes.find.attention import Attention
+from think_compile.passes.find.region import Order, Region
+from think_compile.passes.normalize import Normalized
+from think_compile.passes.observe import observed
+from think_compile.passes.prove.cache_outputs import fills, outputs_holding
+from think_compile.passes.prove.join import Join, join_of, same_positions
+from think_compile.passes.prove.operand import behind_suffix, extent_read, laid_out, root_of
+from think_compile.passes.prove.readers import (
+    check_past_readers,
+    comes_from_outside,
+    made_of_cache,
+    other_reader,
+    refuse_half_read,
+)
+from think_compile.passes.prove.roles import (
+    QueryLayout,
+    key_axes,
+    query_layout,
+    to_product_order,
+    usable_masks,
+    value_axes,
+)
+from think_compile.passes.prove.sequence import is_cross_attention, tokens_of
+from think_compile.passes.prove.window import Window, agree, check_window, window_of
+from think_compile.passes.refusal import Reason, Refused, where
+
+aten = torch.ops.aten
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """The keys or the values of a site.
+
+    Attributes:
+        root: the joined tensor.
+        layout: how its axes stand to the canonical ones.
+        shape: its canonical shape [B, H, S, D].
+        join: how it was joined.
+        outputs: indices of the graph outputs that hold it, with the layout of each.
+        extent: how many positions the attention reads.
+        chain: the operations between ``root`` and the attention, in running order.
+        interleaved: whether query heads are dealt out to the KV heads in turn, instead of in blocks of neighbours.
+        window: of a cache that is not joined, read or kept as a whole, what is.
+        filling: whether it is a window that is kept in a buffer of fixed size, which it fills.
+        read_elsewhere: whether something besides attention reads it too; of values, which are stored whole.
+    """
+
+    root: Node
+    layout: Layout
+    shape: tuple[Any, ...]
+    join: Join
+    outputs: dict[int, Layout]
+    extent: Any
+    chain: tuple[Node, ...]
+    interleaved: bool
+    window: Window | None = None
+    filling: bool = False
+    read_elsewhere: bool = False
+
+    @property
+    def scales(self) -> list[Node]:
+        """The operations behind the cache that multiply it by one number."""
+        return [node for node in self.chain if lay.layout_input(node) is None and lay.scaled_input(node) is not None]
+
+    def size(self, axis: int) -> Any:
+        """Size of a canonical axis."""
+        return self.shape[axis]
+
+
+@dataclass(frozen=True)
+class CachedAttention:
+    """An attention whose keys and values are proven to be a cache.
+
+    ``queries`` tells of a written-out attention how its queries and logits lie.
+    """
+
+    attention: Attention
+    keys: CacheTensor
+    values: CacheTensor
+    queries: QueryLayout | None = None
+
+    @property
+    def fixed(self) -> bool:
+        return self.keys.join.fixed
+
+    @property
+    def window(self) -> Window | None:
+        return self.keys.window
+
+    @property
+    def filling(self) -> bool:
+        return self.keys.filling
+
+    @property
+    def in_buffer(self) -> bool:
+        """Whether what is stored has a fixed size: a cache of fixed size, or a window that fills a buffer."""
+        return self.fixed or self.filling
+
+    @property
+    def query_tokens(self) -> Any:
+        """Queries of the call, N."""
+        return self._query_shape()[2]
+
+    @property
+    def query_heads(self) -> int:
+        """Query heads, Hq."""
+        return int(self._query_shape()[1])
+
+    def is_canonical(self, shape: Sequence[Any], axes: Order) -> bool:
+        """Whether logits of this shape, the product's own up to views, are [B, Hq, N, *] as they stand."""
+        assert self.queries is not None
+        in_order = self.queries.logits == tuple(range(len(self.queries.logits)))
+        in_order = in_order and to_product_order(axes) == tuple(range(len(axes)))
+        ours = self._query_shape()[:3]
+        return in_order and len(shape) == 4 and all(map(lay.same_size, shape[:3], ours))
+
+    def _query_shape(self) -> list[Any]:
+        shape = self.attention.q.meta["val"].shape
+        if self.queries is None:
+            return [shape[self.attention.layout.index((axis,))] for axis in range(4)]
+        *others, tokens, channels = (shape[axis] for axis in self.queries.queries)
+        every_head = math.prod(others) // self.keys.size(0)
+        return [self.keys.size(0), every_head, tokens, channels]
+
+    @property
+    def past(self) -> tuple[int, int] | None:
+        """Indices of the inputs that hold the past keys and values."""
+        if self.keys.join.past is None or self.values.join.past is None:
+            return None
+        return self.keys.join.past, self.values.join.past
+
+
+@dataclass
+class Findings:
+    """What the pass found.
+
+    ``pending`` attentions read keys and values that come into the graph whole, as the queries do, and do not leave it:
+    a first call's, if a later call joins those very tensors. They are left as they are, and count as refused too.
+    """
+
+    cached: list[CachedAttention] = field(default_factory=list)
+    pending: list[CachedAttention] = field(default_factory=list)
+    refused: list[tuple[Attention, Refused]] = field(default_factory=list)
+
+
+def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than: int | None = None) -> Findings:
+    """Sort the attention sites into those with a proven cache and those to be left alone.
+
+    Bounded caches count if their window is larger than ``larger_than`` tokens (None: not at all).
+    """
+    findings = Findings()
+    with observed("kv_cache", normalized.graph_module.graph) as count:
+        for site in sites:
+            try:
+                found = _prove(normalized, site, sites)
+                check_window(found.window, larger_than)
+                if not found.keys.outputs:
+                    findings.pending.append(found)
+                    raise _whole(normalized, found.keys.root)
+                findings.cached.append(found)
+            except Refused as refused:
+                findings.refused.append((site, _named(normalized, site, refused)))
+            except lay.NotLayout as why:
+                findings.refused.append((site, Refused(Reason.UNKNOWN_LAYOUT, str(why))))
+        _refuse_cross_attention(normalized, findings)
+        _settle_readings(findings)
+        refuse_half_read(findings.cached, findings.refused)
+        count.matches = len(findings.cached)
+    return findings
+
+
+def _named(normalized: Normalized, site: Attention, refused: Refused) -> Refused:
+    """Mixed channels by their more telling name, if what is cached is projected before it is keys."""
+    may_be = refused.reason in (Reason.CHANNEL_MIXING, Reason.NOT_CACHED)
+    is_latent = may_be and made_of_cache(normalized, site.k, projected=True)
+    return Refused(Reason.LATENT, refused.detail) if is_latent else refused
+
+
+def _refuse_cross_attention(normalized: Normalized, findings: Findings) -> None:
+    """Keys that no past tells to be those of the queries' own sequence, and that are made of other tokens."""
+    tokens = tokens_of(normalized.graph_module.graph)
+    for c in (*findings.cached, *findings.pending):
+        if c.past is None and is_cross_attention(c.attention.q, c.attention.k, tokens):
+            why = Refused(Reason.CROSS_ATTENTION, where(c.attention.node))
+            findings.cached = [other for other in findings.cached if other is not c]
+            findings.pending = [other for other in findings.pending if other is not c]
+            findings.refused = [r for r in findings.refused if r[0] is not c.attention] + [(c.attention, why)]
+
+
+def _settle_readings(findings: Findings) -> None:
+    """Of several readings of one softmax as an attention, the proven one counts; two that are proven are none."""
+    ambiguous = [c for many in _by_softmax(findings.cached, lambda c: c.attention) if len(many) > 1 for c in many]
+    findings.cached = [c for c in findings.cached if c not in ambiguous]
+    refused = [(c.attention, Refused(Reason.AMBIGUOUS, where(c.attention.node))) for c in ambiguous]
+    proven = {c.attention.region.softmax for c in findings.cached if c.attention.region is not None}
+    findings.refused = refused + findings.refused
+    for readings in _by_softmax(findings.refused, lambda r: r[0]):
+        region = readings[0][0].region
+        for other in readings if region is not None and region.softmax in proven else readings[1:]:
+            findings.refused.remove(other)
+
+
+def _by_softmax(found: Sequence[T], site: Callable[[T], Attention]) -> list[list[T]]:
+    groups: dict[Node, list[T]] = {}
+    for one in found:
+        region = site(one).region
+        if region is not None:
+            groups.setdefault(region.softmax, []).append(one)
+    return list(groups.values())
+
+
+_OF_VALUES = {
+    Reason.NOT_CACHED: Reason.VALUES_NOT_CACHED,
+    Reason.TRANSFORMED: Reason.VALUES_TRANSFORMED,
+    Reason.CHANNEL_MIXING: Reason.VALUES_TRANSFORMED,
+}
+
+
+def _prove(normalized: Normalized, site: Attention, sites: Sequence[Attention]) -> CachedAttention:
+    if site.dropout:
+        raise Refused(Reason.DROPOUT, f"p = {site.dropout}")
+    if site.unsupported:
+        raise Refused(Reason.OPTION, f"{site.unsupported} at {where(site.operation)}")
+    q, k = site.q.meta["val"], site.k.meta["val"]
+    if not (q.is_floating_point() and k.is_floating_point()):
+        raise Refused(Reason.NOT_FLOATING, f"{q.dtype}, {k.dtype}")
+    if site.region is None and q.dim() != 4:
+        raise Refused(Reason.UNKNOWN_LAYOUT, f"queries have {q.dim()} axes")
+    keys = _keys(normalized, site, sites)
+    try:
+        values = _cache_tensor(normalized, sites, site, site.v, _arranger(site, value_axes))
+    except Refused as refused:
+        if not keys.outputs:
+            raise _whole(normalized, keys.root) from None
+        raise Refused(_OF_VALUES.get(refused.reason, refused.reason), refused.detail) from None
+    queries = None if site.region is None else query_layout(site.region, _new_tokens(keys))
+    if site.region is not None and not usable_masks(site.region) and to_product_order(site.region.axes) is None:
+        raise Refused(Reason.UNKNOWN_LAYOUT, f"probabilities whose axes are moved at {where(site.node)}")
+    found = CachedAttention(site, keys, values, queries)
+    alike = not values.outputs and keys.window is None and lay.equal_size(_new_tokens(keys), found.query_tokens)
+    if not keys.outputs and not alike:
+        raise _whole(normalized, keys.root)
+    _check_pair(found)
+    return found
+
+
+def _whole(normalized: Normalized, root: Node) -> Refused:
+    return Refused(Reason.NO_JOIN_SEEN, f"input {normalized.sources[normalized.placeholders.index(root)] or root.name}")
+
+
+def _keys(normalized: Normalized, site: Attention, sites: Sequence[Attention]) -> CacheTensor:
+    """The key cache; behind it the keys may have been multiplied by one number."""
+    arrange = _arranger(site, key_axes)
+    try:
+        return _cache_tensor(normalized, sites, site, site.k, arrange)
+    except Refused as refused:
+        if lay.scaled_input(lay.walk_back(site.k)[0]) is None:
+            raise
+        try:
+            found = _cache_tensor(normalized, sites, site, site.k, arrange, scaled=True)
+        except Refused:
+            raise refused from None
+        if not found.outputs:
+            raise
+        return found
+
+
+def _arranger(site: Attention, arrange: Callable[[Region, lay.Axes], lay.Axes]) -> Callable[[lay.Axes], lay.Axes]:
+    """Brings an operand's axes into the order [B, H, S, D]."""
+    region = site.region
+    if region is not None:
+        return lambda axes: arrange(region, axes)
+    return lambda axes: [axes[site.layout.index((axis,))] for axis in range(4)]
+
+
+def _new_tokens(tensor: CacheTensor) -> Any:
+    """How many tokens a call brings."""
+    new = tensor.root if tensor.join.new is None else tensor.join.new
+    return new.meta["val"].shape[token_axis(tensor.layout)]
+
+
+def _check_pair(site: CachedAttention) -> None:
+    keys, values = site.keys, site.values
+    if not lay.same_size(keys.size(1), values.size(1)) or keys.interleaved != values.interleaved:
+        raise Refused(Reason.HEADS_DIFFER, f"{keys.size(1)} and {values.size(1)}")
+    if keys.interleaved and site.attention.region is None and _groups_heads(site.attention):
+        raise Refused(Reason.UNKNOWN_LAYOUT, f"heads that are repeated in turn and grouped: {where(site.attention.k)}")
+    joined = [(x.join.fixed, x.join.past is None, bool(x.outputs)) for x in (keys, values)]
+    if joined[0] != joined[1]:
+        raise Refused(Reason.VALUES_NOT_CACHED, "they are joined in another way than the keys")
+    if keys.join.fixed and not same_positions(keys.join, values.join):
+        raise Refused(Reason.VALUES_NOT_CACHED, "they are written at other positions than the keys")
+    prefixes = keys.join.past_prefix, values.join.past_prefix
+    alike = keys.filling == values.filling and (prefixes == (None, None) or lay.equal_size(*prefixes))
+    if not agree(keys.window, values.window) or not alike:
+        raise Refused(Reason.VALUES_NOT_CACHED, "they are bounded in another way than the keys")
+    for tensor in (keys, values):
+        if lay.is_unknown(_new_tokens(tensor)):
+            raise Refused(Reason.UNKNOWN_ROOT, f"how many rows it writes is read from a tensor: {where(tensor.root)}")
+        if not lay.equal_size(_new_tokens(tensor), site.query_tokens):
+            raise Refused(Reason.CROSS_ATTENTION, f"{site.query_tokens} queries, {_new_tokens(tensor)} new keys")
+
+
+def _groups_heads(site: Attention) -> bool:
+    """Whether several neighbouring query heads of a stock attention read one head of the keys that it is given."""
+    head = site.layout.index((HEAD,))
+    return not lay.same_size(site.q.meta["val"].shape[head], site.k.meta["val"].shape[head])
+
+
+# --------------------------------------------------------------------------------------------- one cache tensor
+
+
+def _cache_tensor(
+    normalized: Normalized,
+    sites: Sequence[Attention],
+    site: Attention,
+    operand: Node,
+    arrange: Callable[[lay.Axes], lay.Axes],
+    *,
+    scaled: bool = False,
+) -> CacheTensor:
+    root, chain, prefix = root_of(operand, scaled)
+    root, chain, read = behind_suffix(root, chain, arrange, scaled)
+    root, chain, axes, layout = laid_out(root, chain, arrange)
+    shape = _canonical_shape(axes, root.meta["val"].shape[token_axis(layout)])
+    interleaved = _is_interleaved(axes[HEAD], shape[HEAD], operand)
+    outputs, kept, buffers = outputs_holding(normalized, root, layout, shape)
+    whole = root.op == "placeholder" and comes_from_outside(site.q)
+    join = Join() if whole else join_of(normalized, root, layout)
+    if not outputs and not whole:
+        raise Refused(Reason.TRANSFORMED if made_of_cache(normalized, root) else Reason.NOT_CACHED, where(root))
+    if (rounding := next(filter(lay.rounds, chain), None)) is not None:
+        raise Refused(Reason.TRANSFORMED, where(rounding))
+    other = other_reader(root, sites)
+    if other is not None and operand is site.k:
+        raise Refused(Reason.KEY_ESCAPES, where(other))
+    if join.past is not None:
+        check_past_readers(normalized.placeholders[join.past], root)
+    window = window_of(join.past_suffix, read, kept)
+    filling = window is not None and not join.fixed and fills(normalized, join, window, root, layout, outputs, buffers)
+    in_place = min(outputs, default=len(normalized.written)) < len(normalized.written) or bool(buffers)
+    if window is not None and (join.fixed or (in_place and not filling)):
+        raise Refused(Reason.SLIDING_BUFFER, "it is written in place")
+    if join.past_prefix is not None and not filling:
+        raise Refused(Reason.UNKNOWN_WINDOW, where(root))
+    extent = extent_read(root, token_axis(layout), chain, prefix)
+    found = CacheTensor(root, layout, shape, join, outputs, extent, tuple(chain), interleaved, window, filling)
+    return replace(found, read_elsewhere=other is not None)
+
+
+def _canonical_shape(axes: lay.Axes, tokens: Any) -> tuple[Any, ...]:
+    own = [[atom.size for atom in atoms if atom.axis is not None] for atoms in axes]
+    return tuple(tokens if axis == TOKEN else math.prod(sizes) for axis, sizes in enumerate(own))
+
+
+def _is_interleaved(head: list[lay.Atom], heads: Any, operand: Node) -> bool:
+    """Whether all heads are repeated as a whole, so that a head does not stand beside its copies."""
+    real = [atom for atom in head if atom.axis is not None or not lay.same_size(atom.size, 1)]
+    if lay.same_size(heads, 1) or not real or real[0].axis is not None:
+        return False
+    if real[-1].axis is None:
+        raise Refused(Reason.UNKNOWN_LAYOUT, f"heads that are repeated in turn and side by side: {where(operand)}")
+    return True

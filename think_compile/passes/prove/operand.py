@@ -1,0 +1,80 @@
+"""From an attention's operand back to the tensor that a cache was joined to, through views and slices.
+
+Part of pass 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from think_compile.cache.canonical import CANONICAL, Layout, token_axis
+from think_compile.passes import layout as lay
+from think_compile.passes.prove.cache_layout import source_layout
+from think_compile.passes.prove.join import JOINS, WRITES
+from think_compile.passes.prove.window import Suffix, is_suffix, suffix_along
+from think_compile.passes.refusal import Reason, Refused, where
+
+aten = torch.ops.aten
+
+
+def root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None]:
+    """The joined tensor behind an operand, the layout operations between, and the slice that reads a prefix."""
+    root, chain = lay.walk_back(operand, scaled=scaled)
+    if root.target is not aten.slice.Tensor:
+        return root, chain, None
+    behind, before = lay.walk_back(root.args[0], scaled=scaled)
+    _, start, _, step = lay.slice_bounds(root)
+    if lay.same_size(lay.value_of(start), 0) and step == 1 and behind.target in WRITES:
+        return behind, [*before, root, *chain], root
+    return root, chain, None
+
+
+def behind_suffix(
+    root: Node, chain: list[Node], arrange: Callable[[lay.Axes], lay.Axes], scaled: bool
+) -> tuple[Node, list[Node], Suffix | None]:
+    """The same behind a slice that leaves an attention the last tokens only, and what that leaves."""
+    if not is_suffix(root):
+        return root, chain, None
+    shape = root.meta["val"].shape
+    try:
+        layout = source_layout(arrange(lay.follow(chain, lay.source_axes(shape))), CANONICAL, shape)
+    except (Refused, lay.NotLayout):
+        return root, chain, None
+    suffix = suffix_along(root, (), root.args[0], token_axis(layout))
+    if suffix is None:
+        return root, chain, None
+    behind, before = lay.walk_back(root.args[0], scaled=scaled)
+    return behind, [*before, root, *chain], suffix
+
+
+def laid_out(
+    root: Node, chain: list[Node], arrange: Callable[[lay.Axes], lay.Axes]
+) -> tuple[Node, list[Node], lay.Axes, Layout]:
+    """The first tensor from the root on whose axes can be told apart, what follows, its axes as [B, H, S, D], layout.
+
+    Keys fresh from a projection of all tokens at once [B*S, H*D] have a token axis only behind a view that splits it.
+    """
+    shape = root.meta["val"].shape
+    try:
+        axes = arrange(lay.follow(chain, lay.source_axes(shape)))
+        return root, chain, axes, source_layout(axes, CANONICAL, shape)
+    except (Refused, lay.NotLayout):
+        if root.target in JOINS or not chain:
+            raise
+    return laid_out(chain[0], chain[1:], arrange)
+
+
+def extent_read(root: Node, axis: int, chain: list[Node], prefix: Node | None) -> Any:
+    """How many positions are read: all of the joined tensor's, or up to the end of a slice along the tokens."""
+    shape = root.meta["val"].shape
+    if prefix is None:
+        return shape[axis]
+    dim, _, end, _ = lay.slice_bounds(prefix)
+    sliced = lay.follow(chain[: chain.index(prefix)], lay.source_axes(shape))[dim]
+    if [atom.axis for atom in sliced] != [axis]:
+        raise Refused(Reason.UNKNOWN_LAYOUT, where(prefix))
+    return end if isinstance(end, Node) else prefix.meta["val"].shape[dim]

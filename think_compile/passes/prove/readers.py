@@ -1,0 +1,159 @@
+"""Who reads a cache: attentions, which all must be rewritten together, and nobody else.
+
+Part of pass 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+from think_compile.passes import layout as lay
+from think_compile.passes.find.attention import Attention
+from think_compile.passes.find.region import SOFTMAXES
+from think_compile.passes.normalize import Normalized
+from think_compile.passes.prove.window import agree
+from think_compile.passes.refusal import Reason, Refused, where
+
+if TYPE_CHECKING:
+    from think_compile.passes.prove.kv_cache import CachedAttention
+
+aten = torch.ops.aten
+_LOOKS_AT_SHAPE = {
+    aten.sym_size.int,
+    aten._assert_tensor_metadata.default,
+    aten.new_zeros.default,
+    aten.new_empty.default,
+    aten.zeros_like.default,
+    aten.empty_like.default,
+}
+
+
+def _readers(node: Node) -> Iterator[tuple[Node, Node]]:
+    """(reader, what it reads) of a tensor through layout operations; who only looks at shape or dtype is left out."""
+    for user in node.users:
+        if user.target in _LOOKS_AT_SHAPE or (user.target is aten.type_as.default and user.args[0] is not node):
+            continue
+        if lay.layout_input(user) is node or lay.scaled_input(user) is node:
+            yield from _readers(user)
+        else:
+            yield user, node
+
+
+def _uses(root: Node) -> Iterator[tuple[Node, Node]]:
+    """The readers of a cache, also through one slice, other than the graph's output."""
+    for reader, read in _readers(root):
+        uses = _readers(reader) if reader.target is aten.slice.Tensor else [(reader, read)]
+        yield from (use for use in uses if use[0].op != "output")
+
+
+def other_reader(root: Node, sites: Sequence[Attention]) -> Node | None:
+    """Something besides the attentions ``sites`` that reads a cache."""
+    return next(
+        (reader for reader, read in _uses(root) if not any(site.reads_keys(reader, read) for site in sites)), None
+    )
+
+
+def check_past_readers(past: Node, root: Node) -> None:
+    """Refuse a past that is read by anything but the join ``root``."""
+    for reader, read in _readers(past):
+        is_base = reader.target is aten.slice_scatter.default and reader.args[0] is read
+        is_overwritten = reader.target is aten.copy.default and reader.args[0] is read
+        if reader is root or is_base or is_overwritten:
+            continue
+        if reader.target is aten.slice.Tensor:
+            check_past_readers(reader, root)
+            continue
+        raise Refused(Reason.PAST_ESCAPES, where(reader))
+
+
+PROJECTIONS = {
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    torch.nn.functional.linear,  # with weights of a class of their own
+    torch.matmul,
+}
+_ATTENDS = {aten.scaled_dot_product_attention.default, *SOFTMAXES}
+
+
+def made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:
+    """What ``node`` is made of, number by number; what a projection makes is new, unless asked to see through it."""
+    todo, seen = [node], {node}
+    while todo:
+        node = todo.pop()
+        if node.op != "call_function" or node.target in _ATTENDS or (node.target in PROJECTIONS and not projected):
+            continue
+        sources = node.all_input_nodes[:1] if node.target in PROJECTIONS else node.all_input_nodes
+        fresh = [source for source in sources if source not in seen]
+        seen.update(fresh)
+        todo += fresh
+        yield from fresh
+
+
+def comes_from_outside(q: Node) -> bool:
+    """Whether queries are projected in another graph, as in a call that a graph break cuts before its attention.
+
+    Keys that come into the graph whole beside them are the same call's. Queries of this graph's own may attend to an
+    encoder's keys.
+    """
+    return all(node.target not in PROJECTIONS for node in (q, *made_of(q)))
+
+
+def reads_any(site: Attention, inputs: set[Node]) -> bool:
+    """Whether the keys or values of an attention are made of one of these."""
+    return any(source in inputs for operand in (site.k, site.v) for source in (operand, *made_of(operand)))
+
+
+def made_of_cache(normalized: Normalized, node: Node, *, projected: bool = False) -> bool:
+    """Whether ``node`` is made, number by number, of a tensor that leaves the graph: what is cached, and changed after.
+
+    Tensors of fewer than three axes (positions, masks) are no caches. ``projected``: also through projections.
+    """
+    kept = [lay.walk_back(output) for output in normalized.outputs if isinstance(output, Node)]
+    outputs = {node for source, chain in kept for node in (source, *chain)}
+    made = (source for source in made_of(node, projected=projected) if source in outputs)
+    values = (source.meta.get("val") for source in made)
+    return any(isinstance(value, torch.Tensor) and value.dim() > 2 for value in values)
+
+
+def refuse_half_read(cached: list[CachedAttention], refused: list[tuple[Attention, Refused]]) -> None:
+    """Attentions that share a cache are rewritten together or not at all: move what cannot be to ``refused``."""
+    while bad := [site for site in cached if not _fits_all(site, cached, refused)]:
+        for site in bad:
+            cached.remove(site)
+            refused.append((site.attention, Refused(Reason.SHARED, where(site.keys.root))))
+
+
+def _fits_all(
+    site: CachedAttention, cached: Sequence[CachedAttention], refused: Sequence[tuple[Attention, Refused]]
+) -> bool:
+    roots = {site.keys.root, site.values.root}
+    if len(roots) == 1 or any(_reads(attention, roots) for attention, _ in refused):
+        return False
+    others = [other for other in cached if roots & {other.keys.root, other.values.root}]
+    return all(_alike(site, other) for other in others)
+
+
+def _reads(attention: Attention, roots: set[Node]) -> bool:
+    return any(attention.reads_keys(*use) for root in roots for use in _uses(root))
+
+
+def _alike(a: CachedAttention, b: CachedAttention) -> bool:
+    """Whether two attentions read one cache in the same way, under the same mask."""
+    extents = lay.value_of(a.keys.extent), lay.value_of(b.keys.extent)
+    same_tokens = lay.same_size(*extents) and agree(a.window, b.window)
+    return a is b or (_reading(a) == _reading(b) and same_tokens)
+
+
+def _reading(site: CachedAttention) -> tuple[Any, ...]:
+    attention, region = site.attention, site.attention.region
+    masks: Any = (attention.mask, attention.is_causal, attention.causal_to_end)
+    if region is not None:
+        masks = tuple(masking.mask for masking in region.masks)
+    return *((t.root, t.layout, t.interleaved) for t in (site.keys, site.values)), masks, region is None

@@ -1,0 +1,310 @@
+"""A graph that is being rewritten: its inputs, and the nodes that every rewritten attention needs."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from think_compile.cache.canonical import BATCH, CANONICAL, CHANNEL, HEAD, TOKEN, to_canonical, token_axis
+from think_compile.cache.state import (
+    BATCH_SIZE,
+    CAPACITY,
+    COUNTERS,
+    COUNTERS_PART,
+    HEADS,
+    RING,
+    Part,
+    Span,
+    Stored,
+)
+from think_compile.formats.base import CacheFormat, Side, rolled, window_start_of
+from think_compile.kernels import arrange, written_out
+from think_compile.passes.find.region import Masking, Order
+from think_compile.passes.layout import same_size, scale_of
+from think_compile.passes.normalize import Normalized
+from think_compile.passes.prove.kv_cache import CachedAttention, CacheTensor
+from think_compile.passes.prove.roles import to_product_order, usable_masks
+from think_compile.passes.rewrite.plan import Counter, FromStore, Input, Passed, Size
+
+aten = torch.ops.aten
+FormatOf = Callable[[int, int], CacheFormat]  # of a layer with so many channels of keys and of values
+
+
+class Draft:
+    """A copy of the graph, what is known of its inputs so far, and the nodes that are asked for by role."""
+
+    def __init__(self, normalized: Normalized, format_of: FormatOf, windows_apart: bool = False) -> None:
+        """``windows_apart``: whether growing caches of one length may have windows of several lengths."""
+        self.normalized, self.format_of, self.windows_apart = normalized, format_of, windows_apart
+        self.graph = Graph()
+        self.map: dict[Node, Node] = {}
+        result = self.graph.graph_copy(normalized.graph_module.graph, self.map)
+        self.graph.output(result)
+        self.caller_inputs = self.graph.find_nodes(op="placeholder")
+        self.inputs: dict[Node, Input] = {n: Passed(i) for i, n in enumerate(self.caller_inputs)}
+        self.parts: dict[tuple[int, str], Node] = {}  # of stores: (input, name) -> the new graph's input
+        self.window_starts: dict[Any, Node] = {}  # (start, window's rule) -> the input for where windows begin
+        self.starts: dict[tuple[int, int], tuple[Any, Any]] = {}  # past -> (first row, next free row)
+        self.sizes: dict[Any, Node] = {}  # expressions of sizes -> the inputs that carry them
+        self.firsts: dict[Any, tuple[Node, Node]] = {}  # length of bounded pasts -> (first row, next free row)
+
+    # ------------------------------------------------------------------------------------------------ nodes
+
+    def at(self, node: Any) -> Any:
+        """What stands for the caller's ``node`` now; anything else as it is."""
+        return self.map[node] if isinstance(node, Node) else node
+
+    def input(self, name: str, what: Input) -> Node:
+        """A new input of the graph."""
+        last = self.graph.find_nodes(op="placeholder")[-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        self.inputs[node] = what
+        return node
+
+    def canonical(self, node: Node, tensor: CacheTensor) -> Node:
+        """``node``, whose axes are the cache tensor's, as [B, H, S, D]."""
+        if tensor.layout == CANONICAL:
+            return node
+        _, heads, _, width = tensor.shape
+        return self.graph.call_function(to_canonical, (node, tensor.layout, int(heads), int(width)))
+
+    @contextmanager
+    def after(self, node: Node) -> Iterator[None]:
+        """Nodes are made after ``node``, in the order in which they are asked for."""
+        with self.graph.inserting_after(node):  # which reverses the order: hence nodes are put before an anchor
+            anchor = self.graph.call_function(operator.getitem, ((), 0))
+        with self.graph.inserting_before(anchor):
+            yield
+        self.graph.erase_node(anchor)
+
+    def replace(self, node: Node, new: Node) -> None:
+        """``new`` in the place of the caller's ``node``; a later layer may read it as it stands, as its queries say."""
+        old = self.at(node)
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+        self.map[node] = new
+
+    def queries(self, site: CachedAttention, k: Node) -> Node:
+        """The queries [B, Hq, N, D], multiplied by what the model multiplies its cached keys by."""
+        q = self.at(site.attention.q)
+        if site.queries is not None:
+            q = self.graph.call_function(written_out.canonical_queries, (q, site.queries.queries, k))
+        elif site.attention.layout != CANONICAL:
+            sizes = (site.query_heads, int(site.keys.size(CHANNEL)))
+            q = self.graph.call_function(to_canonical, (q, site.attention.layout, *sizes))
+        for scale in site.keys.scales:
+            q = self.graph.call_function(scale.target, (q, self.at(scale_of(scale))))
+        return self._together(site, q)
+
+    def _together(self, site: CachedAttention, x: Any) -> Any:
+        """``x`` [B, Hq, *, *], the query heads of a KV head together."""
+        if not site.keys.interleaved or x is None:
+            return x
+        return self.graph.call_function(arrange.heads_together, (x, int(site.keys.size(HEAD))))
+
+    def interleaved(self, site: CachedAttention, x: Node) -> Node:
+        """``x`` [B, Hq, *, *], the query heads in the order that the model has them in."""
+        if not site.keys.interleaved:
+            return x
+        return self.graph.call_function(arrange.heads_interleaved, (x, int(site.keys.size(HEAD))))
+
+    # ------------------------------------------------------------------------------------------------ masks
+
+    def mask(self, site: CachedAttention, k: Node) -> Any:
+        """What hides positions, broadcast to [B, Hq, N, S]: of a written-out attention all of it, as one bool."""
+        return self._together(site, self._mask(site, k))
+
+    def _mask(self, site: CachedAttention, k: Node) -> Any:
+        region = site.attention.region
+        if region is None:
+            return self.at(site.attention.mask)
+        masks = [self._allowed(site, masking, k) for masking in usable_masks(region)]
+        if not masks:
+            attended = self.graph.call_function(written_out.nonzero_pairs, (self.at(region.output.left),))
+            return self._pairs(site, attended, region.output.left, region.axes, k)
+        return functools.reduce(lambda a, b: self.graph.call_function(aten.logical_and.default, (a, b)), masks)
+
+    def _allowed(self, site: CachedAttention, masking: Masking, k: Node) -> Node:
+        allowed = self.graph.call_function(written_out.allowed_pairs, (self.at(masking.mask), masking.kind))
+        if site.is_canonical(masking.at.meta["val"].shape, masking.axes):
+            return allowed
+        return self._pairs(site, allowed, masking.at, masking.axes, k)
+
+    def _pairs(self, site: CachedAttention, allowed: Node, at: Node, axes: Order, k: Node) -> Node:
+        assert site.attention.region is not None and site.queries is not None
+        logits = self.at(site.attention.region.logits.node)
+        arguments = (allowed, self.at(at), to_product_order(axes), logits, site.queries.logits, k)
+        return self.graph.call_function(written_out.canonical_pairs, arguments)
+
+    # ----------------------------------------------------------------------------------------- stores and spans
+
+    def format(self, site: CachedAttention) -> CacheFormat:
+        """How the layer's cache is stored."""
+        return self.format_of(int(site.keys.size(CHANNEL)), int(site.values.size(CHANNEL)))
+
+    def stored(self, site: CachedAttention, of: str, start: Any) -> Stored:
+        """The stored "keys" or "values" of a later call that begins at ``start``."""
+        assert site.past is not None
+        index, side = site.past[of == "values"], self.format(site).side(of)
+        parts = side.parts(fixed=site.in_buffer, rolling=site.filling)
+        state: dict[str, Any] = {part.name: self._part(site, index, part) for part in parts}
+        if not side.has_ring:
+            return Stored(state)
+        if site.in_buffer:
+            return Stored(state, self.graph.call_function(window_start_of, (state[COUNTERS],)))
+        return Stored(state, self._window_start(start, index, side))
+
+    def _part(self, site: CachedAttention, index: int, part: Part) -> Node:
+        if (index, part.name) not in self.parts:
+            what = FromStore(index, part, self._varying(site, part))
+            self.parts[index, part.name] = self.input(f"{part.name}_{index}", what)
+        return self.parts[index, part.name]
+
+    def _varying(self, site: CachedAttention, part: Part) -> tuple[int, ...]:
+        """The axes of a part that vary: batch and heads as the caller's graph says, and what grows."""
+        rows = self._buffer_rows(site) if site.filling else site.keys.size(TOKEN)
+        varying = {
+            BATCH_SIZE: isinstance(site.keys.size(BATCH), torch.SymInt),
+            HEADS: isinstance(site.keys.size(HEAD), torch.SymInt),
+            CAPACITY: not site.in_buffer or isinstance(rows, torch.SymInt),
+            RING: not site.in_buffer,
+        }
+        return tuple(axis for axis, size in enumerate(part.shape) if isinstance(size, str) and varying[size])
+
+    def _window_start(self, start: Any, index: int, side: Side) -> Node:
+        """The input for where a growing cache's window begins.
+
+        Layers of equal length share it, unless their histories differ.
+        """
+        key = start, side.codec.group, side.recent, side.encodes_later
+        if key in self.window_starts and not self.windows_apart:
+            node = self.window_starts[key]
+            self.inputs[node] = Counter((*self.inputs[node].indices, index), "window_start")
+            return node
+        self.window_starts[key] = self.input(f"window_start_{index}", Counter((index,), "window_start"))
+        return self.window_starts[key]
+
+    def span(self, site: CachedAttention, new: Node, *, joined: bool = False) -> Span:
+        """Where a later call with rows ``new`` reads and writes; ``joined``: all that it joins, read or not."""
+        if site.fixed:
+            columns = site.keys.size(TOKEN) if joined else site.keys.extent
+            return Span(self._fixed_start(site, new), 0, self.number(columns))
+        tokens = self._tokens(site, new)
+        if site.filling:
+            rows, first = self._joined_rows(site)
+            counters = self._part(site, site.past[0], COUNTERS_PART)
+            start, oldest = (self.graph.call_function(rolled, (counters, row)) for row in (rows, first))
+            span = Span(start, oldest, self.sum(self.sum(rows, first, operator.sub), tokens), rolling=True)
+        else:
+            start, oldest = self._growing_start(site)
+            span = Span(start, oldest, self.sum(self.sum(start, oldest, operator.sub), tokens))
+        read = None if joined or site.window is None else self.number(site.window.read)
+        if read is None:
+            return span
+        oldest = self.sum(self.sum(span.start, tokens), read, operator.sub)
+        return span._replace(oldest=oldest, columns=read)
+
+    def start(self, site: CachedAttention) -> Any:
+        """The first position of a call on a cache of fixed size: a 0-d tensor, or a number if it is one."""
+        join = site.keys.join
+        start = self.at(join.start)
+        if isinstance(join.start, Node) and isinstance(join.start.meta["val"], torch.Tensor):
+            return self.graph.call_function(arrange.start_of, (start, join.consecutive))
+        return start
+
+    def _fixed_start(self, site: CachedAttention, new: Node) -> Node:
+        start = self.start(site)
+        if isinstance(start, Node) and start.target is arrange.start_of:
+            return start
+        return self.graph.call_function(arrange.device_start, (start, new))
+
+    def _tokens(self, site: CachedAttention, new: Node) -> Any:
+        """How many tokens a call brings."""
+        if isinstance(site.query_tokens, int):
+            return site.query_tokens
+        return self.graph.call_function(aten.sym_size.int, (new, TOKEN))
+
+    def sum(self, a: Any, b: Any, operation: Callable[[Any, Any], Any] = operator.add) -> Any:
+        """Of numbers or nodes."""
+        if isinstance(b, int) and b == 0:
+            return a
+        known = not (isinstance(a, Node) or isinstance(b, Node))
+        return operation(a, b) if known else self.graph.call_function(operation, (a, b))
+
+    def _growing_start(self, site: CachedAttention) -> tuple[Any, Any]:
+        """(first new position, lowest position that is joined) of a growing cache."""
+        assert site.past is not None
+        if site.past not in self.starts:
+            length = self.past_length(site)
+            self.starts[site.past] = (0, length) if site.window is None else self._bounded(length, site.past)
+        first, start = self.starts[site.past]
+        if site.window is not None and site.window.joined is not None:
+            return start, self.sum(start, self.number(site.window.joined), operator.sub)
+        return start, first
+
+    def _buffer_rows(self, site: CachedAttention) -> Any:
+        layout = site.keys.join.past_layout
+        assert site.past is not None and layout is not None
+        return self.caller_inputs[site.past[0]].meta["val"].shape[token_axis(layout)]
+
+    def _joined_rows(self, site: CachedAttention) -> tuple[Any, Any]:
+        """Of a buffer in a circle: how many of its tokens there are, and the first of them that a call joins."""
+        join = site.keys.join
+        if join.past_prefix is not None:
+            return self.number(join.past_prefix), 0
+        rows = self.number(self._buffer_rows(site))
+        if join.past_suffix is None or join.past_suffix.size is None:
+            return rows, 0
+        return rows, self.sum(rows, self.number(join.past_suffix.size), operator.sub)
+
+    def _bounded(self, length: Any, past: tuple[int, int]) -> tuple[Node, Node]:
+        """(first row, next free row) of bounded caches, whose past holds ``length`` tokens."""
+        if length not in self.firsts:
+            first = self.input(f"oldest_{past[0]}", Counter((), "oldest"))
+            with self.graph.inserting_after(self.graph.find_nodes(op="placeholder")[-1]):
+                self.firsts[length] = first, self.graph.call_function(operator.add, (first, length))
+        first, start = self.firsts[length]
+        before = self.inputs[first]
+        assert isinstance(before, Counter)
+        self.inputs[first] = Counter((*before.indices, *past), "oldest")
+        return first, start
+
+    def size(self, size: Any) -> Any:
+        """A size as an argument: a number, a node of the graph, or the input that carries the symbol."""
+        if isinstance(size, (int, Node)):
+            return self.at(size)
+        for node in self.caller_inputs:
+            value = node.meta["val"]
+            if isinstance(value, torch.SymInt) and same_size(value, size):
+                return node
+        raise RuntimeError(f"no input of the graph carries the size {size}")
+
+    def number(self, size: Any) -> Any:
+        """Any size of the caller's graph as an argument; None stays what it is."""
+        if size is None:
+            return None
+        try:
+            return self.size(size)
+        except RuntimeError:
+            known = size.node.expr
+            if known not in self.sizes:
+                self.sizes[known] = self.input(f"size_{len(self.sizes)}", Size(size))
+            return self.sizes[known]
+
+    def past_length(self, site: CachedAttention) -> Any:
+        """The past's token count: a number, the caller's own input for it, or one more input."""
+        layout = site.keys.join.past_layout
+        assert site.past is not None and layout is not None
+        past = self.caller_inputs[site.past[0]]
+        size = past.meta["val"].shape[token_axis(layout)]
+        try:
+            return self.size(size)
+        except RuntimeError:
+            return self.input(f"past_length_{site.past[0]}", Counter((site.past[0],), "length"))

@@ -1,0 +1,55 @@
+"""Small graphs that answer a question about a call before it runs: a part of the model's own, computed once more.
+
+Part of pass 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from think_compile.passes.normalize import Normalized
+from think_compile.passes.prove.readers import PROJECTIONS
+
+aten = torch.ops.aten
+MAX_NODES = 300  # of a mask's computation, which is run once more
+_COSTLY = {
+    *PROJECTIONS,
+    aten.baddbmm.default,
+    aten.einsum.default,
+    aten.embedding.default,
+    aten.convolution.default,
+    aten.scaled_dot_product_attention.default,
+}
+
+
+def _ancestors(nodes: Sequence[Any]) -> set[Node]:
+    found: set[Node] = set()
+    waiting = [node for node in nodes if isinstance(node, Node)]
+    while waiting and len(found) <= MAX_NODES:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def question(
+    normalized: Normalized, about: Sequence[Any], ask: Callable[[Graph, Callable[[Any], Any]], Node]
+) -> GraphModule | None:
+    """A graph of the caller's inputs, with all that the nodes ``about`` are made of; None: that costs too much.
+
+    ``ask`` adds the answer, given what stands for a node of the caller's graph.
+    """
+    nodes = _ancestors(about)
+    if len(nodes) > MAX_NODES or any(node.target in _COSTLY for node in nodes):
+        return None
+    graph, copies = Graph(), dict[Any, Any]()
+    for node in normalized.graph_module.graph.nodes:
+        if node.op == "placeholder" or node in nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(ask(graph, lambda node: copies.get(node, node)))
+    return GraphModule(normalized.graph_module, graph)

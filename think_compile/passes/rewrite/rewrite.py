@@ -1,0 +1,403 @@
+"""The rewriting: first calls keep their attention and store what they leave; later calls attend to what is stored.
+
+The result tells for each input of the new graph where the runtime finds it, and for each output of the caller's
+graph how the runtime makes it. A graph is rewritten on a copy, once with its handles packed and, if ever needed,
+once with them dense.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from think_compile.cache.canonical import CANONICAL, HEAD, TOKEN, from_canonical
+from think_compile.cache.state import Call, Prompt, Span
+from think_compile.formats.base import CacheFormat
+from think_compile.kernels import arrange, written_out
+from think_compile.passes.functional import ASSERTIONS
+from think_compile.passes.layout import arranged, stride_order
+from think_compile.passes.normalize import AUTOCAST, Normalized
+from think_compile.passes.observe import observed
+from think_compile.passes.prove.kv_cache import CachedAttention, CacheTensor
+from think_compile.passes.rewrite.draft import Draft, FormatOf
+from think_compile.passes.rewrite.plan import (
+    Chosen,
+    Constant,
+    CopiedHandle,
+    GrownStore,
+    NewStore,
+    Output,
+    Positions,
+    Returned,
+    Rewritten,
+    SameHandle,
+    Written,
+)
+from think_compile.passes.rewrite.prompt_only import passes_heads_once
+
+aten = torch.ops.aten
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+_WRITE = {CacheFormat.step, CacheFormat.append, CacheFormat.join_values}  # they write in place
+SIDES = ("keys", "values")
+
+
+def rewrite(
+    normalized: Normalized,
+    sites: Sequence[CachedAttention],
+    packed: frozenset[int],
+    format_of: FormatOf,
+    prompt_only: frozenset[Node] = frozenset(),
+    windows_apart: bool = False,
+    pending: Sequence[CachedAttention] = (),
+) -> Rewritten:
+    """Rewrite ``sites``.
+
+    ``packed`` are the inputs that hold handles with packed stores, ``prompt_only`` the key caches of which a first call
+    needs to read its own rows only; ``windows_apart`` as in :class:`.draft.Draft`. For ``pending`` attentions the first
+    call's choice is made, and nothing else is done.
+    """
+    with observed("rewrite", normalized.graph_module.graph) as count:
+        rewriter = _Rewriter(normalized, packed, format_of, prompt_only, windows_apart)
+        rewriter.choose(pending)
+        rewritten = rewriter.run(sites)
+        count.matches, count.graph = len(sites), rewritten.graph_module.graph
+    return rewritten
+
+
+class _Rewriter(Draft):
+    """One rewriting, and what is known of its outputs so far."""
+
+    def __init__(
+        self,
+        normalized: Normalized,
+        packed: frozenset[int],
+        format_of: FormatOf,
+        prompt_only: frozenset[Node],
+        windows_apart: bool,
+    ) -> None:
+        super().__init__(normalized, format_of, windows_apart)
+        self.packed, self.prompt_only = packed, prompt_only
+        self.results: list[Node] = []
+        self.made: dict[int, Output] = {}  # output index of the normalized graph -> how it is made
+        self.appended: list[tuple[int, Any]] = []
+        self.copied: list[int] = []
+        self.written: list[Written] = []
+        self.chosen: list[Chosen] = []
+        self.sides: list[tuple[int, bool]] = []
+
+    def choose(self, pending: Sequence[CachedAttention]) -> None:
+        """After untouched attentions, whose keys and values stay what they are: make the first call's choice."""
+        for readers in _by_cache(pending):
+            site, format = readers[0], self.format(readers[0])
+            with self.after(self.at(readers[-1].attention.node)):
+                k = self.canonical(self.at(site.keys.root), site.keys)
+                v = self.canonical(self.at(site.values.root), site.values)
+                call = Call(self._joined_queries(readers, k), k, v, self.mask(site, k))
+                chosen = self.graph.call_function(format.choose, (call, Prompt()))
+                for i, (of, tensor) in enumerate(zip(SIDES, (site.keys, site.values), strict=True)):
+                    names = [p.name for p in format.side(of).parts(fixed=False) if not (p.is_rows or p.replaced)]
+                    positions = self._results(chosen, i, names)
+                    index = self.normalized.placeholders.index(tensor.root)
+                    self.chosen.append(Chosen(index, of, format, positions))
+
+    def run(self, sites: Sequence[CachedAttention]) -> Rewritten:
+        for readers in _by_cache(sites):
+            past = readers[0].past
+            if past is not None and self.packed.issuperset(past):
+                self._later_call(readers)
+            elif readers[0].keys.root in self.prompt_only:
+                self._first_call_of_prompt(readers)
+            else:
+                self._first_call(readers)
+        outputs, replaced = self._finish_outputs()
+        self._drop_unused()
+        graph_module = GraphModule(self.normalized.graph_module, self.graph)
+        self.graph.lint()
+        order = self.graph.find_nodes(op="placeholder")
+        inputs = [self.inputs[n] for n in order]
+        fixed = self.copied, self.written, self.chosen, self.sides
+        return Rewritten(graph_module, inputs, outputs, replaced, self.appended, *fixed)
+
+    def _result(self, node: Node) -> int:
+        self.results.append(node)
+        return len(self.results) - 1
+
+    def _results(self, states: Node, side: int, names: Sequence[str]) -> Positions:
+        """Outputs for the parts ``names`` of one of two sides, in that order."""
+        state = self.graph.call_function(operator.getitem, (states, side))
+        parts = [(name, self.graph.call_function(operator.getitem, (state, name))) for name in names]
+        return tuple((name, self._result(part)) for name, part in parts)
+
+    def _joined_queries(self, readers: Sequence[CachedAttention], k: Node) -> Node:
+        """The queries of all attentions that read one cache, as one of larger groups."""
+        queries = [self.queries(site, k) for site in readers]
+        if len(queries) == 1:
+            return queries[0]
+        return self.graph.call_function(arrange.joined_queries, (queries, int(readers[0].keys.size(HEAD))))
+
+    # ------------------------------------------------------------------------------------------- first calls
+
+    def _first_call(self, readers: Sequence[CachedAttention]) -> None:
+        """After the untouched attentions: store what the call leaves of keys and values."""
+        site = readers[0]
+        with self.after(self.at(readers[-1].attention.node)):
+            k = self.canonical(self.at(site.keys.root), site.keys)
+            v = self.canonical(self.at(site.values.root), site.values)
+            call = Call(self._joined_queries(readers, k), k, v, self.mask(site, k))
+            self._keep(site, call, self._prompt(site), _length_kept(site.keys) if site.filling else None)
+
+    def _prompt(self, site: CachedAttention) -> Prompt:
+        if site.fixed:
+            return Prompt(start=self.start(site), capacity=self.number(site.keys.size(TOKEN)))
+        if site.window is None:
+            return Prompt()
+        read, kept = self.number(site.window.read), self.number(site.window.kept)
+        return Prompt(None, read, kept, self.number(_length_kept(site.keys)) if site.filling else None)
+
+    def _first_call_of_prompt(self, readers: Sequence[CachedAttention]) -> None:
+        """In the place of the attentions: the same to the call's own rows. They are all that is stored."""
+        site = readers[0]
+        for reader in readers:
+            with self.graph.inserting_before(self.at(reader.attention.node)):
+                k_new, v_new, attention = self._new_rows(reader.keys), self._new_rows(reader.values), reader.attention
+                arguments = (self.at(attention.q), k_new, v_new, self.at(attention.mask), self.at(attention.scale))
+                arguments += (attention.is_causal, passes_heads_once(reader))
+                out = self._as(self.graph.call_function(arrange.attend_prompt, arguments), attention.node)
+            self.replace(attention.node, out)
+        with self.after(self.at(readers[-1].attention.node)):
+            k_new, v_new = self._new_rows(site.keys), self._new_rows(site.values)
+            mask = self.graph.call_function(arrange.prompt_columns, (self.mask(site, k_new), k_new))
+            call = Call(self._joined_queries(readers, k_new), k_new, v_new, mask)
+            self._keep(site, call, Prompt(capacity=self.number(site.keys.size(TOKEN))), site.query_tokens)
+
+    def _keep(self, site: CachedAttention, call: Call, prompt: Prompt, written: Any = None) -> None:
+        """What a first call stores becomes the caches that the caller takes; ``written``: rows of tokens, if known."""
+        format = self.format(site)
+        stored = self.graph.call_function(format.first_call, (call, prompt))
+        for i, (of, tensor) in enumerate(zip(SIDES, (site.keys, site.values), strict=True)):
+            positions = self._results(stored, i, [p.name for p in format.side(of).parts(fixed=site.in_buffer)])
+            length, dtype = _length_kept(tensor), tensor.root.meta["val"].dtype
+            for index, layout in tensor.outputs.items():
+                self.made[index] = NewStore(
+                    of, format, positions, length, site.in_buffer, layout, dtype, written if of == "keys" else None
+                )
+
+    # ------------------------------------------------------------------------------------------- later calls
+
+    def _later_call(self, readers: Sequence[CachedAttention]) -> None:
+        """Attend to what is stored; then append to it."""
+        site = readers[0]
+        is_written_out = any(reader.attention.region is not None for reader in readers)
+        if site.values.read_elsewhere or is_written_out:
+            values_left = self._join_values(site)
+        elif len(readers) == 1:
+            self._leave(site, *self._step(site))
+            return
+        else:
+            values_left = None
+        for reader in readers:
+            attend = self._attend if reader.attention.region is None else self._attend_written_out
+            attend(reader)
+        with self.after(self.at(readers[-1].attention.node)):
+            left = self._append(readers, with_values=values_left is None)
+        self._leave(site, left[0], values_left or left[1])
+
+    def _new_rows(self, tensor: CacheTensor) -> Node:
+        return self.canonical(self.at(tensor.join.new), tensor)
+
+    def _arguments(self, site: CachedAttention) -> tuple[Any, ...]:
+        """The arguments of a later call's attention, which stands where nodes are made now."""
+        k_new, v_new = self._new_rows(site.keys), self._new_rows(site.values)
+        span, attention = self.span(site, k_new), site.attention
+        mask = self._causal_to_end(site, k_new, span) if attention.causal_to_end else self.mask(site, k_new)
+        call = Call(self.queries(site, k_new), k_new, v_new, mask, self.at(attention.scale), attention.is_causal)
+        return call, *(self.stored(site, of, span.start) for of in SIDES), span
+
+    def _causal_to_end(self, site: CachedAttention, k_new: Node, span: Span) -> Node | None:
+        if site.query_tokens == 1 and isinstance(site.query_tokens, int):
+            return None
+        return self.graph.call_function(arrange.causal_to_end, (k_new, span.columns))
+
+    def _step(self, site: CachedAttention) -> tuple[Positions, Positions]:
+        """In the place of the only attention to a cache: attend and append."""
+        with self.graph.inserting_before(self.at(site.attention.node)):
+            step = self.graph.call_function(self.format(site).step, self._arguments(site))
+            out, left = (self.graph.call_function(operator.getitem, (step, i)) for i in range(2))
+            positions = self._left(site, left)
+            out = self._as_attention(site, out)
+        self.replace(site.attention.node, out)
+        return positions
+
+    def _attend(self, site: CachedAttention) -> None:
+        """In the place of one of several attentions to a cache."""
+        with self.graph.inserting_before(self.at(site.attention.node)):
+            out = self.graph.call_function(self.format(site).attend, self._arguments(site))
+            out = self._as_attention(site, out)
+        self.replace(site.attention.node, out)
+
+    def _as_attention(self, site: CachedAttention, out: Node) -> Node:
+        """A result [B, Hq, N, Dv] as the attention's own lies."""
+        out = self.interleaved(site, out)
+        if site.attention.layout != CANONICAL:
+            out = self.graph.call_function(from_canonical, (out, site.attention.layout))
+        return self._as(out, site.attention.node)
+
+    def _as(self, out: Node, old: Node) -> Node:
+        """``out`` as ``old`` lies in memory, which later views rely on."""
+        value = old.meta["val"]
+        out = self.graph.call_function(arrange.laid_out, (out, stride_order(value)))
+        out.meta["val"] = value
+        return out
+
+    def _attend_written_out(self, site: CachedAttention) -> None:
+        """The product with the keys becomes one with the stored ones."""
+        region = site.attention.region
+        assert region is not None
+        with self.graph.inserting_before(self.at(region.logits.node)):
+            k_new = self._new_rows(site.keys)
+            span = self.span(site, k_new)
+            arguments = (self.queries(site, k_new), k_new, self.stored(site, "keys", span.start), span)
+            logits = self.graph.call_function(self.format(site).logits, arguments)
+            logits = self._as_product(site, self.interleaved(site, logits))
+        self.replace(region.logits.node, logits)
+
+    def _as_product(self, site: CachedAttention, logits: Node) -> Node:
+        assert site.attention.region is not None and site.queries is not None
+        product, layout = site.attention.region.logits, site.queries
+        formula = (self.at(product.alpha), self.at(product.bias), self.at(product.beta))
+        dtype = product.node.meta["val"].dtype
+        arguments = (logits, self.at(product.left), layout.queries, layout.logits, *formula, dtype)
+        return self._as(self.graph.call_function(written_out.as_product, arguments), product.node)
+
+    def _join_values(self, site: CachedAttention) -> Positions:
+        """Where the model joins its values: append the new ones, and go on with all of them."""
+        tensor = site.values
+        root = self.at(tensor.root)
+        for node in arranged(tensor.root):
+            if node.target in _VIEWS:  # of a buffer with room to grow, a view may have to copy
+                self.at(node).target = aten.reshape.default
+            if node.target is aten.copy.default:  # would bring back the tensor that is written over
+                self.at(node).replace_all_uses_with(self.at(node).args[1])
+        with self.graph.inserting_before(root):
+            new = self._new_rows(tensor)
+            span = self.span(site, new, joined=True)
+            arguments = (new, self.stored(site, "values", span.start), span)
+            joined = self.graph.call_function(self.format(site).join_values, arguments)
+            values = self.graph.call_function(operator.getitem, (joined, 0))
+            left = self._results(joined, 1, self._replaced(site, "values"))
+            values = self.graph.call_function(from_canonical, (values, tensor.layout))
+        values.meta["val"] = tensor.root.meta["val"]
+        self.replace(tensor.root, values)
+        return left
+
+    def _append(self, readers: Sequence[CachedAttention], *, with_values: bool) -> tuple[Positions, Positions]:
+        """After all attentions to a cache."""
+        site = readers[0]
+        k_new, v_new = self._new_rows(site.keys), self._new_rows(site.values)
+        call = Call(self._joined_queries(readers, k_new), k_new, v_new, self.mask(site, k_new))
+        span = self.span(site, k_new)
+        values = self.stored(site, "values", span.start) if with_values else None
+        arguments = (call, self.stored(site, "keys", span.start), values, span)
+        return self._left(site, self.graph.call_function(self.format(site).append, arguments), with_values)
+
+    def _replaced(self, site: CachedAttention, of: str) -> list[str]:
+        """The parts in whose place a call leaves new tensors: of growing caches."""
+        parts = self.format(site).side(of).parts(fixed=site.in_buffer)
+        return [] if site.in_buffer else [part.name for part in parts if part.replaced]
+
+    def _left(self, site: CachedAttention, left: Node, with_values: bool = True) -> tuple[Positions, Positions]:
+        keys = self._results(left, 0, self._replaced(site, "keys"))
+        return keys, self._results(left, 1, self._replaced(site, "values") if with_values else [])
+
+    def _leave(self, site: CachedAttention, keys_left: Positions, values_left: Positions) -> None:
+        """The caller takes the caches that the call has written."""
+        assert site.past is not None
+        for of, tensor, index, left in zip(
+            SIDES, (site.keys, site.values), site.past, (keys_left, values_left), strict=True
+        ):
+            if site.in_buffer:
+                self._leave_fixed(site, of, tensor, index)
+                continue
+            self.appended.append((index, site.query_tokens))
+            kept = None if site.window is None else _length_kept(tensor)
+            for output, layout in tensor.outputs.items():
+                self.made[output] = GrownStore(index, left, layout, kept)
+
+    def _leave_fixed(self, site: CachedAttention, of: str, tensor: CacheTensor, index: int) -> None:
+        self.sides.append((index, site.filling))
+        if of == "keys":
+            self.written.append(Written(index, site.query_tokens, site.filling))
+        in_place = index in self.normalized.written
+        if not in_place:
+            self.copied.append(index)
+        for output in tensor.outputs:
+            self.made[output] = SameHandle(index) if in_place else CopiedHandle(index)
+
+    # ----------------------------------------------------------------------------------------------- closing
+
+    def _finish_outputs(self) -> tuple[list[Output], list[tuple[int, Output]]]:
+        output = self.graph.output_node()
+        values = list(output.args[0])
+        n_written = len(self.normalized.written)
+        replaced: list[tuple[int, Output]] = []
+        with self.graph.inserting_before(output):
+            for value, index, position in zip(values, self.normalized.written, range(n_written), strict=False):
+                self._finish_written(value, index, position, replaced)
+        outputs = [self._finish_output(i, values[i]) for i in range(n_written, len(values))]
+        output.args = (tuple(self.results),)
+        return outputs, replaced
+
+    def _finish_written(self, value: Node, index: int, position: int, replaced: list[tuple[int, Output]]) -> None:
+        """The new value of a written input: stored already, a new store, or copied back as the model wrote it."""
+        made = self.made.get(position)
+        if made is None:
+            self.graph.call_function(aten.copy_.default, (self.caller_inputs[index], value))
+        elif not isinstance(made, SameHandle | CopiedHandle):
+            replaced.append((index, made))
+
+    def _finish_output(self, index: int, value: Any) -> Output:
+        if index in self.made:
+            return self.made[index]
+        return Returned(self._result(value)) if isinstance(value, Node) else Constant(value)
+
+    def _drop_unused(self) -> None:
+        """Drop dead nodes, then inputs that nothing reads: above all the handles' own, of which no value exists."""
+        self.graph.eliminate_dead_code(is_impure_node=_must_stay)
+        for index in self.packed:
+            self._forget_shape_readers(self.caller_inputs[index], index)
+        for node in self.graph.find_nodes(op="placeholder"):
+            if not node.users:
+                del self.inputs[node]
+                self.graph.erase_node(node)
+
+    def _forget_shape_readers(self, node: Node, index: int) -> None:
+        for user in list(node.users):
+            if user.target is aten.sym_size.int:
+                user.replace_all_uses_with(self.size(user.meta["val"]))
+                self.graph.erase_node(user)
+
+
+def _length_kept(tensor: CacheTensor) -> Any:
+    """How many tokens a call leaves in a growing cache, or in a window's buffer."""
+    kept = None if tensor.window is None else tensor.window.kept
+    return tensor.size(TOKEN) if kept is None else kept
+
+
+def _must_stay(node: Node) -> bool:
+    if node.op in ("placeholder", "output") or node.target in AUTOCAST | ASSERTIONS:
+        return True
+    if getattr(node.target, "__func__", None) in _WRITE:
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _by_cache(sites: Sequence[CachedAttention]) -> list[list[CachedAttention]]:
+    """The sites, those that read one cache together, in graph order."""
+    groups: dict[Node, list[CachedAttention]] = {}
+    for site in sites:
+        groups.setdefault(site.keys.root, []).append(site)
+    return list(groups.values())

@@ -1,0 +1,199 @@
+"""Replays of a lowered graph: one CUDA graph for all steps of a decode on a fixed cache.
+
+A call whose tensors lie where those of an earlier call lay replays what was captured of it: parameters and stores are
+read and written in place, the other inputs are copied to where the capture expects them, and the outputs are copies,
+so that the next replay does not change what a caller holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from think_compile.runtime.lower import Inductor
+
+log = logging.getLogger(__name__)
+
+MAX_CAPTURES = 8  # of one graph; the oldest is let go for a ninth
+ATTEMPTS = 3  # a capture fails for good when it has failed so often: memory may be short for a while
+Launched = Callable[[Sequence[Any]], Sequence[Any]]
+LARGE = 16 * 2**20  # bytes; an input of that size is read in place, and another address is another capture
+
+
+class Replayed:
+    """A lowered graph whose inputs ``in_place`` are parameters or caches, which lie where they lie."""
+
+    def __init__(self, lowered: Inductor, launched: Launched, in_place: Sequence[int]) -> None:
+        """``launched`` runs ``lowered`` where nothing is captured or replayed."""
+        self.lowered, self.launched, self.in_place = lowered, launched, frozenset(in_place)
+        self.captures: list[Capture] = []
+        self.latest: Capture | None = None  # that the last call replayed
+        self.seen: Signature | None = None  # of the last call that was not replayed
+        self.refused, self.failures = "", 0
+
+    def __call__(self, values: Sequence[Any]) -> Sequence[Any]:
+        if self.refused:
+            return self.launched(values)
+        for capture in self.captures:
+            if capture.fits(values):
+                self.latest = capture
+                return capture.replay(values)
+        self.latest = None
+        signature = Signature(values, self.in_place)
+        if signature != self.seen:  # a graph runs once as it is, which also compiles it, before it is captured
+            self.seen = signature
+            return self.launched(values)
+        return self._capture(values, signature)
+
+    def _capture(self, values: Sequence[Any], signature: Signature) -> Sequence[Any]:
+        self.refused = obstacle(values)
+        if not self.refused:
+            try:
+                capture = Capture(self.lowered, values, signature)
+            except NotCaptured as error:
+                return self._failed(values, error)
+        if self.refused:
+            log.warning("steps are launched one by one and not replayed from a CUDA graph: %s", self.refused)
+            return self.launched(values)
+        log.info("captured a CUDA graph")
+        self.captures = [capture, *self.captures][:MAX_CAPTURES]
+        return capture.replay(values)
+
+    def _failed(self, values: Sequence[Any], error: NotCaptured) -> Sequence[Any]:
+        """Run as it is what could not be captured; another call may try again."""
+        self.failures, self.seen = self.failures + 1, None
+        log.info("a CUDA graph was not captured: %s", error)
+        if self.failures == ATTEMPTS:
+            self.refused = str(error)
+            log.warning("steps are launched one by one and not replayed from a CUDA graph: %s", self.refused)
+        return self.launched(values)
+
+
+class Signature:
+    """What a capture depends on: where inputs that are read in place lie, and what the others look like."""
+
+    def __init__(self, values: Sequence[Any], in_place: frozenset[int]) -> None:
+        self.placed = [
+            i for i, x in enumerate(values) if isinstance(x, Tensor) and (i in in_place or x.nbytes >= LARGE)
+        ]
+        self.pointers = [values[i].data_ptr() for i in self.placed]
+        placed = set(self.placed)
+        self.others = [i for i in range(len(values)) if i not in placed]
+        self.looks = [look(values[i]) for i in self.others]
+        self.large = [i for i in self.placed if i not in in_place]  # the caller's own: may change their shape in place
+        self.large_looks = [look(values[i]) for i in self.large]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Signature):
+            return NotImplemented
+        mine, theirs = ((x.placed, x.pointers, x.looks, x.large_looks) for x in (self, other))
+        return mine == theirs
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def matches(self, values: Sequence[Any]) -> bool:
+        """Whether the signature of ``values`` is this one."""
+        same_places = self.pointers == [values[i].data_ptr() for i in self.placed]
+        same_looks = self.large_looks == [look(values[i]) for i in self.large]
+        return same_places and same_looks and self.looks == [look(values[i]) for i in self.others]
+
+
+def look(value: Any) -> Any:
+    """What a capture depends on of an input that is copied."""
+    return (value.shape, value.stride()) if isinstance(value, Tensor) else value
+
+
+def _without_repeats(x: Tensor) -> tuple[slice, ...] | None:
+    """The index of an expanded tensor's first element along the axes it is expanded along; None: there is none."""
+    if 0 not in x.stride():
+        return None
+    return tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())
+
+
+def obstacle(values: Sequence[Any]) -> str:
+    """Why a call with these inputs cannot be captured; empty: it can."""
+    devices = {x.device for x in values if isinstance(x, Tensor)}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        return f"inputs are on {', '.join(sorted(map(str, devices)))}"
+    if any(is_traceable_wrapper_subclass(x) for x in values if isinstance(x, Tensor)):
+        return "inputs are tensor subclasses, which do not tell where their numbers lie"
+    return ""
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Torch's own is one for all devices, on the device that captured first. One each: a stream costs a workspace."""
+    return torch.cuda.Stream(device)
+
+
+class NotCaptured(Exception):
+    """A call was not captured, for the reason that is given."""
+
+
+@contextmanager
+def _mended(device: torch.device) -> Iterator[None]:
+    """Torch leaves the random generator unusable when a capture fails: put it back to where it was."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    seed, offset = generator.initial_seed(), generator.get_offset()
+    try:
+        yield
+    except Exception as error:
+        generator.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
+        generator.manual_seed(seed).set_offset(offset)
+        raise NotCaptured(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+class Capture:
+    """One CUDA graph, and the tensors through which inputs and outputs pass."""
+
+    def __init__(self, lowered: Inductor, values: Sequence[Any], signature: Signature) -> None:
+        """Raises :class:`NotCaptured`; nothing of the graph has run then."""
+        self.signature = signature
+        self.copied = [i for i in signature.others if isinstance(values[i], Tensor)]
+        self.parts = [_without_repeats(values[i]) for i in self.copied]
+        self.inputs = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in self._of(values)
+        ]
+        given = list(values)
+        for i, tensor in zip(self.copied, self.inputs, strict=True):
+            given[i] = tensor.expand(values[i].shape)
+        if not lowered.is_compiled_for(given):
+            raise NotCaptured("it would be compiled anew")
+        self.graph = torch.cuda.CUDAGraph()
+        device = next(x.device for x in values if isinstance(x, Tensor))
+        with (
+            torch.cuda.device(device),
+            _mended(device),
+            torch.cuda.graph(self.graph, stream=_capture_stream(device), capture_error_mode="thread_local"),
+        ):
+            self.outputs = list(lowered(given))
+        self._refuse_aliases(values)
+
+    def _of(self, values: Sequence[Any] | Mapping[int, Any]) -> list[Tensor]:
+        """The inputs to be copied; of an expanded one what is not a repetition."""
+        given = zip(self.copied, self.parts, strict=True)
+        return [values[i] if part is None else values[i][part] for i, part in given]
+
+    def _refuse_aliases(self, values: Sequence[Any]) -> None:
+        """What is an input, or a part of one, would come back as a copy."""
+        inputs = {x.untyped_storage().data_ptr() for x in (*values, *self.inputs) if isinstance(x, Tensor)}
+        if any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in inputs for x in self.outputs):
+            raise NotCaptured("an output is an input")
+
+    def fits(self, values: Sequence[Any]) -> bool:
+        """Whether replaying does what the lowered graph would do with ``values``."""
+        return self.signature.matches(values)
+
+    def replay(self, values: Sequence[Any] | Mapping[int, Any]) -> list[Any]:
+        """The outputs of a call with ``values``, of which those that are copied are enough."""
+        if self.copied:
+            torch._foreach_copy_(self.inputs, self._of(values))
+        self.graph.replay()
+        return [x.clone() if isinstance(x, Tensor) else x for x in self.outputs]

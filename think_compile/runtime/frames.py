@@ -1,0 +1,130 @@
+"""A model's call under Dynamo: a failed call leaves no trace behind.
+
+Dynamo on its own marks the code of a frame that it cannot convert, for good: one malformed request would leave every
+later call dense. Here such a frame runs as the model wrote it, in this call only. If the plain code raises too, the
+error is the caller's and nothing is remembered. If it succeeds, the failure is ours: calls of that kind are not traced
+again, and the report says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections import Counter
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_code_exec_strategy
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+
+from think_compile.backend import Backend, NothingRewritten
+from think_compile.runtime.running import RUNNING, FrameFailure, Running
+
+# Graphs of one piece of code before torch gives up compiling it and runs it op by op. Torch's own limit of 8 is reached
+# by a few conversations that differ in batch, padding and cache; beyond it no new cache would be pruned.
+MAX_GRAPHS = 64
+MAX_GRAPHS_OF_A_LAYER = 8  # where graph breaks part the layers, which have one piece of code
+MAX_FAILURES = 8  # kinds of arguments that a piece of code may fail on before Dynamo no longer tries it
+
+_numbers = itertools.count()
+_CONVERTED = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
+_SKIPPED_WITH_ALL_INSIDE = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+_SKIPPED = FrameExecStrategy(FrameAction.SKIP, FrameAction.DEFAULT)
+
+
+class _Converter:
+    """Dynamo's callback for the frames of one model's calls, around Dynamo's own ``convert``."""
+
+    def __init__(self, convert: Any) -> None:
+        self._torchdynamo_orig_backend = convert  # by this name Dynamo finds the backend of compiled code
+        self.failed: dict[CodeType, set[tuple[Any, ...]]] = {}
+
+    def __call__(self, frame: Any, *rest: Any) -> ConvertFrameReturn:
+        running = RUNNING.get()
+        assert running is not None
+        failed = self.failed.get(frame.f_code, ())
+        if failed and (len(failed) == MAX_FAILURES or _kind(frame) in failed):
+            return ConvertFrameReturn(_SKIPPED, apply_to_code=False)
+        running.names = frame.f_locals
+        try:
+            result = self._torchdynamo_orig_backend(frame, *rest)
+        except Exception as error:
+            if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, NothingRewritten):
+                raise
+            running.failures.append(FrameFailure(frame.f_code, _kind(frame), error))
+            return ConvertFrameReturn(_SKIPPED_WITH_ALL_INSIDE, apply_to_code=False)
+        if result.guarded_code is None and result.apply_to_code:
+            running.marked.append(frame.f_code)
+        return result
+
+    def remember(self, failure: FrameFailure) -> None:
+        """Take in that the plain code succeeds where Dynamo fails."""
+        self.failed.setdefault(failure.code, set()).add(failure.kind)
+
+
+def _kind(frame: Any) -> tuple[Any, ...]:
+    """The kind of a frame's arguments: types, and dtypes and shapes of tensors."""
+    leaves = pytree.tree_leaves(dict(frame.f_locals))
+    return tuple((x.dtype, tuple(x.shape)) if type(x) is Tensor else type(x) for x in leaves)
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model._call_impl(*args, **kwargs)
+
+
+def compiled_call(model: nn.Module, backend: Backend) -> Callable[..., Any]:
+    """The call of one model, compiled by ``backend``: a function of model, args and kwargs.
+
+    Its code object is its own, so that models do not share recompile limits. Errors of the model and of this package
+    come out as they are.
+    """
+    # by its name Dynamo tells the sizes that vary between calls, which are not those of another model
+    code = _call.__code__.replace(co_name=f"{type(model).__name__}_call_{next(_numbers)}")
+    context: Any = torch._dynamo.optimize(backend)  # does nothing where the environment turns Dynamo off
+    context.callback = converter = _Converter(getattr(context, "callback", None))
+    compiled = context(types.FunctionType(code, globals()))
+    limit, accumulated = _limits(model)
+    settings = {
+        "recompile_limit": limit,
+        "accumulated_recompile_limit": accumulated,
+        "suppress_errors": False,
+        "skip_nnmodule_hook_guards": False,  # hooks may come and go between calls
+    }
+
+    def call(*args: Any) -> Any:
+        running = Running(backend.warn_once, args)
+        token = RUNNING.set(running)
+        try:
+            with torch._dynamo.config.patch(settings):
+                result = compiled(*args)
+        except BaseException as error:
+            _unmark(running)
+            if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, NothingRewritten):
+                raise error.inner_exception from None
+            raise
+        finally:
+            RUNNING.reset(token)
+        for failure in running.failures:
+            converter.remember(failure)
+            backend.excuse_frame(failure)
+        backend.check_attention_was_seen()
+        return result
+
+    return call
+
+
+def _unmark(running: Running) -> None:
+    for code in running.marked:
+        set_code_exec_strategy(code, _CONVERTED)
+
+
+def _limits(model: nn.Module) -> tuple[int, int]:
+    """How often Dynamo may compile a piece of code of the model, and all pieces of one call."""
+    kinds = Counter(type(module) for module in model.modules() if next(module.children(), None) is not None)
+    limit = max(MAX_GRAPHS, MAX_GRAPHS_OF_A_LAYER * max(kinds.values(), default=0))
+    return limit, max(limit, torch._dynamo.config.accumulated_recompile_limit)

@@ -1,0 +1,87 @@
+"""First calls whose keys stay behind as the very tensors that came in: a later call that joins them packs them.
+
+Where a graph break parts projection and attention, no graph shows that the keys are a cache. The attention's graph
+notes what its call chooses for their rows; the tensors stay the caller's. A later call whose past they are takes them
+up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from think_compile.cache.canonical import CHANNEL, HEAD, to_canonical
+from think_compile.cache.cell import Cell
+from think_compile.cache.handle import Handle, handle_for
+from think_compile.cache.state import State, capacity_for
+from think_compile.cache.store import Packed, allocating
+from think_compile.formats.base import CacheFormat, Side
+from think_compile.passes.prove.kv_cache import CachedAttention, CacheTensor
+from think_compile.passes.rewrite.draft import FormatOf
+from think_compile.passes.rewrite.plan import Chosen
+
+
+class _Note(NamedTuple):
+    """What was chosen for the rows of a tensor, how they are to be stored, and the tensor's version then."""
+
+    chosen: State
+    side: Side
+    version: int | None
+
+
+class Pending:
+    """What first calls chose, by keys and values, for as long as those live and nobody writes to them."""
+
+    def __init__(self) -> None:
+        self.notes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def note(self, what: Chosen, tensor: Tensor, chosen: State) -> None:
+        """Remember what a first call chose for ``tensor``."""
+        if not isinstance(tensor, Handle):
+            self.notes[tensor] = _Note(chosen, what.format.side(what.of), _version(tensor))
+
+    def take_up(self, args: Sequence[Any], sites: Sequence[CachedAttention], format_of: FormatOf) -> Sequence[Any]:
+        """``args`` with handles for pasts that a first call noted a choice for."""
+        if not self.notes:
+            return args
+        taken = list(args)
+        for site, format in self._known(args, sites, format_of):
+            for of, tensor, index in zip(("keys", "values"), (site.keys, site.values), site.past or (), strict=True):
+                taken[index] = _packed(args[index], of, format.side(of), tensor, self.notes[args[index]].chosen)
+        return taken
+
+    def _known(
+        self, args: Sequence[Any], sites: Sequence[CachedAttention], format_of: FormatOf
+    ) -> Iterator[tuple[CachedAttention, CacheFormat]]:
+        for site in sites:
+            if site.past is None or site.in_buffer or site.window is not None:
+                continue
+            format = format_of(int(site.keys.size(CHANNEL)), int(site.values.size(CHANNEL)))
+            pair = zip((args[i] for i in site.past), (format.keys, format.values), strict=True)
+            if all(self._is_noted(tensor, side, site.keys.size(HEAD)) for tensor, side in pair):
+                yield site, format
+
+    def _is_noted(self, tensor: Tensor, side: Side, heads: Any) -> bool:
+        if isinstance(tensor, Handle) or tensor not in self.notes:
+            return False
+        note = self.notes[tensor]
+        same_heads = all(x.shape[1] == heads for x in note.chosen.values())
+        return bool(same_heads and note.side == side and note.version == _version(tensor))
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _packed(past: Tensor, of: str, side: Side, tensor: CacheTensor, chosen: State) -> Handle:
+    layout = tensor.join.past_layout
+    assert layout is not None
+    with allocating():
+        rows = to_canonical(past.detach(), layout, int(tensor.size(HEAD)), int(tensor.size(CHANNEL)))
+        length = rows.shape[2]
+        state = side.pack(rows, chosen, length, capacity_for(length), fixed=False)
+        state = {name: x.contiguous() for name, x in state.items()}
+        return handle_for(Cell(Packed.made(of, side, state, past.dtype, length)), layout)
