@@ -110,13 +110,13 @@ def test_keys_that_are_written_to_before_they_are_joined(decoder):
     trio = Trio("tuple_cat", Rules(), model=decoder(StayBehind))
     ids = tokens(2, 16)
     trio.step(ids[:, :12])
-    chosen = dict(_backends[trio.model].pending.chosen.items())
-    assert len(chosen) == 2
+    notes = dict(_backends[trio.model].pending.notes.items())
+    assert len(notes) == 4  # keys and values of two layers
     for keys, _ in trio.got.past:
         keys.mul_(torch.linspace(0, 2, keys.shape[-1]))
-    before = [channels for channels, *_ in chosen.values()]
+    before = [note.chosen["channels"] for note in notes.values() if note.chosen]
     trio.got.step(ids[:, 12:13])
-    now = [keys.store.channels for keys, _ in trio.got.past]
+    now = [keys.store.own["channels"] for keys, _ in trio.got.past]
     assert not any(torch.equal(a, b) for a, b in zip(before, now, strict=True))
 
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from think_compile import CacheFull, ThinkWarning, report, think_compile
 from think_compile.cache.store import Packed, Rows
-from think_compile.kernels.steps import capacity_for
+from think_compile.cache.state import capacity_for
 
 ROOM = 12
 RULES = {"recent": 2, "observe": 4, "channel_multiple": 1, "lowering": "eager"}
@@ -33,7 +33,7 @@ def test_a_static_cache_that_is_full(lengths):
     for length in fitting:
         model(torch.randint(0, 60, (2, length)), **{CACHE: cache})
     keys, counted = contents(cache)
-    with pytest.raises(CacheFull, match=f"{ROOM} tokens was to take {too_many} more behind {sum(fitting)}"):
+    with pytest.raises(CacheFull, match=f"{ROOM} tokens was to take {too_many} more after {sum(fitting)}"):
         model(torch.randint(0, 60, (2, too_many)), **{CACHE: cache})
     after, still = contents(cache)
     assert all(map(torch.equal, keys, after)) and counted == still
@@ -69,7 +69,7 @@ def test_a_buffer_that_is_written_from_its_beginning_again():
         x, positions = torch.randn(2, length, 32), torch.arange(start, start + length)
         torch.testing.assert_close(ours(x, positions), plain(x, positions))
     assert len(report(ours).rewritten) == 1 and isinstance(ours.k.store, Packed)
-    with pytest.raises(CacheFull, match="was to take 5 more behind 8"):
+    with pytest.raises(CacheFull, match="was to take 5 more after 8"):
         ours(torch.randn(2, 5, 32), torch.arange(8, 13))
 
 
@@ -90,7 +90,7 @@ def test_a_full_buffer_is_found_whatever_its_mask_costs():
     for start, length in ((0, 8), (8, 4)):
         ours(torch.randn(2, length, 32), torch.arange(start, start + length))
     assert isinstance(ours.k.store, Packed)
-    with pytest.raises(CacheFull, match="was to take 1 more behind 12"):
+    with pytest.raises(CacheFull, match="was to take 1 more after 12"):
         ours(torch.randn(2, 1, 32), torch.arange(12, 13))
 
 

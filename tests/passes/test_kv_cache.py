@@ -15,7 +15,7 @@ from think_compile.passes.normalize import Normalized, normalize
 from think_compile.passes.prove.kv_cache import CachedAttention, find_caches
 from think_compile.passes.prove.sequence import is_cross_attention, tokens_of
 from think_compile.passes.refusal import Reason
-from think_compile.passes.rewrite.prompt_only import find_own_rows
+from think_compile.passes.rewrite.prompt_only import find_prompt_only
 
 B, HQ, H, N, P, C, D = 2, 4, 2, 3, 7, 16, 8
 BHSD, BSHD = (0, 1, 2, 3), (0, 2, 1, 3)
@@ -208,8 +208,8 @@ def test_own_rows_suffice_for_all_readers_of_a_cache_or_none():
     found = normalized(g, *qkv(), torch.arange(N))
     (site,) = find_caches(found, find_attention(found.graph_module)).cached
     other = dataclasses.replace(site, attention=dataclasses.replace(site.attention, is_causal=False))
-    assert find_own_rows(found, [site]).roots == {site.keys.root}
-    assert find_own_rows(found, [site, other]) is None
+    assert find_prompt_only(found, [site]).roots == {site.keys.root}
+    assert find_prompt_only(found, [site, other]) is None
 
 
 def test_prefix_read():

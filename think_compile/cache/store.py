@@ -174,11 +174,17 @@ class Packed(Store):
 
     @classmethod
     def made(cls, of: str, side: Side, state: State, dtype: torch.dtype, length: int | None) -> Packed:
-        """The store of what a first call left; ``length`` tokens of a growing cache, None: it is of fixed size."""
-        names = {part.name for part in side.parts(fixed=length is None) if part.is_rows}
+        """The store of what a first call left; ``length`` tokens of a growing cache, None: it is of fixed size.
+
+        ``dtype`` is what the graph takes the cache for; under autocast its parts may tell otherwise.
+        """
+        parts = side.parts(fixed=length is None)
+        dtype = next((state[part.name].dtype for part in parts if part.dtype is None), dtype)
+        names = {part.name for part in parts if part.is_rows}
         rows = Rows({name: x for name, x in state.items() if name in names})
         own = {name: x for name, x in state.items() if name not in names}
-        counters = None if length is None else Counters(0, side.window_start(length), length)
+        window_start = side.window_start(length) if side.has_ring and length is not None else 0
+        counters = None if length is None else Counters(0, window_start, length)
         return cls(of, side, rows, own, dtype, counters)
 
     @property

@@ -7,7 +7,6 @@ rings, so that older handles keep theirs; caches of fixed size are written in pl
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -180,10 +179,9 @@ class Side:
     def pack(self, rows: Tensor, chosen: State, length: Length, capacity: int, *, fixed: bool) -> State:
         """Rows [B, H, S, W], of which ``length`` hold tokens, as stored."""
         spare = capacity - rows.shape[2]
-        state = {name: F.pad(x, (0, 0, 0, spare)) for name, x in self.codec.encode(rows, chosen).items()} | chosen
+        state = {name: _padded(x, spare) for name, x in self.codec.encode(rows, chosen).items()} | chosen
         if not self.has_ring:
-            copied = functools.partial(torch.clone, memory_format=torch.contiguous_format)
-            return {name: copied(x) for name, x in state.items()} if fixed else state
+            return state
         state["ring"] = ring_of(rows, length, self.ring_rows(capacity if fixed else GROWTH_ROWS))
         if fixed:
             end = torch.as_tensor(length, device=rows.device)
@@ -240,6 +238,11 @@ class Side:
     def dense(self, stored: Stored, oldest: Length, length: Length, columns: int, *, rolling: bool = False) -> Tensor:
         """[B, H, columns, W]: positions from ``oldest`` on as the next call sees them; ``length`` ends the tokens."""
         return attention.in_order(self, stored, None, Span(length, oldest, columns, rolling))
+
+
+def _padded(x: Tensor, spare: int) -> Tensor:
+    """A copy of ``x`` [B, H, S, *] with ``spare`` more rows, zero."""
+    return F.pad(x, (0, 0, 0, spare)) if spare else x.clone(memory_format=torch.contiguous_format)
 
 
 def append_rows(buffer: Tensor, rows: Tensor, span: Span) -> None:
