@@ -15,12 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from benchmarks.measure import captured_ms, copies_for, read_bandwidth
-from benchmarks.tune import RECENT, Shape, arguments
+from benchmarks.tune import KERNELS, RECENT, Shape, arguments
 from think_compile.formats.attention import narrow
 from think_compile.formats.base import Side
 from think_compile.formats.think import Channels
 from think_compile.formats.whole import Whole
-from think_compile.kernels.decode import decode_attention
 
 SHAPES = (
     Shape(16, 32768),
@@ -39,7 +38,7 @@ def check(shape: Shape) -> None:
     """Raise unless the kernel's error against fp64 is what the reference's in the same dtype is, a few times over."""
     given = arguments(replace(shape, batch=1, tokens=3000))
     sides = Side(Channels(shape.kept, 32), shape.d, RECENT), Side(Whole(), shape.dv)
-    got, same = decode_attention(*given), narrow(*given, sides)
+    got, same = KERNELS.attend(*given), narrow(*given, sides)
     call, keys, values, span = _double(given)
     exact = narrow(call, keys, values, span, sides)
     error, natural = ((x.double() - exact).abs().max().item() for x in (got, same))
@@ -55,7 +54,7 @@ def _double(x: Any) -> Any:
 def pruned_us(shape: Shape) -> float:
     """Microseconds of the kernel."""
     inputs = [arguments(shape) for _ in range(copies_for(shape.n_bytes))]
-    return captured_ms([functools.partial(decode_attention, *given) for given in inputs]) * 1e3
+    return captured_ms([functools.partial(KERNELS.attend, *given) for given in inputs]) * 1e3
 
 
 Attention = Callable[[Any, Any, Any], Any]

@@ -11,7 +11,7 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,13 @@ def write_rows(path: Path, head: dict[str, Any], rows: Sequence[dict[str, Any]])
     """A JSON object of ``head`` and "rows", one a line."""
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     path.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n')
+
+
+def write_groups(path: Path, head: dict[str, Any], groups: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    """A JSON object of ``head`` and "pairs", whose rows stand one a line."""
+    lines = {name: ",\n".join("  " + json.dumps(row) for row in rows) for name, rows in groups.items()}
+    pairs = ", ".join(f"{json.dumps(name)}: [\n{text}\n]" for name, text in lines.items())
+    path.write_text(json.dumps(head)[:-1] + f', "pairs": {{{pairs}}}}}\n')
 
 
 def load(path: Path) -> dict[str, Any]:

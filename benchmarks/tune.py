@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import captured_ms, copies_for, device_name, versions, write_rows
+from benchmarks.measure import captured_ms, copies_for, device_name, versions, write_groups
 from think_compile import ThinkConfig
 from think_compile.cache.state import Call, Span, Stored
-from think_compile.kernels import decode
+from think_compile.kernels.calls import PAIRS
 from think_compile.kernels.launch import TABLE, Launch, query_tile
 
 RECENT = ThinkConfig.recent
+PAIR = "channels", "whole"  # of codecs, whose launches are measured
+KERNELS = PAIRS[PAIR]
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ Arguments = tuple[Call, Stored, Stored, Span]
 
 
 def arguments(shape: Shape, device: str = "cuda", spare: int = 64) -> Arguments:
-    """Fresh random arguments of :func:`decode.decode_attention`, the lengths on the device."""
+    """Fresh random arguments of :meth:`PairKernels.attend`, the lengths on the device."""
     b, h, s = shape.batch, shape.heads, shape.tokens
     make = functools.partial(torch.randn, dtype=shape.dtype)
     with torch.device(device):
@@ -116,7 +118,7 @@ def _compile(job: tuple[Shape, Launch]) -> str | None:
     """Compiles in a process of its own; what does not fit the device is said."""
     shape, launch = job
     try:
-        decode.decode_attention(*arguments(variant(shape)), launch)
+        KERNELS.attend(*arguments(variant(shape)), launch)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -140,7 +142,7 @@ def timings(shape: Shape, tiles: Any, repeats: int = 7) -> list[tuple[float, Lau
     inputs = [arguments(shape) for _ in range(copies_for(shape.n_bytes))]
     found = []
     for launch in launches(shape, tiles):
-        calls = [functools.partial(decode.decode_attention, *given, launch) for given in inputs]
+        calls = [functools.partial(KERNELS.attend, *given, launch) for given in inputs]
         found.append((captured_ms(calls, repeats), launch))
     return sorted(found, key=lambda pair: pair[0])
 
@@ -175,7 +177,8 @@ def main() -> None:
     """Tune, and write the table."""
     rows = tune()
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    write_rows(TABLE, {"device": device_name("cuda"), "processors": processors, "versions": versions()}, rows)
+    head = {"device": device_name("cuda"), "processors": processors, "versions": versions()}
+    write_groups(TABLE, head, {"+".join(PAIR): rows})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The independent oracle: a plain eager model whose dense key cache is zero-filled by the pruning rules.
+"""The independent oracle: a plain eager model whose dense cache holds what a format stores, decoded.
 
 Nothing here shares code with the package. `Oracle` runs an untouched copy of a model with its ordinary cache.
 In the first call on a cache it sees, through `scaled_dot_product_attention`, the queries, keys and mask of
 every layer and chooses the channels to keep; after every call it zeroes the dropped channels of each token
-that is older than the last `recent` ones. `Yardstick` runs the oracle twice, in the model's precision and in
+that is older than the last `recent` ones. Another format is given as what it makes of the rows that leave the window:
+`keys` and `values`, functions of rows [B, H, n, D]. `Yardstick` runs the oracle twice, in the model's precision and in
 float64, so that an error can be bounded by what that precision costs anyway.
 """
 
@@ -93,7 +94,8 @@ class Slot:
     keys: Tensor | None
     count: int
     bounded: bool = False  # a window: holds the latest tokens, `count` of them
-    fixed: bool = False  # of fixed size: rows behind the tokens hold nothing
+    fixed: bool = False  # of fixed size: rows after the tokens hold nothing
+    values: Tensor | None = None  # a [B, H, S, Dv] view of the values, where a format changes them too
 
 
 def hf_slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
@@ -104,11 +106,11 @@ def hf_slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
 
 def _hf_slot(layer: object) -> Slot:
     count = int(layer.get_seq_length())
-    keys = layer.keys if count else None
+    keys, values = (layer.keys, layer.values) if count else (None, None)
     bounded, static = getattr(layer, "is_sliding", False), hasattr(layer, "max_cache_len")
     if bounded and count:
         count = min(count, keys.shape[2])
-    return Slot(layer, keys, count, bounded, static)
+    return Slot(layer, keys, count, bounded, static, values)
 
 
 def tuple_slots(canonical: Callable[[Tensor], Tensor], *, bounded: bool = False) -> Callable:
@@ -151,6 +153,7 @@ class State:
 
     kept: Tensor  # [B, KV heads, D]
     limit: int | None
+    done: int = 0  # tokens that have left the window, where a format is given
 
 
 @dataclass
@@ -189,6 +192,8 @@ class Oracle:
     prune_generated: bool = True
     sliding: bool = False
     slots: Callable = hf_slots
+    keys: Callable[[Tensor], Tensor] | None = None
+    values: Callable[[Tensor], Tensor] | None = None
     replay: list[Tensor] | None = None
     decisions: list[Tensor] = field(default_factory=list)
 
@@ -244,7 +249,13 @@ class Oracle:
         old = max(0, slot.count - self.recent)
         if state.limit is not None:
             old = min(old, state.limit)
-        slot.keys[:, :, :old].masked_fill_(~state.kept[:, :, None], 0)
+        new = slice(max(0, state.done - gone), old)
+        for rows, stored in ((slot.keys, self.keys), (slot.values, self.values)):
+            if stored is not None and new.start < old:
+                rows[:, :, new] = stored(rows[:, :, new])
+        state.done = max(new.start, old)
+        if self.keys is None:
+            slot.keys[:, :, :old].masked_fill_(~state.kept[:, :, None], 0)
 
     def _decide(self, slot: Slot, call: Seen) -> Tensor:
         if self.replay is not None:

@@ -54,13 +54,19 @@ def assert_same_tokens(rules, ids, real=None, model=None, **kwargs):
 # ------------------------------------------------------------------ ways of decoding
 
 
-BATCHES = [pytest.param(1, "none", id="batch1")] + [
-    pytest.param(7, side, id=f"batch7-{side}") for side in ("none", "left", "right")
+BATCHES = [  # each batch once, and both ratios with padding and without; the further settings repeat these: slow
+    pytest.param(PLAIN, 1, "none", id="batch1-ratio0"),
+    pytest.param(PRUNED, 1, "none", id="batch1-ratio0.5", marks=pytest.mark.slow),
+    pytest.param(PLAIN, 7, "none", id="batch7-none-ratio0", marks=pytest.mark.slow),
+    pytest.param(PRUNED, 7, "none", id="batch7-none-ratio0.5"),
+    pytest.param(PLAIN, 7, "left", id="batch7-left-ratio0"),
+    pytest.param(PRUNED, 7, "left", id="batch7-left-ratio0.5", marks=pytest.mark.slow),
+    pytest.param(PLAIN, 7, "right", id="batch7-right-ratio0", marks=pytest.mark.slow),
+    pytest.param(PRUNED, 7, "right", id="batch7-right-ratio0.5"),
 ]
 
 
-@RATIOS
-@pytest.mark.parametrize(("batch", "side"), BATCHES)
+@pytest.mark.parametrize(("rules", "batch", "side"), BATCHES)
 def test_greedy(rules, batch, side):
     assert_same_tokens(rules, tokens(batch, 24), padding(side, batch, 24))
 
@@ -163,7 +169,7 @@ def test_assistant_model():
     assert torch.equal(generate(ours, ids, assistant_model=compiled(model, Rules(0.75))), expected)
 
 
-@RATIOS
+@MOSTLY_PRUNED
 def test_preallocated_static_cache(rules):
     """Chunked prefill allocates a static cache before the first call: its tensors are let go of where it holds them."""
     options = {"prefill_chunk_size": 8, "cache_implementation": "static"}
@@ -205,7 +211,7 @@ def test_a_tensor_in_a_tuple_is_not_swapped():
         assert all(isinstance(held, Handle) is bool(rewritten) for held in caches[0])
 
 
-@RATIOS
+@MOSTLY_PRUNED
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 def test_second_turn(rules, options):
     """The cache of a generation is passed back with more tokens: a multi-token call on a pruned past."""
@@ -439,8 +445,17 @@ def test_batches_of_different_sizes_one_after_the_other():
 # ------------------------------------------------------------------ numbers
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@RATIOS
+PRECISIONS = [
+    pytest.param(PLAIN, torch.bfloat16, id="ratio0-torch.bfloat16"),
+    pytest.param(PLAIN, torch.float16, id="ratio0-torch.float16", marks=pytest.mark.slow),
+    pytest.param(PLAIN, torch.float32, id="ratio0-torch.float32", marks=pytest.mark.slow),
+    pytest.param(PRUNED, torch.bfloat16, id="ratio0.5-torch.bfloat16"),
+    pytest.param(PRUNED, torch.float16, id="ratio0.5-torch.float16"),
+    pytest.param(PRUNED, torch.float32, id="ratio0.5-torch.float32"),
+]
+
+
+@pytest.mark.parametrize(("rules", "dtype"), PRECISIONS)
 @torch.no_grad()
 def test_precisions(dtype, rules):
     trio = Trio(rules=rules, model=hugging_face("llama").to(dtype))
@@ -542,8 +557,15 @@ def test_the_model_is_still_itself():
     assert {name: p.data_ptr() for name, p in ours.named_parameters()} == before
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
-@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize(
+    ("options", "side"),
+    [
+        pytest.param({}, "none", id="none-dynamic", marks=pytest.mark.slow),
+        pytest.param({"cache_implementation": "static"}, "none", id="none-static"),
+        pytest.param({}, "left", id="left-dynamic"),
+        pytest.param({"cache_implementation": "static"}, "left", id="left-static", marks=pytest.mark.slow),
+    ],
+)
 def test_two_graphs_for_a_whole_generation(options, side):
     """Counted by the package and by Dynamo itself; one more text of another length adds none."""
     ours = compiled(hugging_face("llama"))

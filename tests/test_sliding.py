@@ -34,27 +34,39 @@ KINDS = [Kind(cut, stock, style=style) for cut in CUTS for stock, style in [(Tru
 OTHERS = [Kind(cut, by="positive") for cut in CUTS] + [Kind(style=Style(layout="bs(hd)")), Kind(stock=False)]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+def often(cases, *places):
+    """Those at these places run in every run: the further settings repeat them in other mixtures, and are slow."""
+    return [case if i in places else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize("kind", often(KINDS, 0, 3, 4), ids=str)
 @torch.no_grad()
 def test_each_cut(kind):
     follow(register(kind), FILLING, OVERRUN, LONG, side="left")
 
 
-@pytest.mark.parametrize("kind", OTHERS, ids=str)
+@pytest.mark.parametrize("kind", often(OTHERS, 1, 3), ids=str)
 @torch.no_grad()
 def test_other_ways_to_cut(kind):
     follow(register(kind), [7, 1, 8, 1, 1, 20, 1])
 
 
-@pytest.mark.parametrize("calls", [FILLING, LONG], ids=["filling", "long"])
-@pytest.mark.parametrize("stock", [True, False], ids=["stock", "softcap"])
+@pytest.mark.parametrize(
+    ("stock", "calls"),
+    [
+        pytest.param(True, FILLING, id="stock-filling", marks=pytest.mark.slow),
+        pytest.param(True, LONG, id="stock-long"),
+        pytest.param(False, FILLING, id="softcap-filling"),
+        pytest.param(False, LONG, id="softcap-long", marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
 def test_generated_tokens_left_whole(stock, calls):
     """Until they leave the layer's window; the tokens of the first call leave it first."""
     follow(register(Kind(stock=stock, style=SOFTCAP)), calls, rules=Rules(prune_generated=False, sliding=True))
 
 
-@pytest.mark.parametrize("recent", [0, 1, 14, 15, 40])
+@pytest.mark.parametrize("recent", often([0, 1, 14, 15, 40], 0, 2, 3))
 @torch.no_grad()
 def test_recent_tokens_beside_the_window(recent):
     """The layer keeps 15 tokens: where all are recent there is nothing to prune, and it is left alone."""
@@ -92,7 +104,10 @@ def test_a_past_cut_before_it_is_joined_is_not_told_from_a_growing_one_by_its_fi
     trio.check_handles(0)
 
 
-@pytest.mark.parametrize(("calls", "side"), [([18, *[1] * 7, 5, 1], "left"), ([40, 1, 1, 30, 1], "none")])
+@pytest.mark.parametrize(
+    ("calls", "side"),
+    [pytest.param([18, *[1] * 7, 5, 1], "left", marks=pytest.mark.slow), ([40, 1, 1, 30, 1], "none")],
+)
 @torch.no_grad()
 def test_beside_full_layers(calls, side):
     """Gemma 3: layers with a window of 24 and full ones in one graph, whose lengths are equal while it fills."""
@@ -180,7 +195,7 @@ IN_BUFFERS = [
 ]
 
 
-@pytest.mark.parametrize("kind", IN_BUFFERS, ids=str)
+@pytest.mark.parametrize("kind", often(IN_BUFFERS, 0, 3), ids=str)
 @torch.no_grad()
 def test_buffers_whose_rows_move_up(kind):
     follow(register(kind), [*FILLING, 1, 5, 1], OVERRUN, LONG)
@@ -200,7 +215,13 @@ EXACTLY_FULL = [24, 1, 1, 3, 24, 1]
 
 @pytest.mark.parametrize(
     ("calls", "prune_generated"),
-    [(FULL_BY_STEPS, True), (FULL_AT_ONCE, True), (OVERRUN_LATER, False), (EXACTLY_FULL, True), (FULL_AT_ONCE, False)],
+    [
+        (FULL_BY_STEPS, True),
+        pytest.param(FULL_AT_ONCE, True, marks=pytest.mark.slow),
+        (OVERRUN_LATER, False),
+        pytest.param(EXACTLY_FULL, True, marks=pytest.mark.slow),
+        pytest.param(FULL_AT_ONCE, False, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 @torch.no_grad()
@@ -212,7 +233,7 @@ def test_windows_in_buffers(calls, prune_generated):
     trio.check_handles(2)
 
 
-@pytest.mark.parametrize("calls", [[30, 1, 4, 1], [10, *[1] * 16, 3]], ids=str)
+@pytest.mark.parametrize("calls", often([[30, 1, 4, 1], [10, *[1] * 16, 3]], 0), ids=str)
 @torch.no_grad()
 def test_windows_in_buffers_with_padding(calls):
     trio = Trio("gemma3", Rules(recent=8, sliding=True), cache=filled_cache())

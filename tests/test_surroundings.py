@@ -94,7 +94,7 @@ def test_keys_that_are_read_behind_a_graph_break_of_the_same_call():
     model, ids = of(ReadsBehindABreak), tokens(2, 12)
     ours = think_compile(copy.deepcopy(model), lowering="eager", **SMALL)
     with pytest.warns(
-        UserWarning, match="behind a graph break, aten.* reads a cache that the same call has just pruned"
+        UserWarning, match="after a graph break, aten.* reads a cache that the same call has just compressed"
     ):
         _, past = talked(ours, ids, [12])
     with warnings.catch_warnings():

@@ -104,7 +104,7 @@ class Backend:
                 layer = full_path(module_path(part), part, names) or frame
                 self._refuse_graph(Refused(why, where(part)), layer)
             return self._plain(gm, example_inputs)
-        findings = find_caches(normalized, sites, self.config.recent if self.config.sliding else None)
+        findings = find_caches(normalized, sites, self.config.smallest_window)
         self._refuse_unswappable(findings, example_inputs)
         self._refuse_given_up(findings, example_inputs)
         self._record(normalized, findings)
@@ -139,7 +139,7 @@ class Backend:
         read = packed.difference(*(site.past for site in findings.cached if site.past is not None))
         read = {i for i in read if _is_read(normalized.placeholders[i])}
         if read:
-            self.warn_once(f"{len(read)} pruned caches are read densely from now on: {sentence(findings.refused)}")
+            self.warn_once(f"{len(read)} compressed caches are read densely from now on: {sentence(findings.refused)}")
             inputs = {normalized.placeholders[i] for i in read}
             given_up = [refused for refused in findings.refused if reads_any(refused[0], inputs)]
             self.given_up |= {site.path for site, _ in given_up}

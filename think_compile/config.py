@@ -158,6 +158,11 @@ class ThinkConfig:
         rounded = -(-kept // self.channel_multiple) * self.channel_multiple
         return min(head_dim, rounded)
 
+    @property
+    def smallest_window(self) -> int | None:
+        """Bounded caches of more tokens are compressed too; None: none are."""
+        return self.recent if self.sliding else None
+
     def format_for(self, head_dim: int, value_dim: int) -> CacheFormat:
         """How a layer with so many channels of keys and of values is stored."""
         keys = Channels(self.kept_channels(head_dim), self.observe) if self.keys is None else self.keys

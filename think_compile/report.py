@@ -35,7 +35,7 @@ class LayerRecord:
         source: where the trace found the past keys, or "" while there are none.
         axes: the cache's axes, of B(atch) H(ead) S(equence) D(channel); merged ones in brackets.
         q_heads, kv_heads, head_dim: sizes.
-        kept: key channels stored for tokens out of the window.
+        kept: numbers of a key that are stored for tokens out of the window.
         stored: how keys and values are stored, for people.
         reason: why it was left alone; None: rewritten.
         detail: what in the graph stopped it.
@@ -88,7 +88,7 @@ def rewritten_record(site: CachedAttention, sources: list[str], config: ThinkCon
         head_dim=head_dim,
         kept=kept,
         reason=None,
-        detail="" if form.is_lossy else f"all {head_dim} channels are kept: {_why_all(config, head_dim)}",
+        detail="" if form.is_lossy else f"all {head_dim} are kept: {_why_all(config, head_dim)}",
         stored=form.describe(),
     )
 
@@ -195,7 +195,7 @@ class Report:
 
     Attributes:
         config: the settings in force.
-        rewritten: layers whose key cache is pruned.
+        rewritten: layers whose cache is compressed.
         refused: layers left exactly as they were, each with its reason.
         graphs: graphs that were compiled.
         stored_key_bytes, stored_value_bytes: bytes of the tensors that the live caches hold.

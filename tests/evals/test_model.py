@@ -115,7 +115,7 @@ def test_answers_are_kept_and_not_asked_again(tmp_path):
 # ------------------------------------------------------------------------------------- through the pruned cache
 
 
-@pytest.mark.parametrize("rows", [2, 6])
+@pytest.mark.parametrize("rows", [2, pytest.param(6, marks=pytest.mark.slow)])  # six rows repeat the two: slow
 def test_compiled_method_is_the_simulated_one(rows):
     """Two rows: the four choices of one context are read in two calls, on two branches of its cache."""
     model = random_model()

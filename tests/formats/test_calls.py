@@ -264,9 +264,9 @@ def test_values_are_a_copy():
 
 def test_scale_is_pinned_to_all_channels():
     q = torch.randn(1, 1, 1, 64)
-    assert attention.default_scale(Call(q, q, q)) == 0.125
-    assert attention.default_scale(Call(q, q, q, None, 0.3)) == 0.3
-    assert attention.default_scale(Call(q, q, q, None, 0.0)) == 0.0
+    assert attention.scale_of(Call(q, q, q)) == 0.125
+    assert attention.scale_of(Call(q, q, q, None, 0.3)) == 0.3
+    assert attention.scale_of(Call(q, q, q, None, 0.0)) == 0.0
 
 
 @pytest.mark.parametrize("prune_generated", [True, False])

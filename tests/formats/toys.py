@@ -22,20 +22,20 @@ class Scaled:
     def parts(self, width: int) -> tuple[Part, ...]:
         return (
             Part("codes", ("B", "H", "C", width), torch.int8),
-            Part("scale", ("B", "H", "C", 1), torch.float32),
-            Part("offset", ("B", "H", width), torch.float32),
+            Part("magnitude", ("B", "H", "C", 1), torch.float32),
+            Part("middle", ("B", "H", width), torch.float32),
         )
 
     def choose(self, seen: Seen) -> State:
-        return {"offset": seen.v.float().mean(2)}
+        return {"middle": seen.v.float().mean(2)}
 
     def encode(self, rows: Tensor, chosen: State) -> State:
-        rows = rows.float() - chosen["offset"][:, :, None]
+        rows = rows.float() - chosen["middle"][:, :, None]
         scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-6) / 127
-        return {"codes": (rows / scale).round().to(torch.int8), "scale": scale}
+        return {"codes": (rows / scale).round().to(torch.int8), "magnitude": scale}
 
     def decode(self, state: State, width: int) -> Tensor:
-        return state["codes"].float() * state["scale"] + state["offset"][:, :, None]
+        return state["codes"].float() * state["magnitude"] + state["middle"][:, :, None]
 
     def scores(self, queries: Tensor, state: State) -> Tensor:
         return queries @ self.decode(state, 0).to(queries.dtype).mT

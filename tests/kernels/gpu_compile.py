@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 
+import by_hand
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from think_compile.kernels import append, decode, decode_kernel
+from think_compile.kernels.codecs import SIZES, parts_of
 from think_compile.kernels.launch import H100, Device, Launch, launch_for
+from think_compile.kernels.merge import merge_shares
+from think_compile.kernels.pair import kernels_of
 
 DEVICES = {
     "H100": (GPUTarget("cuda", 90, 32), H100),
@@ -24,13 +28,14 @@ DEVICES = {
     "RX 7900": (GPUTarget("hip", "gfx1100", 32), Device(65_536, 96)),
 }
 LEAVES = re.compile(r"ttg.convert_layout .*tensor<\d+x\d+xf32, #mma\d*> -> tensor<\d+x\d+xf32, #blocked")
+OPCODE = re.compile(r"^\t(?:@%\w+ )?([a-z][\w.]+)", re.M)
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def compiled(
     kernel, types: dict[str, str], constants: dict[str, object], device: str = "H100", **options
-) -> dict[str, int]:
-    """Bytes of shared memory that the kernel takes, and how often it moves a matrix to another layout in a loop."""
+) -> dict[str, object]:
+    """Bytes of shared memory, how often a matrix moves to another layout in a loop, and the count of each opcode."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     given = {(names.index(name),): value for name, value in constants.items()}
@@ -38,7 +43,12 @@ def compiled(
     source = ASTSource(fn=kernel, signature=signature, constexprs=given, attrs=aligned)
     target, limits = DEVICES[device]
     made = triton.compile(source, target=target, options=options)
-    return {"shared": made.metadata.shared, "may": limits.shared_bytes, "moved": moved_in_loops(made.asm["ttgir"])}
+    return {
+        "shared": made.metadata.shared,
+        "may": limits.shared_bytes,
+        "moved": moved_in_loops(made.asm["ttgir"]),
+        "opcodes": Counter(OPCODE.findall(made.asm.get("ptx", ""))),
+    }
 
 
 def moved_in_loops(text: str) -> int:
@@ -67,55 +77,65 @@ def share(
     rolling=False,
     launch=None,
     device="H100",
-) -> dict[str, int]:
-    """The kernel of a call's shares, as it is launched for 8 KV heads and 8,192 tokens, or with another ``launch``."""
+    hand=False,
+) -> dict[str, object]:
+    """The kernel of a call's shares, as it is launched for 8 KV heads and 8,192 tokens, or with another ``launch``.
+
+    ``hand``: the one written by hand, that of the template was made to equal.
+    """
     size = BYTES[dtype]
     if launch is None:
-        launch = launch_for(group * queries, (kept + dv) * size, (d + dv) * size, 8, 8192, DEVICES[device][1])
+        shape = group * queries, (kept + dv) * size, (d + dv) * size, 8
+        launch = launch_for("channels+whole", shape, 8192, DEVICES[device][1])
     launch = Launch(*launch)
-    parts = {"D": d, "T": kept, "DV": dv}
+    widths = {"D": d, "K": kept, "V": dv}
     constants = {
-        **parts,
-        **{f"{name}{i}": part for name, width in parts.items() for i, part in enumerate(decode._parts(width))},
         **{
-            "GROUP": group,
-            "ON_DEVICE": on_device,
-            "ROLLING": rolling,
-            "KIND": ["none", "bool", "float"].index(mask),
-            "CAUSAL": causal,
+            f"{name}_{size}": n
+            for name, width in widths.items()
+            for size, n in zip(SIZES, parts_of(width), strict=True)
         },
-        **{"ALIKE": mask != "float", "HALF_MASK": mask == "float" and dtype == "fp16"},
-        **{"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n},
+        **{"GROUP": group, "ON_DEVICE": on_device, "ROLLING": rolling, "CAUSAL": causal},
+        **{"KIND": ["none", "bool", "float"].index(mask), "ALIKE": mask != "float"},
+        **{"HALF_MASK": mask == "float" and dtype == "fp16", "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n},
         **({"MASK": None} if mask == "none" else {}),
-        **({} if on_device else {"FLOOR": None, "START": None}),
+        **({} if on_device else {"WINDOW_START": None, "START": None}),
     }
-    types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "PRUNED", "RECENT", "VALUES"), f"*{dtype}")
-    types |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32") | dict.fromkeys(("CHANNELS", "FLOOR", "START"), "*i64")
-    types |= {"scale": "fp64" if on_device else "fp32", "MASK": "*i1" if mask == "bool" else f"*{dtype}"}
-    return compiled(
-        decode_kernel.attend_share, types, constants, device, num_warps=launch.warps, num_stages=launch.stages
-    )
-
-
-def merge() -> dict[str, int]:
-    types = {"OUT": "*fp32", "MOST": "*fp32", "TOTAL": "*fp32", "RESULT": "*bf16"}
-    return compiled(decode_kernel.merge_shares, types, {"DV": 80, "BLOCK_V": 128, "SPLITS": 33, "BLOCK_S": 64})
-
-
-def appended() -> dict[str, int]:
-    """The kernel that appends a step's key."""
-    types = dict.fromkeys(("Q", "K", "PRUNED", "RECENT"), "*bf16")
-    types |= dict.fromkeys(("CHANNELS", "PROGRESS", "START"), "*i64")
-    return compiled(append.append_key, types, {"GROUP": 4, "D": 96, "T": 48, "BLOCK_D": 128, "BLOCK_T": 64})
-
-
-def finished() -> dict[str, int]:
-    """The kernel that merges a step's shares and stores its token."""
-    types = dict.fromkeys(("Q", "K", "V", "PRUNED", "RECENT", "VALUES", "RESULT"), "*bf16")
+    types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "K_ROWS", "RING", "V_ROWS"), f"*{dtype}")
     types |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32")
-    types |= dict.fromkeys(("CHANNELS", "PROGRESS", "START"), "*i64")
-    constants = {"GROUP": 4, "D": 96, "T": 48, "BLOCK_D": 128, "BLOCK_T": 64}
-    return compiled(append.finish_step, types, constants | {"DV": 80, "BLOCK_V": 128, "SPLITS": 33, "BLOCK_S": 64})
+    types |= dict.fromkeys(("K_CHANNELS", "WINDOW_START", "START"), "*i64")
+    types |= {"scale": "fp64" if on_device else "fp32", "MASK": "*i1" if mask == "bool" else f"*{dtype}"}
+    kernel = by_hand.attend_share if hand else kernels_of("channels", "whole").attend_share
+    if hand:
+        types, constants = ({NAMES.get(name, name): x for name, x in given.items()} for given in (types, constants))
+    return compiled(kernel, types, constants, device, num_warps=launch.warps, num_stages=launch.stages)
+
+
+# What the kernel by hand calls what the template's has.
+NAMES = {"K_ROWS": "PRUNED", "K_CHANNELS": "CHANNELS", "RING": "RECENT", "V_ROWS": "VALUES", "WINDOW_START": "FLOOR"}
+NAMES |= {"D_WIDTH": "D", "D_PART0": "D0", "D_PART1": "D1", "K_WIDTH": "T", "K_PART0": "T0", "K_PART1": "T1"}
+NAMES |= {"V_WIDTH": "DV", "V_PART0": "DV0", "V_PART1": "DV1"}
+
+
+def merge() -> dict[str, object]:
+    types = {"OUT": "*fp32", "MOST": "*fp32", "TOTAL": "*fp32", "RESULT": "*bf16"}
+    return compiled(merge_shares, types, {"DV": 80, "BLOCK_V": 128, "SPLITS": 33, "BLOCK_S": 64})
+
+
+STORED = dict.fromkeys(("Q", "K", "V", "K_ROWS", "RING", "V_ROWS", "RESULT"), "*bf16")
+STORED |= dict.fromkeys(("K_CHANNELS", "COUNTERS", "START"), "*i64") | dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32")
+OF_KEYS = {"GROUP": 4, "D": 96, "K_WIDTH": 48, "BLOCK_D": 128, "BLOCK_K": 64}
+
+
+def appended() -> dict[str, object]:
+    """The kernel that appends a step's key."""
+    return compiled(kernels_of("channels", "whole").append_key, STORED, OF_KEYS)
+
+
+def finished() -> dict[str, object]:
+    """The kernel that merges a step's shares and stores its token."""
+    merging = {"DV": 80, "BLOCK_V": 128, "SPLITS": 33, "BLOCK_S": 64}
+    return compiled(kernels_of("channels", "whole").finish_step, STORED, OF_KEYS | merging)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ from think_compile.cache.state import Call, Span, Stored
 from think_compile.formats.base import CacheFormat, Side
 from think_compile.formats.think import Channels
 from think_compile.formats.whole import Whole
+from think_compile.kernels.calls import PAIRS
+from think_compile.kernels.launch import Launch
 
-append = pytest.importorskip("think_compile.kernels.append", reason="needs triton", exc_type=ModuleNotFoundError)
+pytest.importorskip("triton", reason="the kernels need it")
+KERNELS = PAIRS["channels", "whole"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAPACITY, WINDOW = 50, 5
 
@@ -49,7 +52,7 @@ def both(call, state, start, form):
     """What is stored afterwards, by the kernel and by ATen."""
     by_kernel, by_aten = copied(state, DEVICE), copied(state)
     windows = form.keys.windows(state)
-    append.append_token(on(DEVICE, call), stored(by_kernel), span_of(start, DEVICE), windows)
+    KERNELS.append(on(DEVICE, call), stored(by_kernel), span_of(start, DEVICE), windows)
     form.append(call, stored(by_aten), None, span_of(start))
     return copied(by_kernel, "cpu"), by_aten
 
@@ -92,7 +95,7 @@ def test_ties_and_what_is_no_number():
 def test_nothing_is_written_beyond_the_end(start):
     call, state = drawn(2, 2, 2, 32, 16, WINDOW + 1)
     given = copied(state, DEVICE)
-    append.append_token(on(DEVICE, call), stored(given), span_of(start, DEVICE), (WINDOW, WINDOW))
+    KERNELS.append(on(DEVICE, call), stored(given), span_of(start, DEVICE), (WINDOW, WINDOW))
     assert_same(copied(given, "cpu"), state)
 
 
@@ -151,8 +154,8 @@ def test_a_step_attends_and_then_stores_its_token(sizes, dv, dtype, start, mask)
     own = copied(state, DEVICE), {"rows": values.to(DEVICE)}
     given = on(DEVICE, call)
     at = span._replace(start=span.start.to(DEVICE))
-    launch = append.Launch(16, 16, 4, 1, 3)
-    out = append.decode_step(given, stored(own[0]), Stored(own[1]), at, (WINDOW, WINDOW), launch)
+    launch = Launch(16, 16, 4, 1, 3)
+    out = KERNELS.step(given, stored(own[0]), Stored(own[1]), at, (WINDOW, WINDOW), launch)
     assert_close_to(same, out.cpu(), exact)
     for mine, wanted in zip(own, expected, strict=True):
         assert_same(copied(mine, "cpu"), wanted)
@@ -163,6 +166,6 @@ def test_a_step_beyond_the_end_changes_nothing(start):
     call, state = drawn(2, 2, 2, 32, 16, WINDOW + 1)
     call, values = call._replace(v=torch.randn(2, 2, 1, 32)), {"rows": torch.randn(2, 2, CAPACITY, 32)}
     own = copied(state, DEVICE), copied(values, DEVICE)
-    append.decode_step(on(DEVICE, call), stored(own[0]), Stored(own[1]), span_of(start, DEVICE), (WINDOW, WINDOW))
+    KERNELS.step(on(DEVICE, call), stored(own[0]), Stored(own[1]), span_of(start, DEVICE), (WINDOW, WINDOW))
     assert_same(copied(own[0], "cpu"), state)
     assert_same(copied(own[1], "cpu"), values)

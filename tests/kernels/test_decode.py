@@ -12,11 +12,15 @@ from think_compile.formats.base import Side
 from think_compile.formats.ring import ring_of
 from think_compile.formats.think import Channels, narrow_rows
 from think_compile.formats.whole import Whole
+from think_compile.kernels.calls import PAIRS
+from think_compile.kernels.codecs import parts_of
+from think_compile.kernels.launch import Launch
 
-decode = pytest.importorskip("think_compile.kernels.decode", reason="needs triton", exc_type=ModuleNotFoundError)
+pytest.importorskip("triton", reason="the kernels need it")
+KERNELS = PAIRS["channels", "whole"]
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-SMALL = decode.Launch(16, 16, 4, 1, 3)  # several tiles a share, several shares a head
+SMALL = Launch(16, 16, 4, 1, 3)  # several tiles a share, several shares a head
 
 
 @dataclass
@@ -119,7 +123,7 @@ def in_double(call: Call, *stored: Stored) -> tuple:
 
 def check(case: Case) -> None:
     call, keys, values, span = call_of(case)
-    got = decode.decode_attention(call, keys, values, span, case.launch)
+    got = KERNELS.attend(call, keys, values, span, case.launch)
     same = attention.narrow(call, keys, values, span, case.sides)
     exact = attention.narrow(*in_double(call, keys, values), span, case.sides)
     assert got.isfinite().all()
@@ -136,7 +140,7 @@ CASES = [
     Case(past=3),
     Case(queries=3, recent=60),
     Case(query_heads=2, past=2, queries=6, causal=True),
-    Case(query_heads=8, queries=12, launch=decode.Launch(32, 16, 4, 1, 2)),
+    Case(query_heads=8, queries=12, launch=Launch(32, 16, 4, 1, 2)),
     Case(first=7),
     Case(first=7, mask="bool", queries=2),
     Case(mask="bool"),
@@ -171,7 +175,7 @@ def test_rows_behind_the_tokens_are_not_read_where_a_float_mask_hides_them(dtype
     values.state["rows"][:, :, case.end :] = torch.nan
     hidden = torch.arange(span.columns, device=DEVICE) >= case.end
     mask = torch.zeros(1, 1, 1, span.columns, dtype=dtype, device=DEVICE).masked_fill(hidden, torch.finfo(dtype).min)
-    got = decode.decode_attention(call._replace(mask=mask, scale=0.2), keys, values, span, SMALL)
+    got = KERNELS.attend(call._replace(mask=mask, scale=0.2), keys, values, span, SMALL)
     assert got.isfinite().all()
 
 
@@ -187,7 +191,7 @@ def test_bfloat16(d, mask):
 
 def test_parts_hold_a_row():
     for width in range(1, 257):
-        first, second = decode._parts(width)
+        first, second = parts_of(width)[1:]
         assert first + second >= width and first < 2 * max(width, 16)
         assert not (first & (first - 1) or second & (second - 1))
         assert first >= width or first + second < 2 * width

@@ -23,7 +23,7 @@ SHARES = [
 KERNELS = [*SHARES, ("share", {"mask": "bool", "rolling": True}), ("merge", {}), ("append", {}), ("finish", {})]
 
 
-def compiled(kernels: list) -> list[dict[str, int]]:
+def compiled(kernels: list) -> list[dict]:
     program = Path(__file__).with_name("gpu_compile.py")
     settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     settings["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -49,9 +49,18 @@ def test_kernels_compile_for_other_gpus_and_fit_them(device):
 
 def test_no_launch_of_the_table_moves_logits_to_the_layout_of_the_mask():
     """In tiles of as many rows as threads, or more, Triton does."""
-    launches = {(query_tile(row["rows"]), *row["launch"][:3]) for row in table()}
+    launches = {(query_tile(row["rows"]), *row["launch"][:3]) for row in table("channels+whole")}
     kernels = [("share", {"mask": "bool", "launch": (*launch, 4)}) for launch in sorted(launches)]
     moving = ("share", {"mask": "bool", "launch": (16, 128, 4, 3, 4)})
     *made, counted = compiled([*kernels, moving])
     assert counted["moved"], "what this test looks for is not found where it is known to be"
     assert not any(one["moved"] for one in made), list(zip(kernels, made, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mask": "bool"}, {"mask": "float", "queries": 4}, {"on_device": False}], ids=str
+)
+def test_the_kernel_of_the_template_has_the_opcodes_of_the_one_by_hand(options):
+    made, hand = compiled([("share", options), ("share", options | {"hand": True})])
+    assert made["opcodes"] == hand["opcodes"] and sum(made["opcodes"].values()) > 500
+    assert made["shared"] == hand["shared"]

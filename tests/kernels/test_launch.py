@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 
 from think_compile.kernels.launch import FILLED, H100, SMALLEST_SHARE, Device, device_of, launch_for, query_tile, table
 
+PAIR = "channels+whole"
 
-@pytest.mark.parametrize("row", table(), ids=str)
+
+@pytest.mark.parametrize("row", table(PAIR), ids=str)
 def test_a_shape_of_the_table_is_launched_as_measured(row):
-    launch = launch_for(row["rows"], row["bytes"], 512, row["blocks"] // -(-row["rows"] // 64), row["tokens"])
+    launch = launch_for(PAIR, (row["rows"], row["bytes"], 512, row["blocks"] // -(-row["rows"] // 64)), row["tokens"])
     assert launch == (query_tile(row["rows"]), *row["launch"])
 
 
@@ -25,7 +27,7 @@ def test_a_shape_of_the_table_is_launched_as_measured(row):
 )
 def test_any_shape_gets_a_launch_that_fits(rows, kept, d, itemsize, heads, extent, device):
     narrow, whole = (min(kept, d) + d) * itemsize, 2 * d * itemsize
-    launch = launch_for(rows, narrow, whole, heads, extent, device)
+    launch = launch_for(PAIR, (rows, narrow, whole, heads), extent, device)
     for size in (launch.block_m, launch.block_n, launch.warps):
         assert size & (size - 1) == 0
     assert 16 <= launch.block_m <= query_tile(rows) and launch.block_n >= 16 and launch.stages >= 2
@@ -36,7 +38,7 @@ def test_any_shape_gets_a_launch_that_fits(rows, kept, d, itemsize, heads, exten
 
 
 def test_as_many_programs_for_each_multiprocessor():
-    shape = (4, 384, 512, 64, 32768)
+    shape = PAIR, (4, 384, 512, 64), 32768
     half = launch_for(*shape, H100._replace(processors=H100.processors // 2))
     assert half.splits == launch_for(*shape).splits / 2
 

@@ -2,7 +2,7 @@
 
 The model keeps a handle wherever it keeps a cache tensor. Inside a compiled call the runtime swaps in the store's
 tensors; outside, the operations that caches see (batch selection, crops, moves, copies, resets, joins) are done on
-the packed store, and any other operation gets the dense tensor, dropped channels zero: slow, never wrong. A write
+the packed store, and any other operation gets the dense tensor, decoded: slow, never wrong. A write
 makes the handle dense; a write to a view of it, which is a copy, is found out and raises.
 """
 
@@ -90,7 +90,7 @@ class Handle(torch.Tensor):
         return isinstance(self.store, Dense)
 
     def dense(self) -> Tensor:
-        """The logical tensor, in the cache's own layout, dropped channels of tokens out of the window zero."""
+        """The logical tensor, in the cache's own layout, decoded where a token has left the window."""
         if self.cell is None:
             return self._traced_dense()
         self.check_unwritten()
@@ -273,12 +273,12 @@ def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _warn_if_just_encoded(func: Any, arguments: dict[str, Any]) -> None:
-    """Keys leave their graph pruned, and not only their call: what a graph break parts from it reads pruned ones."""
+    """A cache leaves its graph compressed, not only its call: code after a graph break reads what was decoded."""
     running = RUNNING.get()
     if running is not None and any(_was_encoded_in(x, running) for x in pytree.tree_leaves(arguments)):
         running.warn(
-            f"behind a graph break, {func} reads a cache that the same call has just pruned: it sees zeros for the "
-            "dropped channels. TORCH_LOGS=graph_breaks names the breaks"
+            f"after a graph break, {func} reads a cache that the same call has just compressed: it sees decoded rows, "
+            "not those of the call. TORCH_LOGS=graph_breaks names the breaks"
         )
 
 

@@ -7,8 +7,7 @@ not depend on their order, so nothing is moved: the mask's columns are gathered 
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from think_compile.cache.state import Call, Span, State, Stored
 from think_compile.formats.ring import ring_positions
-from think_compile.kernels import channels_whole
+from think_compile.kernels.calls import PAIRS, PairKernels, scale_of
 
 if TYPE_CHECKING:
     from think_compile.formats.base import Codec, Side
@@ -25,16 +24,9 @@ if TYPE_CHECKING:
 # the cache, and attends to decoded rows by the stock attention instead.
 MAX_NARROW_QUERIES = 16
 
-PAIRS = {("channels", "whole"): channels_whole}
 
-
-def default_scale(call: Call) -> float:
-    """The scale of the stock attention, pinned to all channels of the queries."""
-    return 1 / math.sqrt(call.q.shape[-1]) if call.scale is None else call.scale
-
-
-def kernels_for(keys: Codec, values: Codec) -> Any:
-    """The module of Triton kernels for a pair of codecs, or None."""
+def kernels_for(keys: Codec, values: Codec) -> PairKernels | None:
+    """The Triton kernels for a pair of codecs, or None."""
     return PAIRS.get((keys.name, values.name))
 
 
@@ -138,7 +130,7 @@ def narrow(call: Call, keys: Stored, values: Stored, span: Span, sides: tuple[Si
     (keys_side, values_side), n_new = sides, call.q.shape[2]
     tail = _tail([(keys_side, keys), (values_side, values)])
     places = _places(span, keys_side.capacity(keys.state), tail, n_new, call.q.device)
-    logits = _logits(keys_side, call.q, call.k, keys, span, places) * default_scale(call)
+    logits = _logits(keys_side, call.q, call.k, keys, span, places) * scale_of(call)
     probabilities = torch._safe_softmax(_masked(logits, call, span, places), -1)
     grouped = probabilities.unflatten(1, (call.k.shape[1], -1)).flatten(2, 3)  # [B, H, G*N, M]
     body, after, own = grouped.split(places.sizes, -1)
@@ -196,5 +188,5 @@ def decoded(call: Call, keys: Stored, values: Stored, span: Span, sides: tuple[S
     if group > 1 and call.mask is not None:  # the fused kernels take a mask or grouped heads, not both
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     return F.scaled_dot_product_attention(
-        call.q, k, v, call.mask, 0.0, call.causal, scale=default_scale(call), enable_gqa=call.q.shape[1] != k.shape[1]
+        call.q, k, v, call.mask, 0.0, call.causal, scale=scale_of(call), enable_gqa=call.q.shape[1] != k.shape[1]
     )

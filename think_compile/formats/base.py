@@ -8,7 +8,7 @@ rings, so that older handles keep theirs; caches of fixed size are written in pl
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,9 @@ from think_compile.cache.state import (
 from think_compile.formats import attention
 from think_compile.formats.ring import advanced, ring_of
 from think_compile.formats.seen import Seen, seen, seen_again
+from think_compile.kernels.calls import MAX_QUERIES, PairKernels
 
-MAX_STEP_QUERIES = 64  # a call of more tokens is a chunk of a prompt
+MAX_STEP_QUERIES = MAX_QUERIES  # a call of more tokens is a chunk of a prompt
 
 
 class NoDenseForm(RuntimeError):
@@ -173,6 +174,11 @@ class Side:
         """The lowest position with a whole row, of ``length`` tokens of which the last ``whole`` stay so."""
         whole = self.recent if whole is None else whole
         return max(0, (length - whole) // self.codec.group * self.codec.group)
+
+    @property
+    def window_rule(self) -> tuple[int, int, bool]:
+        """What the window's start depends on, beside the history."""
+        return self.codec.group, self.recent, self.encodes_later
 
     # ------------------------------------------------------------------------------------------- first calls
 
@@ -370,7 +376,7 @@ class CacheFormat:
         """Q K^T of a later call, unscaled, in the order of the positions: [B, Hq, N, columns], fp32 or wider."""
         return attention.logits_in_order(self.keys, q, k, keys, span)
 
-    def _kernels(self) -> Any:
+    def _kernels(self) -> PairKernels | None:
         """The Triton kernels of this pair of codecs, or None."""
         return attention.kernels_for(self.keys.codec, self.values.codec)
 

@@ -1,4 +1,4 @@
-"""How the decode kernel is launched: a table of measured shapes, of which the nearest one counts.
+"""How the decode kernels are launched: for each pair of codecs a table of measured shapes, of which the nearest counts.
 
 ``python -m benchmarks.tune`` writes the table, launches.json, for the device that it runs on; the file says how the one
 that is committed came about. Other devices take the same launches, made to fit and with as many programs for each of
@@ -57,41 +57,42 @@ def query_tile(rows: int) -> int:
 
 
 @functools.cache
-def table() -> tuple[dict[str, Any], ...]:
-    """The measured shapes.
+def table(pair: str) -> tuple[dict[str, Any], ...]:
+    """The measured shapes of a pair of codecs, "channels+whole" for example.
 
-    Each has rows (of queries that read one KV head), bytes (of a token's value and narrow key), blocks (KV heads of all
-    sequences, times tiles of query rows), tokens, and the launch without its block_m.
+    Each has rows (of queries that read one KV head), bytes (of a token's encoded value and key), blocks (KV heads of
+    all sequences, times tiles of query rows), tokens, and the launch without its block_m.
     """
-    return tuple(_measured()["rows"])
+    return tuple(_measured()["pairs"][pair])
 
 
 @functools.cache
 def _measured() -> dict[str, Any]:
-    """What the file holds: the rows, and how many processors the device has that they are of."""
+    """What the file holds: the shapes, and how many processors the device has that they are of."""
     found: dict[str, Any] = json.loads(TABLE.read_text())
     return found
 
 
-def launch_for(rows: int, narrow: int, whole: int, heads: int, extent: int, device: Device = H100) -> Launch:
-    """How to launch for ``rows`` query rows of each of ``heads`` KV heads (of all sequences).
-
-    The table's launch for the nearest shape, with as many programs in all, for the multiprocessors that there are.
+def launch_for(pair: str, shape: tuple[int, int, int, int], extent: int, device: Device = H100) -> Launch:
+    """How to launch for a shape: the table's launch for the nearest, with as many programs in all, for this device.
 
     Args:
-        narrow, whole: bytes of a token's value and its narrow key, and of those with a whole key.
+        pair: the codecs of keys and values.
+        shape: (query rows of each KV head, bytes of a token's encoded key and value, bytes of them with a whole key, KV
+            heads of all sequences).
         extent: how many tokens there are.
     """
+    rows, narrow, whole, heads = shape
     block_m = query_tile(rows)
     blocks, extent = max(1, heads * -(-rows // block_m)), max(1, extent)
 
-    def distance(row: dict[str, Any]) -> float:
+    def distance(row: dict[str, Any]) -> float:  # weights by judgement: a tile of another size fits least
         total = math.log2(row["blocks"] * row["tokens"] / (blocks * extent))
         tile = 4 * abs(math.log2(query_tile(row["rows"]) / block_m)) + abs(math.log2(row["rows"] / rows)) / 4
         shape = 2 * abs(math.log2(row["bytes"] / narrow)) + abs(math.log2(row["blocks"] / blocks))
         return tile + shape + abs(total)
 
-    nearest = min(table(), key=distance)
+    nearest = min(table(pair), key=distance)
     block_n, warps, stages, splits = nearest["launch"]
     if (nearest["blocks"], nearest["tokens"], _measured()["processors"]) != (blocks, extent, device.processors):
         programs = splits * nearest["blocks"] * device.processors / _measured()["processors"]

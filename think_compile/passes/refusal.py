@@ -23,7 +23,7 @@ class Reason(enum.Enum):
     LATENT = "the cache holds a latent, which a projection turns into keys (multi-head latent attention)"
     SLIDING = "the layer keeps a bounded window of tokens, so its cache is small already (sliding=True prunes it)"
     SLIDING_BUFFER = "the layer keeps a bounded window of tokens in a buffer, and not simply the last ones that fill it"
-    WINDOW_TOO_SMALL = "the layer keeps a bounded window of tokens, all of them recent, whose keys stay whole"
+    WINDOW_TOO_SMALL = "the layer keeps a bounded window of tokens, all of which stay whole"
     UNKNOWN_WINDOW = "the layer keeps a bounded window of tokens, and not simply the last ones in order"
     CROSS_ATTENTION = "the keys are not one for each query (cross-attention, or a full window that is shifted)"
     NO_JOIN_SEEN = "the keys come into the graph whole (cross-attention, or a graph break before the attention)"
@@ -41,7 +41,7 @@ class Reason(enum.Enum):
     )
     DROPOUT = "attention dropout is on"
     NOT_FLOATING = "queries or keys are not floating point"
-    REQUIRES_GRAD = "gradients are on, and a pruned cache has none"
+    REQUIRES_GRAD = "gradients are on, and a compressed cache has none"
     HELD_OUTSIDE = (
         "the cache is written in place to a tensor held neither by the model nor by what the call was given, or to a "
         "part of a larger one"

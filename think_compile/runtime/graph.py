@@ -149,7 +149,7 @@ class CompiledGraph(_Graph):
         refused = [(site.attention, why) for site in rings]
         self.backend.given_up |= {site.attention.path for site in rings}
         self.backend.ledger.give_up(refused_record(*one) for one in refused)
-        self.backend.warn_once(f"pruned caches are read densely from now on: {sentence(refused)}")
+        self.backend.warn_once(f"compressed caches are read densely from now on: {sentence(refused)}")
 
     def _run(self, args: Sequence[Any]) -> Any:
         again = self._run_again(args)
@@ -195,8 +195,8 @@ class CompiledGraph(_Graph):
         unusable = [args[i] for i in past - packed if isinstance(args[i], Handle) and not args[i].is_dense]
         if unusable:
             self.backend.warn_once(
-                f"{len(unusable)} pruned caches were made with other settings or do not fit this call, for example "
-                f"{unusable[0]}; they are read densely and pruned anew"
+                f"{len(unusable)} compressed caches were made with other settings or do not fit this call, for example "
+                f"{unusable[0]}; they are read densely and compressed anew"
             )
 
     def _program(self, key: Key) -> Program:

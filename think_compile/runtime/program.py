@@ -279,7 +279,7 @@ class Undone:
     """Runs a lowered graph; one that fails midway leaves the windows of caches of fixed size as they were.
 
     Made again, the call then sees the same whole rows in every layer, whether that had run before or not. Encoded rows
-    need no undoing: the call writes them again before they are read. Nor does a ring after one token, which takes the
+    need no undoing: the call writes them again before they are read. Nor does a window after one token, which takes the
     place of a row that has left the window.
     """
 

@@ -138,9 +138,9 @@ class CachedAttention:
         shape = self.attention.q.meta["val"].shape
         if self.queries is None:
             return [shape[self.attention.layout.index((axis,))] for axis in range(4)]
-        *others, tokens, channels = (shape[axis] for axis in self.queries.queries)
+        *others, tokens, width = (shape[axis] for axis in self.queries.queries)
         every_head = math.prod(others) // self.keys.size(0)
-        return [self.keys.size(0), every_head, tokens, channels]
+        return [self.keys.size(0), every_head, tokens, width]
 
     @property
     def past(self) -> tuple[int, int] | None:

@@ -111,4 +111,4 @@ def check_window(window: Window | None, larger_than: int | None) -> None:
     if larger_than is None:
         raise Refused(Reason.SLIDING, where(window.cut))
     if window.bound is not None and window.bound <= larger_than:
-        raise Refused(Reason.WINDOW_TOO_SMALL, f"{window.bound} of the past, {larger_than} recent")
+        raise Refused(Reason.WINDOW_TOO_SMALL, f"{window.bound} of the past, {larger_than} stay whole")

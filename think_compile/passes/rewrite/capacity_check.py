@@ -5,7 +5,7 @@ device only; the runtime counts the tokens that calls bring, and asks the model'
 no room. (A call that leaves rows out is not foreseen: to find it, each would have to wait for the device.)
 
 A full cache that is written from an earlier row again is rewound, if the rows behind are no longer read; otherwise it
-is a ring, whose rows do not stand in the order of their tokens.
+is written in a circle, and its rows do not stand in the order of their tokens.
 
 Part of pass 4.
 """

@@ -33,7 +33,7 @@ from think_compile.passes.prove.roles import to_product_order, usable_masks
 from think_compile.passes.rewrite.plan import Counter, FromStore, Input, Passed, Size
 
 aten = torch.ops.aten
-FormatOf = Callable[[int, int], CacheFormat]  # of a layer with so many channels of keys and of values
+FormatOf = Callable[[int, int], CacheFormat]  # of a layer, by the widths of keys and values
 
 
 class Draft:
@@ -183,7 +183,7 @@ class Draft:
 
         Layers of equal length share it, unless their histories differ.
         """
-        key = start, side.codec.group, side.recent, side.encodes_later
+        key = start, side.window_rule
         if key in self.window_starts and not self.windows_apart:
             node = self.window_starts[key]
             self.inputs[node] = Counter((*self.inputs[node].indices, index), "window_start")

@@ -1,11 +1,4 @@
-"""The Triton kernels of later calls: split-KV attention over pruned keys, the ring and the call's own, and its merge.
-
-Each program takes a share of the positions and attends to it with an online softmax: the stored narrow rows with the
-queries gathered on the kept channels, or the ring and the new keys with the whole queries. A second kernel merges the
-shares. Lengths are numbers (growing caches) or read from device memory (fixed ones), so that one captured graph serves
-all steps. What they compute is :func:`think_compile.formats.attention.narrow`; letters as in
-:mod:`think_compile.cache.state`.
-"""
+"""The attention kernel of chosen channels and whole values, written by hand: what the template's is compared with."""
 
 import triton
 import triton.language as tl
@@ -239,31 +232,3 @@ def attend_share(
         tl.store(OUT + out[:, None] * DV + v1[None, :], o1 / total[:, None], mask=real[:, None] & (v1 < DV)[None, :])
     tl.store(MOST + out, m, mask=real)
     tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)
-
-
-@triton.jit
-def merged_row(
-    OUT, MOST, TOTAL, RESULT, bh, row, n_rows,
-    DV: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """The shares of one row, weighted by what they saw; a row that saw nothing is zero."""
-    split, column = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
-    at, real = (bh * SPLITS + split) * n_rows + row, split < SPLITS
-    m = tl.load(MOST + at, mask=real, other=float("-inf"))
-    most = tl.max(m, 0)
-    weight = tl.load(TOTAL + at, mask=real, other=0.0) * tl.exp2(m - tl.where(most == float("-inf"), 0.0, most))
-    total = tl.sum(weight, 0)
-    weight = weight / tl.where(total > 0, total, 1.0)
-    parts = tl.load(OUT + at[:, None] * DV + column[None, :], mask=real[:, None] & (column < DV)[None, :], other=0.0)
-    result = tl.sum(parts * weight[:, None], 0)
-    tl.store(RESULT + (bh * n_rows + row) * DV + column, result.to(RESULT.dtype.element_ty), mask=column < DV)
-
-
-@triton.jit
-def merge_shares(
-    OUT, MOST, TOTAL, RESULT, n_rows,
-    DV: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """One row of one KV head."""
-    bh, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    merged_row(OUT, MOST, TOTAL, RESULT, bh, row, n_rows, DV, BLOCK_V, SPLITS, BLOCK_S)

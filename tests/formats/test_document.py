@@ -1,0 +1,77 @@
+"""The format that docs/formats.md writes runs through think_compile as it stands there."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import CACHE, Yardstick, assert_close_to
+from tiny import tiny_llama
+from transformers import DynamicCache, StaticCache
+
+from think_compile import report, think_compile
+
+PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
+
+
+@pytest.fixture(scope="module")
+def half():
+    """The codec of the page."""
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "class Half" in block)
+    module = types.ModuleType("of_the_page")
+    sys.modules[module.__name__] = module
+    exec(compile(code, str(PAGE), "exec"), module.__dict__)
+    return module.Half()
+
+
+def rounded(rows):
+    return rows.half().to(rows.dtype)
+
+
+CACHES = {
+    "growing": lambda model: DynamicCache(config=model.config),
+    "fixed": lambda model: StaticCache(config=model.config, max_cache_len=32),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("sides", [("keys", "values"), ("values",)], ids="+".join)
+@torch.no_grad()
+def test_the_format_of_the_page(kind, sides, half):
+    model = tiny_llama().float()
+    given = dict.fromkeys(sides, rounded)
+    ratio = 0.5 if "keys" not in sides else 0.0
+    yardstick = Yardstick(model, ratio, 4, 8, 1, **given)
+    codecs = dict.fromkeys(sides, half)
+    ours = think_compile(model, *([ratio] if ratio else []), recent=4, observe=8, channel_multiple=1,
+                         lowering="eager", **codecs)  # fmt: skip
+    caches = [CACHES[kind](model) for _ in range(3)]
+    ids = torch.randint(2, 60, (2, 20))
+    begin = 0
+    for n in (12, 1, 3, 1, 1):
+        logits = [
+            m(input_ids=ids[:, begin : begin + n], use_cache=True, **{CACHE: cache}).logits
+            for m, cache in zip((ours, yardstick.same, yardstick.exact), caches, strict=True)
+        ]
+        begin += n
+        assert_close_to(logits[1], logits[0], logits[2], what=f"after {begin}")
+    told = report(ours)
+    assert len(told.rewritten) == 2 and "fp16" in str(told)
+    for layer, plain in zip(caches[0].layers, caches[1].layers, strict=True):
+        torch.testing.assert_close(layer.keys.dense()[:, :, :begin], plain.keys[:, :, :begin], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer.values.dense()[:, :, :begin], plain.values[:, :, :begin], atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_no_codec_is_told():
+    model = tiny_llama()
+    with pytest.raises(TypeError, match=r"keys must be a codec .* without name, group"):
+        think_compile(model, keys=4)
+    with pytest.raises(TypeError, match=r"values must be a codec .* a class and not an object of it"):
+        think_compile(model, values=dict)
+
+
+def test_a_ratio_beside_keys_is_told(half):
+    with pytest.raises(ValueError, match="give one"):
+        think_compile(tiny_llama(), 0.3, keys=half)

@@ -1,0 +1,131 @@
+"""The template of the attention kernel of later calls: split-KV over encoded rows, the ring, and the call's own rows.
+
+Each program takes a share of the positions and attends to it with an online softmax: the encoded rows below the window,
+or the ring and the new rows. A second kernel (:mod:`.merge`) merges the shares. Lengths are numbers (growing caches) or
+read from device memory (caches of fixed size), so that one captured graph serves all steps. What it computes is
+:func:`think_compile.formats.attention.narrow`; letters as in :mod:`think_compile.cache.state`.
+
+Names in capitals that :mod:`.specialise` replaces: KEYS and VALUES, the tensors of each side; QUERIES and WHOLE, the
+prepared queries for encoded and for whole keys; ACC, the accumulators; K_SIZES, D_SIZES and V_SIZES, the sizes of an
+encoded key, a whole key and a value.
+"""
+
+# ruff: noqa: F821  the names of a template are put in by specialise
+# mypy: ignore-errors
+
+import triton.language as tl
+
+from think_compile.kernels.masks import counts_some, hidden, masked, part_of
+
+
+def walk(
+    m, total, ACC, QUERIES, KEYS, VALUES, low, high, shift, ring_rows, MASK, mask_row, query, first, sm_s, scale,
+    capacity, ROLLING: tl.constexpr, IN_RING: tl.constexpr, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Attend to positions [low, high), whose keys and values stand in rows position - shift, or the keys in a ring.
+
+    ``ROLLING``: position p stands in row p % capacity.
+    """
+    position = low + tl.arange(0, BLOCK_N)
+    value = masked(MASK, mask_row, position - first, position < high, sm_s, KIND, ALIKE)
+    for at in range(low, high, BLOCK_N):
+        position = at + tl.arange(0, BLOCK_N)
+        ok, later = position < high, position + BLOCK_N
+        row = position % capacity if ROLLING else position - shift
+        s = scores(QUERIES, KEYS, position % ring_rows if IN_RING else row, ok, K_SIZES)
+        s = hidden(s * scale, value, position - first, query, ok, KIND, CAUSAL)
+        # read a tile ahead: too small for the pipeline that hides the wait for keys and values
+        value = masked(MASK, mask_row, later - first, later < high, sm_s, KIND, ALIKE)
+        new = tl.maximum(m, tl.max(s, 1))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(m - safe)
+        ACC = mix(ACC, shrink, p, VALUES, row, ok, V_SIZES)
+        m, total = new, total * shrink + tl.sum(p, 1)
+    return m, total, ACC
+
+
+def attend_share(
+    Q, K_NEW, V_NEW, KEYS, RING, VALUES, MASK, WINDOW_START, START, OUT, MOST, TOTAL,
+    window_start, start, first, extent, scale, queries, heads, capacity, value_rows, ring_rows, splits, whole_splits,
+    sm_b, sm_h, sm_n, sm_s,
+    GROUP: tl.constexpr, D_SIZES: tl.constexpr, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
+    ON_DEVICE: tl.constexpr, ROLLING: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr,
+    HALF_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One share of the positions of one KV head, for BLOCK_M of its rows (query head of the group, query).
+
+    ``ROLLING``: ``first`` counts back from the start, and position p stands in row p % capacity.
+    """
+    scale = tl.cast(scale, tl.float32)  # a Python float arrives as float64 from Inductor
+    bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    if ON_DEVICE:
+        start = tl.load(START)
+        window_start = tl.minimum(tl.load(WINDOW_START), start)
+    if ROLLING:
+        first = start - first
+        extent = start + queries
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_rows = GROUP * queries
+    real = row < n_rows
+    query = row % queries
+    q_row = Q + (bh * n_rows + row)[:, None] * D_WIDTH
+    mask_row = bh // heads * sm_b
+    if not ALIKE:
+        mask_row += ((bh % heads) * GROUP + row // queries) * sm_h + query.to(tl.int64) * sm_n
+        mask_row = tl.where(real, mask_row, 0)  # no tile is read beyond the mask's end
+    KEYS = keys_locate(KEYS, bh, capacity, K_SIZES)
+    VALUES = values_locate(VALUES, bh, value_rows, V_SIZES)
+    RING = whole_locate(RING, bh, ring_rows, D_SIZES)
+    K_NEW = whole_locate(K_NEW, bh, queries, D_SIZES)
+    V_NEW = whole_locate(V_NEW, bh, queries, V_SIZES)
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    ACC = values_zero(BLOCK_M, V_SIZES)
+
+    end = tl.minimum(start + queries, extent)
+    if split < splits:  # encoded rows, in equal shares, and the rows after the tokens, which hold nothing
+        CHUNK: tl.constexpr = 1024 if ALIKE else 128
+        AFTER: tl.constexpr = 0 if CAUSAL else KIND  # causal queries never see those rows
+        chunk = tl.arange(0, CHUNK)
+        QUERIES = keys_prepare(q_row, real, KEYS, K_SIZES)
+        low, high = part_of(first, tl.minimum(window_start, end), split, splits, BLOCK_N)
+        # Of the rows after the tokens only the mask is read, unless it shows some: asked for here, looked at below.
+        after, last = part_of(end, extent, split, splits, CHUNK)
+        value = masked(MASK, mask_row, after + chunk - first, after + chunk < last, sm_s, AFTER, ALIKE)
+        m, total, ACC = walk_encoded(
+            m, total, ACC, QUERIES, KEYS, VALUES, low, high, 0, ring_rows, MASK, mask_row, query, first, sm_s,
+            scale, capacity, ROLLING, False, K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE, BLOCK_N,
+        )  # fmt: skip
+        if not CAUSAL:
+            for at in range(after, last, CHUNK):
+                if counts_some(value, m, real, at + chunk < last, KIND, ALIKE, HALF_MASK):
+                    m, total, ACC = walk_encoded(
+                        m, total, ACC, QUERIES, KEYS, VALUES, at, tl.minimum(at + CHUNK, last), 0, ring_rows, MASK,
+                        mask_row, query, first, sm_s, scale, capacity, ROLLING, False, K_SIZES, V_SIZES,
+                        KIND, CAUSAL, ALIKE, BLOCK_N,
+                    )  # fmt: skip
+                position = at + CHUNK + chunk
+                value = masked(MASK, mask_row, position - first, position < last, sm_s, AFTER, ALIKE)
+    else:  # whole keys
+        WHOLE = whole_prepare(q_row, real, RING, D_SIZES)
+        low, high = part_of(tl.maximum(first, window_start), end, split - splits, whole_splits, BLOCK_N)
+        m, total, ACC = walk_ring(
+            m, total, ACC, WHOLE, RING, VALUES, low, tl.minimum(high, start), 0, ring_rows, MASK,
+            mask_row, query, first, sm_s, scale, capacity, ROLLING, True, D_SIZES, V_SIZES,
+            KIND, CAUSAL, ALIKE, BLOCK_N,
+        )  # fmt: skip
+        m, total, ACC = walk_new(
+            m, total, ACC, WHOLE, K_NEW, V_NEW, tl.maximum(low, start), high, start, ring_rows, MASK,
+            mask_row, query, first, sm_s, scale, capacity, False, False, D_SIZES, V_SIZES,
+            KIND, CAUSAL, ALIKE, BLOCK_N,
+        )  # fmt: skip
+
+    seen = total > 0
+    total = tl.where(seen, total, 1.0)
+    out = (bh * (splits + whole_splits) + split) * n_rows + row
+    values_finish(ACC, total, OUT + out * V_WIDTH, real, V_SIZES)
+    tl.store(MOST + out, m, mask=real)
+    tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)

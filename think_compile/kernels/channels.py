@@ -1,0 +1,88 @@
+"""Device code of rows of chosen channels: the queries are gathered, the rows are read as they are."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from think_compile.kernels.codecs import DeviceCodec, parts_of
+from think_compile.kernels.whole import columns, read_queries, whole_scores
+
+
+@triton.jit
+def channels_locate(rows, channels, bh, capacity, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+    """The rows and the channels of one KV head."""
+    return rows + bh * capacity * width, channels + bh * width
+
+
+@triton.jit
+def channels_prepare(q_row, real, rows, channels, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+    """The queries' kept channels."""
+    c0, c1 = columns(part0, part1)
+    i0 = tl.load(channels + c0, mask=c0 < width, other=0)
+    i1 = tl.load(channels + c1, mask=c1 < width, other=0)
+    return read_queries(q_row, real, i0, i1, c0 < width, c1 < width)
+
+
+@triton.jit
+def channels_scores(
+    q0, q1, rows, channels, row, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr
+):  # fmt: skip
+    """Products [M, N] of the gathered queries with narrow rows."""
+    return whole_scores(q0, q1, rows, row, ok, width, part0, part1)
+
+
+@triton.jit
+def _energy(q, k, channel, real, GROUP: tl.constexpr, D: tl.constexpr):
+    """mean(q^2) k^2 of a channel, over the queries of a group; NaN counts most."""
+    total = tl.load(q + channel, mask=real, other=0.0).to(tl.float32)
+    total = total * total
+    for g in range(1, GROUP):
+        x = tl.load(q + g * D + channel, mask=real, other=0.0).to(tl.float32)
+        total += x * x
+    y = tl.load(k + channel, mask=real, other=0.0).to(tl.float32)
+    energy = total / GROUP * (y * y)
+    return tl.where(energy == energy, energy, float("inf"))
+
+
+@triton.jit
+def channels_choose(
+    q, k, rows, channels, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The channels of most energy, by counting, as :func:`think_compile.formats.think.top_channels`."""
+    channel = tl.arange(0, BLOCK)
+    real = channel < D
+    mine = _energy(q, k, channel, real, GROUP, D)
+    ahead = tl.zeros([BLOCK], tl.int32)
+    for other in range(D):
+        theirs = _energy(q, k, other, True, GROUP, D)
+        ahead += ((theirs > mine) | ((theirs == mine) & (other < channel))).to(tl.int32)
+    kept = real & (ahead < WIDTH)
+    slot = tl.cumsum(kept.to(tl.int32), 0) - 1
+    for t in range(WIDTH):  # an address that depended on what was loaded would pass for a write to that
+        tl.store(channels + t, tl.sum(tl.where(kept & (slot == t), channel, 0), 0).to(tl.int64))
+
+
+@triton.jit
+def channels_store(k, rows, channels, start, capacity, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the kept channels of one new row ``k``; beyond the end nothing changes."""
+    t = tl.arange(0, BLOCK)
+    narrow = tl.load(k + tl.load(channels + t, mask=t < WIDTH, other=0), mask=t < WIDTH, other=0.0)
+    room = tl.where(start < capacity, WIDTH, 0)
+    tl.store(rows + start * WIDTH + t, narrow.to(rows.dtype.element_ty), mask=t < room)
+
+
+CHANNELS = DeviceCodec(
+    name="channels",
+    parts=("rows", "channels"),
+    queries=("q0", "q1"),
+    accumulators=(),
+    functions={
+        "locate": channels_locate,
+        "prepare": channels_prepare,
+        "scores": channels_scores,
+        "choose": channels_choose,
+        "store": channels_store,
+    },
+    sizes=parts_of,
+)

@@ -1,0 +1,60 @@
+"""Device functions that every attention kernel shares: masks, and the bounds of a share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def masked(MASK, mask_row, column, ok, sm_s, kind: tl.constexpr, alike: tl.constexpr):
+    """What the model's mask says of some columns, [1, N] where ``alike``, else [M, N]; a row of zeros without a mask.
+
+    ``alike``: the mask is one for all rows, and ``mask_row`` a number.
+    """
+    if kind == 0:
+        value = tl.zeros([1, column.shape[0]], tl.int8)
+    else:
+        columns = column.to(tl.int64)[None, :] * sm_s
+        at = MASK + mask_row + columns if alike else MASK + mask_row[:, None] + columns
+        value = tl.load(at, mask=ok[None, :], other=0)
+    return value
+
+
+@triton.jit
+def hidden(s, value, column, query, ok, kind: tl.constexpr, causal: tl.constexpr):
+    """Logits (base 2) after a mask's ``value``: none (0), bool (1), float that is added (2); -inf where not ``ok``."""
+    shown = ok[None, :]
+    if causal:
+        shown = shown & (column[None, :] <= query[:, None])
+    if kind == 1:
+        shown = shown & (value != 0)
+    if kind == 2:
+        added = tl.maximum(value.to(tl.float32), -2e38) * 1.4426950408889634  # a minimum stays finite in base 2
+        s += tl.where(value == float("-inf"), float("-inf"), added)
+    return tl.where(shown, s, float("-inf"))
+
+
+@triton.jit
+def counts_some(value, m, real, ok, kind: tl.constexpr, alike: tl.constexpr, half: tl.constexpr):
+    """Whether a mask's ``value`` shows a row that is ``real`` a column that is ``ok``; ``m``: the rows' largest logits.
+
+    A key masked with the dtype's minimum, or half of it, counts only for a query whose keys are all masked.
+    """
+    # base 2, as the logits: half of fp16's minimum is -47251.1, and -1e30 hides in any wider type
+    low: tl.constexpr = -47252.0 if half else -1e30
+    if alike:
+        shown = tl.zeros([1, ok.shape[0]], tl.float32)
+        most = shown + tl.min(m, 0)
+    else:
+        shown = tl.where(real[:, None], tl.zeros([real.shape[0], ok.shape[0]], tl.float32), float("-inf"))
+        most = m[:, None]
+    shown = hidden(shown, value, 0, 0, ok, kind, False)
+    counts = (shown > low) | ((shown > float("-inf")) & (most < low / 2))
+    return tl.max(tl.max(counts.to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
+def part_of(low, high, i, parts, BLOCK_N: tl.constexpr):
+    """Bounds of the ``i``-th of ``parts`` equal parts of [low, high), in whole tiles."""
+    share = tl.cdiv(tl.cdiv(high - low, parts), BLOCK_N) * BLOCK_N
+    low += i * share
+    return low, tl.minimum(low + share, high)

@@ -1,0 +1,168 @@
+"""The kernels of a pair of codecs, made of the templates, and the operations of torch through which they are called."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+from torch.library import triton_op
+
+from think_compile.kernels import attend_template, store_template
+from think_compile.kernels.channels import CHANNELS
+from think_compile.kernels.codecs import DeviceCodec, sizes_of
+from think_compile.kernels.merge import merge_shares
+from think_compile.kernels.shares import Given, device_of_launch, launch_shares, traced
+from think_compile.kernels.specialise import specialised
+from think_compile.kernels.whole import WHOLE
+
+CODECS = {codec.name: codec for codec in (CHANNELS, WHOLE)}
+# A length that changes with each token must not make a new variant of the kernel each time.
+_LENGTHS = ["window_start", "start", "first", "extent", "splits", "whole_splits"]
+
+
+class Kernels(NamedTuple):
+    """What is compiled for a pair of codecs."""
+
+    keys: DeviceCodec
+    values: DeviceCodec
+    attend_share: Any
+    append_key: Any
+    finish_step: Any
+
+
+@functools.cache
+def kernels_of(keys: str, values: str) -> Kernels:
+    """The kernels for keys and values of these codecs."""
+    k, v = CODECS[keys], CODECS[values]
+    name = f"{keys}_{values}"
+    groups = {"KEYS": k.pointers("K"), "VALUES": v.pointers("V"), "ACC": v.accumulators}
+    sizes = {"K_SIZES": sizes_of("K"), "V_SIZES": sizes_of("V")}
+
+    def walk(kind: str, rows: DeviceCodec, pointers: tuple[str, ...], own: bool) -> Any:
+        side = WHOLE if own else v
+        of_kind = {"QUERIES": rows.queries, "KEYS": pointers, "VALUES": ("V_NEW",) if own else groups["VALUES"]}
+        functions = {"scores": rows.functions["scores"], "mix": side.functions["mix"]}
+        template = attend_template.walk
+        return specialised(template, f"walk_{kind}_{name}", functions, {**groups, **of_kind, **sizes})
+
+    functions = {
+        **{f"keys_{name}": k.functions[name] for name in ("locate", "prepare")},
+        **{f"values_{name}": v.functions[name] for name in ("locate", "zero", "finish")},
+        **{f"whole_{name}": WHOLE.functions[name] for name in ("locate", "prepare")},
+        "walk_encoded": walk("encoded", k, groups["KEYS"], own=False),
+        "walk_ring": walk("ring", WHOLE, ("RING",), own=False),
+        "walk_new": walk("new", WHOLE, ("K_NEW",), own=True),
+    }
+    all_groups = {**groups, **sizes, "D_SIZES": sizes_of("D"), "QUERIES": k.queries, "WHOLE": ("w0", "w1")}
+    share = specialised(
+        attend_template.attend_share, f"attend_{name}", functions, all_groups, do_not_specialize=_LENGTHS
+    )
+    return Kernels(k, v, share, *_writers(name, k, v))
+
+
+def _writers(name: str, k: DeviceCodec, v: DeviceCodec) -> tuple[Any, Any]:
+    """The kernels that store a token."""
+    of_keys = {f"keys_{function}": k.functions[function] for function in ("locate", "choose", "store")}
+    keys, values = {"KEYS": k.pointers("K")}, {"VALUES": v.pointers("V")}
+    store = {"store_key": specialised(store_template.store_key, f"store_key_{name}", of_keys, keys)}
+    of_values = {f"values_{function}": v.functions[function] for function in ("locate", "store")}
+    return (
+        specialised(store_template.append_key, f"append_{name}", store, keys),
+        specialised(store_template.finish_step, f"finish_{name}", store | of_values, keys | values),
+    )
+
+
+# --------------------------------------------------------------------------------------------- operations of torch
+
+
+@functools.cache
+def attend_operation(keys: str, values: str) -> Any:
+    """The attention of a later call: see :class:`.shares.Given` for its arguments."""
+
+    @triton_op(f"think_compile::attend_{keys}_{values}", mutates_args={})
+    def attend(
+        own: list[Tensor],
+        keys_: list[Tensor],
+        values_: list[Tensor],
+        mask: Tensor | None,
+        at: list[Tensor],
+        numbers: list[int],
+        scale: float,
+        launch: list[int],
+    ) -> Tensor:
+        kernels, given = kernels_of(keys, values), Given(own, keys_, values_, mask, at, numbers, scale, launch)
+        q, _, v = own
+        result = q.new_empty((*q.shape[:3], v.shape[3]))
+        with device_of_launch(q):
+            shares = launch_shares(kernels, given)
+            all_heads, _, rows, _ = shares.out.shape
+            traced(merge_shares)[(all_heads, rows)](*shares, result, rows, **shares.sizes())
+        return result
+
+    return attend
+
+
+@functools.cache
+def step_operation(keys: str, values: str) -> Any:
+    """The attention of one token on a cache of fixed size, which then holds it.
+
+    As :func:`attend_operation`; ``keys_`` ends with the ring and the counters, and ``numbers`` are the end of the rows,
+    whether the attention is causal, and how many tokens have whole rows after a first call and after a later one.
+    """
+
+    @triton_op(f"think_compile::step_{keys}_{values}", mutates_args={"keys_", "values_"})
+    def step(
+        own: list[Tensor],
+        keys_: list[Tensor],
+        values_: list[Tensor],
+        mask: Tensor | None,
+        start: Tensor,
+        numbers: list[int],
+        scale: float,
+        launch: list[int],
+    ) -> Tensor:
+        kernels, (extent, causal, *windows) = kernels_of(keys, values), numbers
+        q, k, v = own
+        *past, counters = keys_
+        lengths = [0, 0, 0, extent, 0, causal]
+        result = q.new_empty((*q.shape[:3], v.shape[3]))
+        with device_of_launch(q):
+            shares = launch_shares(kernels, Given(own, past, values_, mask, [counters, start], lengths, scale, launch))
+            sizes = _store_sizes(q, k, past[0]) | shares.sizes()
+            traced(kernels.finish_step)[(k.shape[0] * k.shape[1], sizes["GROUP"] + 1)](
+                *shares, result, q, k, v, *past, counters, *values_, start,
+                *windows, past[0].shape[2], past[-1].shape[2], **sizes,
+            )  # fmt: skip
+        return result
+
+    return step
+
+
+@functools.cache
+def append_operation(keys: str, values: str) -> Any:
+    """Stores the key of one token in a cache of fixed size; ``windows`` as the last numbers of a step."""
+
+    @triton_op(f"think_compile::append_{keys}_{values}", mutates_args={"keys_"})
+    def append(q: Tensor, k: Tensor, keys_: list[Tensor], start: Tensor, windows: list[int]) -> None:
+        *past, counters = keys_
+        with device_of_launch(q):
+            traced(kernels_of(keys, values).append_key)[(k.shape[0] * k.shape[1],)](
+                q, k, *past, counters, start,
+                *windows, past[0].shape[2], past[-1].shape[2], **_store_sizes(q, k, past[0]),
+            )  # fmt: skip
+
+    return append
+
+
+def _store_sizes(q: Tensor, k: Tensor, rows: Tensor) -> dict[str, int]:
+    """What the store of a key is compiled for."""
+    d, width = q.shape[3], rows.shape[-1]
+    return {
+        "GROUP": q.shape[1] // k.shape[1],
+        "D": d,
+        "K_WIDTH": width,
+        "BLOCK_D": triton.next_power_of_2(d),
+        "BLOCK_K": triton.next_power_of_2(width),
+    }

@@ -1,0 +1,114 @@
+"""How the attention kernel is launched: one program for a share of the positions of some rows of one KV head."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import wrap_triton
+
+from think_compile.kernels.codecs import parts_of
+from think_compile.kernels.launch import Launch
+
+if TYPE_CHECKING:
+    from think_compile.kernels.pair import Kernels
+
+_LOG2E = 1.4426950408889634
+WHOLE_SHARE = 128  # about as many positions with whole rows does a program take
+
+
+class Given(NamedTuple):
+    """The arguments of the attention, flat as an operation of torch takes them.
+
+    Attributes:
+        own: q [B, Hq, N, D], k [B, H, N, D] and v [B, H, N, Dv] of the call, contiguous.
+        keys, values: the stored parts in the order of the codec, for keys with the ring as the last.
+        mask: [B or 1, Hq or 1, N or 1, columns], or None.
+        at: where the window's start and the call's start lie, both 0-d int64; empty: they are numbers.
+        numbers: these two, the lowest position that is read and the end of all; whether rows stand in a circle, and
+            whether the attention is causal. In a circle the third tells how many of the past are read.
+        scale: of the logits.
+        launch: see :class:`.launch.Launch`.
+    """
+
+    own: list[Tensor]
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor | None
+    at: list[Tensor]
+    numbers: list[int]
+    scale: float
+    launch: list[int]
+
+
+class Shares(NamedTuple):
+    """What the first kernel leaves, fp32: the attention of each share, its largest logit and its sum, by row."""
+
+    out: Tensor
+    most: Tensor
+    total: Tensor
+
+    def sizes(self) -> dict[str, int]:
+        """The merge's constants."""
+        splits, dv = self.out.shape[1], self.out.shape[3]
+        return {
+            "DV": dv,
+            "BLOCK_V": triton.next_power_of_2(dv),
+            "SPLITS": splits,
+            "BLOCK_S": triton.next_power_of_2(splits),
+        }
+
+
+def traced(kernel: Any) -> Any:
+    """The kernel as Inductor sees it; what Triton's interpreter runs on a CPU is called as it is."""
+    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+
+
+def device_of_launch(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of ``x``; in Inductor's code it always is."""
+    elsewhere = x.is_cuda and x.device.index not in (None, torch.cuda.current_device())
+    return torch.cuda.device(x.device) if elsewhere else nullcontext()
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A number that is typical of a size, with no guard on it."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _strides(mask: Tensor | None) -> tuple[int, ...]:
+    """A mask's strides, 0 along the axes of size 1, which stand for all batches, heads, queries or keys."""
+    if mask is None:
+        return 0, 0, 0, 0
+    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+
+
+def _sizes(prefix: str, width: int) -> dict[str, int]:
+    return dict(zip((f"{prefix}_WIDTH", f"{prefix}_PART0", f"{prefix}_PART1"), parts_of(width), strict=True))
+
+
+def launch_shares(kernels: Kernels, given: Given) -> Shares:
+    """Attend in shares."""
+    (q, k, v), mask, how = given.own, given.mask, Launch(*given.launch)
+    (batch, query_heads, queries, d), heads, dv = q.shape, k.shape[1], v.shape[3]
+    rows, all_heads, ring = query_heads // heads * queries, batch * heads, given.keys[-1]
+    whole_splits = min(how.splits, -(-(hint(ring.shape[2]) + hint(queries)) // WHOLE_SHARE))
+    splits = how.splits + whole_splits
+    out = q.new_empty((all_heads, splits, rows, dv), dtype=torch.float32)
+    most, total = (q.new_empty((all_heads, splits, rows), dtype=torch.float32) for _ in range(2))
+    window_start_at, start_at = given.at or (None, None)
+    *lengths, rolling, causal = given.numbers
+    strides, widths = _strides(mask), (d, given.keys[0].shape[-1], given.values[0].shape[-1])
+    traced(kernels.attend_share)[(all_heads, triton.cdiv(rows, how.block_m), splits)](
+        q, k, v, *given.keys, *given.values, mask, window_start_at, start_at, out, most, total,
+        *lengths, given.scale * _LOG2E, queries, heads,
+        given.keys[0].shape[2], given.values[0].shape[2], ring.shape[2], how.splits, whole_splits, *strides,
+        **_sizes("D", widths[0]), **_sizes("K", widths[1]), **_sizes("V", widths[2]),
+        GROUP=query_heads // heads, ON_DEVICE=start_at is not None, ROLLING=bool(rolling), CAUSAL=bool(causal),
+        KIND=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
+        ALIKE=strides[1] == 0 and strides[2] == 0, HALF_MASK=mask is not None and mask.dtype == torch.float16,
+        BLOCK_M=how.block_m, BLOCK_N=how.block_n, num_warps=how.warps, num_stages=how.stages,
+    )  # fmt: skip
+    return Shares(out, most, total)

@@ -1,0 +1,102 @@
+"""Device code of rows that are stored as they come; rings and a call's own rows are such rows, too."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from think_compile.kernels.codecs import DeviceCodec, parts_of
+
+
+@triton.jit
+def columns(part0: tl.constexpr, part1: tl.constexpr):
+    """Column numbers of a row that is read in two parts of a power of two each."""
+    return tl.arange(0, part0), part0 + tl.arange(0, part1)
+
+
+@triton.jit
+def read_queries(q_row, real, i0, i1, ok0, ok1):
+    """The queries' columns ``i0`` and ``i1``, the two parts that :func:`whole_scores` multiplies."""
+    q0 = tl.load(q_row + i0[None, :], mask=real[:, None] & ok0[None, :], other=0.0)
+    return q0, tl.load(q_row + i1[None, :], mask=real[:, None] & ok1[None, :], other=0.0)
+
+
+@triton.jit
+def whole_locate(rows, bh, capacity, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+    """The rows of one KV head."""
+    return rows + bh * capacity * width
+
+
+@triton.jit
+def whole_prepare(q_row, real, rows, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+    """All columns of the queries."""
+    c0, c1 = columns(part0, part1)
+    return read_queries(q_row, real, c0, c1, c0 < width, c1 < width)
+
+
+@triton.jit
+def whole_scores(q0, q1, base, rows, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+    """Products [M, N] of queries with key rows ``rows`` of ``width`` columns at ``base``."""
+    c0, c1 = columns(part0, part1)
+    at = base + rows.to(tl.int64)[:, None] * width
+    k0 = tl.load(at + c0[None, :], mask=ok[:, None] & (c0 < width)[None, :], other=0.0)
+    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+    if part0 < width:
+        k1 = tl.load(at + c1[None, :], mask=ok[:, None] & (c1 < width)[None, :], other=0.0)
+        s += tl.dot(q1, tl.trans(k1), input_precision="ieee")
+    return s
+
+
+@triton.jit
+def whole_zero(block_m: tl.constexpr, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+    """Empty accumulators."""
+    return tl.zeros([block_m, part0], tl.float32), tl.zeros([block_m, part1], tl.float32)
+
+
+@triton.jit
+def whole_mix(o0, o1, shrink, p, base, rows, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+    """The accumulators, shrunk, with the value rows ``rows`` of ``width`` columns at ``base``, weighted by ``p``."""
+    c0, c1 = columns(part0, part1)
+    at = base + rows.to(tl.int64)[:, None] * width
+    v0 = tl.load(at + c0[None, :], mask=ok[:, None] & (c0 < width)[None, :], other=0.0)
+    o0 = o0 * shrink[:, None] + tl.dot(p.to(v0.dtype), v0, input_precision="ieee")
+    if part0 < width:
+        v1 = tl.load(at + c1[None, :], mask=ok[:, None] & (c1 < width)[None, :], other=0.0)
+        o1 = o1 * shrink[:, None] + tl.dot(p.to(v1.dtype), v1, input_precision="ieee")
+    return o0, o1
+
+
+@triton.jit
+def whole_finish(o0, o1, total, at, real, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+    """Write the accumulators, divided by ``total``, to rows at ``at``."""
+    c0, c1 = columns(part0, part1)
+    tl.store(at[:, None] + c0[None, :], o0 / total[:, None], mask=real[:, None] & (c0 < width)[None, :])
+    if part0 < width:
+        tl.store(at[:, None] + c1[None, :], o1 / total[:, None], mask=real[:, None] & (c1 < width)[None, :])
+
+
+@triton.jit
+def whole_store(new, rows, start, capacity, width: tl.constexpr, block: tl.constexpr):
+    """Copy one new row; beyond the end nothing changes."""
+    column = tl.arange(0, block)
+    room = tl.where(start < capacity, width, 0)
+    value = tl.load(new + column, mask=column < width, other=0.0)
+    tl.store(rows + start * width + column, value.to(rows.dtype.element_ty), mask=column < room)
+
+
+WHOLE = DeviceCodec(
+    name="whole",
+    parts=("rows",),
+    queries=("q0", "q1"),
+    accumulators=("o0", "o1"),
+    functions={
+        "locate": whole_locate,
+        "prepare": whole_prepare,
+        "scores": whole_scores,
+        "zero": whole_zero,
+        "mix": whole_mix,
+        "finish": whole_finish,
+        "store": whole_store,
+    },
+    sizes=parts_of,
+)
