@@ -137,7 +137,7 @@ def test_steps_attend_with_the_kernel(kind):
     cache = cache_of(kind, model.config)
     model(ids[:, :256], **{CACHE: cache})
     code = generated_code(lambda: model(ids[:, 256:], **{CACHE: cache}))
-    assert "attend_share" in code and ("finish_step" if kind == "fixed" else "merge_shares") in code
+    assert "attend_channels_whole" in code and ("finish_channels_whole" if kind == "fixed" else "merge_shares") in code
     assert "scaled_dot_product" not in code and "flash" not in code
 
 

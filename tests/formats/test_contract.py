@@ -15,6 +15,7 @@ from think_compile.formats.seen import Seen
 
 EVERY = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 SIZE = 40
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where kernels are not interpreted
 
 
 def shape_of(part, capacity, ring):
@@ -244,13 +245,13 @@ KERNELS = {name: f for name, f in FORMATS.items() if attention.kernels_for(f.key
 @pytest.mark.parametrize("n", [1, 3])
 def test_the_kernel_is_within_the_error_of_its_precision(form, size, n):
     kernels = attention.kernels_for(form.keys.codec, form.values.codec)
-    keys, values = (store for store, _ in begun(form, 21, size, torch.float32))
-    q, k, v = draw(n, dtype=torch.float32)
+    keys, values = (store.to(DEVICE, None) for store, _ in begun(form, 21, size, torch.float32))
+    q, k, v = (x.to(DEVICE) for x in draw(n, dtype=torch.float32))
     if size is None:
         keys, values = keys.reserve(n), values.reserve(n)
     columns = 21 + n if size is None else size
-    mask = F.pad(causal(n, 21 + n), (0, columns - 21 - n))[None, None]
-    call, span = Call(q, k, v, mask), Span(21 if size is None else torch.tensor(21), 0, columns)
+    mask = F.pad(causal(n, 21 + n), (0, columns - 21 - n))[None, None].to(DEVICE)
+    call, span = Call(q, k, v, mask), Span(21 if size is None else torch.tensor(21, device=DEVICE), 0, columns)
     sides = form.keys, form.values
     got = kernels.attend(call, keys.stored(), values.stored(), span)
     same = attention.narrow(call, keys.stored(), values.stored(), span, sides)

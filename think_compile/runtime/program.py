@@ -120,7 +120,7 @@ class Program:
                 store.unroll()
 
     def _has_rows_in_place(self, args: Sequence[Any]) -> bool:
-        return all(args[index].store.rolling == rolling for index, rolling in self.rewritten.sides)
+        return all(args[what.index].store.rolling == what.rolling for what in self.rewritten.written)
 
     def _take_room(self, args: Sequence[Any]) -> None:
         """Count the rows that a call writes into caches of fixed size; raises if they are more than there are."""
