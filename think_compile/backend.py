@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch.fx import GraphModule, Node
 from think_compile.cache.cell import Cell
 from think_compile.cache.handle import Handle
 from think_compile.cache.holders import Place, holders, owns_its_storage
-from think_compile.cache.store import writable
+from think_compile.cache.rows import writable
 from think_compile.config import ThinkConfig, fallback_allowed
 from think_compile.passes.find.attention import Attention, find_attention, module_path
 from think_compile.passes.find.broken import broken_attention
@@ -41,6 +42,22 @@ class ThinkWarning(UserWarning):
 
 class NothingRewritten(RuntimeError):
     """``strict=True``, and a layer could not be rewritten."""
+
+
+class _LeaveAlone(Exception):
+    """A graph stays as the model wrote it; why was told."""
+
+
+@dataclass
+class _Work:
+    """A graph on its way through the passes, and what they found so far."""
+
+    gm: GraphModule
+    example_inputs: Sequence[Any]
+    normalized: Normalized = field(init=False)
+    sites: Sequence[Attention] = ()
+    findings: Findings = field(default_factory=Findings)
+    frame: str = ""  # the module whose code was compiled
 
 
 class Backend:
@@ -83,35 +100,62 @@ class Backend:
 
     # ------------------------------------------------------------------------------------------------ compiling
 
+    @property
+    def passes(self) -> tuple[Callable[[_Work], None], ...]:
+        """In their order. The last one, the rewriting, is left to the calls: it depends on which caches are packed."""
+        return (
+            self._leave_gradients,
+            self._normalize,
+            self._find_attention,
+            self._find_caches,
+            self._refuse_unswappable,
+            self._refuse_given_up,
+            self._record_findings,
+            self._give_up_what_is_read_densely,
+        )
+
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
+        work = _Work(gm, example_inputs)
+        try:
+            for one in self.passes:
+                one(work)
+        except _LeaveAlone:
+            return self._plain(gm, example_inputs)
+        if self.dry or not (work.findings.cached or work.findings.pending):
+            return self._plain(gm, example_inputs)
+        own = self._own_tensors(example_inputs)
+        return CompiledGraph(self, gm, work.normalized, work.findings, own, work.frame)
+
+    def _leave_gradients(self, work: _Work) -> None:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in work.example_inputs):
             reason = Reason.REQUIRES_GRAD.value
             self.graphs_refused_for_gradients = True
             self.warn_once(f"called with gradients enabled: {reason}. The call runs exactly, unpruned.")
-            return self._plain(gm, example_inputs)
+            raise _LeaveAlone
+
+    def _normalize(self, work: _Work) -> None:
         try:
-            normalized = normalize(gm, example_inputs)
+            work.normalized = normalize(work.gm, work.example_inputs)
         except Refused as refused:
             self._refuse_graph(refused)
-            return self._plain(gm, example_inputs)
-        names = self._parameter_names(normalized, example_inputs)
+            raise _LeaveAlone from None
+
+    def _find_attention(self, work: _Work) -> None:
+        names = self._parameter_names(work.normalized, work.example_inputs)
         running, model = RUNNING.get(), self.model()
         self.paths = {} if model is None else {id(module): path for path, module in model.named_modules()}
-        frame = "" if running is None else self.innermost_module(running.names)
-        sites = told_apart([with_full_path(site, names, frame) for site in find_attention(normalized.graph_module)])
-        if not sites:
-            for part, why in broken_attention(normalized):
-                layer = full_path(module_path(part), part, names) or frame
-                self._refuse_graph(Refused(why, where(part)), layer)
-            return self._plain(gm, example_inputs)
-        findings = find_caches(normalized, sites, self.config.smallest_window)
-        self._refuse_unswappable(findings, example_inputs)
-        self._refuse_given_up(findings, example_inputs)
-        self._record(normalized, findings)
-        self._give_up_what_is_read_densely(normalized, findings, example_inputs)
-        if self.dry or not (findings.cached or findings.pending):
-            return self._plain(gm, example_inputs)
-        return CompiledGraph(self, gm, normalized, findings, self._own_tensors(example_inputs), frame)
+        work.frame = "" if running is None else self.innermost_module(running.names)
+        found = find_attention(work.normalized.graph_module)
+        work.sites = told_apart([with_full_path(site, names, work.frame) for site in found])
+        if work.sites:
+            return
+        for part, why in broken_attention(work.normalized):
+            layer = full_path(module_path(part), part, names) or work.frame
+            self._refuse_graph(Refused(why, where(part)), layer)
+        raise _LeaveAlone
+
+    def _find_caches(self, work: _Work) -> None:
+        work.findings = find_caches(work.normalized, work.sites, self.config.smallest_window)
 
     def _parameter_names(self, normalized: Normalized, example_inputs: Sequence[Any]) -> dict[Node, str]:
         """The names, in the model, of the graph's inputs that are its parameters."""
@@ -131,37 +175,37 @@ class Backend:
         own = set() if model is None else {id(x) for x in (*model.parameters(), *model.buffers())}
         return frozenset(i for i, x in enumerate(example_inputs) if id(x) in own)
 
-    def _give_up_what_is_read_densely(
-        self, normalized: Normalized, findings: Findings, example_inputs: Sequence[Any]
-    ) -> None:
+    def _give_up_what_is_read_densely(self, work: _Work) -> None:
         """A layer whose cache an earlier graph packed, and that this one cannot read packed: it is left alone now."""
-        packed = {i for i, x in enumerate(example_inputs) if isinstance(x, Handle) and not x.is_dense}
+        findings, placeholders = work.findings, work.normalized.placeholders
+        packed = {i for i, x in enumerate(work.example_inputs) if isinstance(x, Handle) and not x.is_dense}
         read = packed.difference(*(site.past for site in findings.cached if site.past is not None))
-        read = {i for i in read if _is_read(normalized.placeholders[i])}
+        read = {i for i in read if _is_read(placeholders[i])}
         if read:
             self.warn_once(f"{len(read)} compressed caches are read densely from now on: {sentence(findings.refused)}")
-            inputs = {normalized.placeholders[i] for i in read}
+            inputs = {placeholders[i] for i in read}
             given_up = [refused for refused in findings.refused if reads_any(refused[0], inputs)]
             self.given_up |= {site.path for site, _ in given_up}
             self.ledger.give_up(refused_record(*refused) for refused in given_up)
 
-    def _refuse_unswappable(self, findings: Findings, example_inputs: Sequence[Any]) -> None:
+    def _refuse_unswappable(self, work: _Work) -> None:
         """A dense tensor that is written in place can become a handle only where its holder is known."""
-        for site in list(findings.cached):
+
+        def is_unswappable(site: CachedAttention) -> bool:
             held = site.past if site.in_buffer and site.past is not None else ()
-            if not all(self._is_swappable(example_inputs[i]) for i in held):
-                findings.cached.remove(site)
-                findings.refused.append((site.attention, Refused(Reason.HELD_OUTSIDE)))
+            return not all(self._is_swappable(work.example_inputs[i]) for i in held)
+
+        work.findings.refuse(is_unswappable, Refused(Reason.HELD_OUTSIDE))
 
     def _is_swappable(self, tensor: Tensor) -> bool:
         return isinstance(tensor, Handle) or (owns_its_storage(tensor) and bool(self._holders(tensor)))
 
-    def _refuse_given_up(self, findings: Findings, example_inputs: Sequence[Any]) -> None:
-        for site in list(findings.cached):
-            is_packed = site.past is not None and all(isinstance(example_inputs[i], Handle) for i in site.past)
-            if site.attention.path in self.given_up and not is_packed:
-                findings.cached.remove(site)
-                findings.refused.append((site.attention, Refused(Reason.GIVEN_UP)))
+    def _refuse_given_up(self, work: _Work) -> None:
+        def is_given_up(site: CachedAttention) -> bool:
+            is_packed = site.past is not None and all(isinstance(work.example_inputs[i], Handle) for i in site.past)
+            return site.attention.path in self.given_up and not is_packed
+
+        work.findings.refuse(is_given_up, Refused(Reason.GIVEN_UP))
 
     def _holders(self, tensor: Tensor) -> list[Place]:
         running = RUNNING.get()
@@ -229,8 +273,9 @@ class Backend:
         """Note the layers that a graph compresses."""
         self.ledger.add(rewritten_record(site, normalized.sources, self.config) for site in sites)
 
-    def _record(self, normalized: Normalized, findings: Findings) -> None:
-        self.record(normalized, findings.cached)
+    def _record_findings(self, work: _Work) -> None:
+        findings = work.findings
+        self.record(work.normalized, findings.cached)
         pending = {site.attention.node for site in findings.pending}  # a later call tells
         refused = [r for r in findings.refused if r[0].node not in pending]
         known = {path for path, record in self.ledger.layers.items() if record.reason is None}

@@ -8,73 +8,17 @@ place, as the buffer that it replaces. Which tensors there are, and how each beh
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from think_compile.cache.rows import Rows
 from think_compile.cache.state import COUNTERS, LENGTH, OLDEST, WINDOW_START, Span, State, Stored, capacity_for
 from think_compile.formats.base import Side
 from think_compile.formats.ring import advanced, ring_positions
-
-
-def allocating() -> AbstractContextManager[Any]:
-    """Stores outlive the call, so they must not be inference tensors, which no later call could write to."""
-    stack = ExitStack()
-    stack.enter_context(torch.no_grad())
-    if torch.is_inference_mode_enabled():
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-    return stack
-
-
-def writable(tensor: Tensor) -> Tensor:
-    """The tensor, or where that can be written to in inference mode only, another on the same memory."""
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-
-
-class Rows:
-    """Buffers [B, H, C, *] that are appended to in place, shared by the stores of one line of calls."""
-
-    def __init__(self, parts: State) -> None:
-        self.parts = parts
-        self.owners: weakref.WeakSet[Store] = weakref.WeakSet()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"parts": self.parts}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.parts, self.owners = state["parts"], weakref.WeakSet()
-
-    @property
-    def capacity(self) -> int:
-        return next(iter(self.parts.values())).shape[2]
-
-    def free_above(self, length: int, owner: Store) -> bool:
-        """Whether rows from ``length`` on belong to nobody but ``owner``."""
-        return all(other is owner or other.end <= length for other in self.owners)
-
-    def copy(self, first: int, length: int, capacity: int) -> Rows:
-        """A copy, with ``capacity``, of ``length`` rows from ``first`` on; the rows above are zero."""
-
-        def moved(x: Tensor) -> Tensor:
-            copy = x.new_zeros([capacity if axis == 2 else size for axis, size in enumerate(x.shape)])
-            copy[:, :, :length] = x[:, :, first : first + length]
-            return copy
-
-        with allocating():
-            return self.map(moved)
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> Rows:
-        return Rows({name: f(x) for name, x in self.parts.items()})
 
 
 class Counters(NamedTuple):

@@ -162,6 +162,12 @@ class Findings:
     pending: list[CachedAttention] = field(default_factory=list)
     refused: list[tuple[Attention, Refused]] = field(default_factory=list)
 
+    def refuse(self, wanted: Callable[[CachedAttention], bool], why: Refused) -> None:
+        """Leave those proven caches alone for which ``wanted`` holds."""
+        asked = [(site, wanted(site)) for site in self.cached]
+        self.cached = [site for site, is_wanted in asked if not is_wanted]
+        self.refused += [(site.attention, why) for site, is_wanted in asked if is_wanted]
+
 
 def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than: int | None = None) -> Findings:
     """Sort the attention sites into those with a proven cache and those to be left alone.
