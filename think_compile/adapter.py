@@ -1,8 +1,8 @@
-"""The one place that knows of Hugging Face's ``generate``: what wrapping a model changes there, and gives back.
+"""The adapter to Hugging Face's ``generate``, used in no other file: what wrapping a model changes and restores.
 
-``generate`` would compile the model's call again for static caches, and makes a growing cache unless told otherwise,
-whose steps no CUDA graph can replay. On a GPU it makes a cache of fixed size here, in one of a few sizes, so that a
-second prompt finds everything compiled.
+For static caches, ``generate`` would compile the model's call again. By default it makes a growing cache, whose steps
+no CUDA graph can replay. On a GPU this adapter makes it use a cache of fixed size, in one of a few sizes, so that a
+second prompt needs no compilation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 _wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_static: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that get a static cache where the user chose none
+_static: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that get a static cache if the user chose none
 
 PREPARE, MAKE_STATIC = "_prepare_cache_for_generation", "_prepare_static_cache"
 COMPILES = "_valid_auto_compile_criteria"
@@ -23,10 +23,10 @@ SMALLEST = 256  # tokens
 
 
 def called_by_generate(model: nn.Module) -> list[nn.Module]:
-    """``model``, and the modules inside it that its ``generate`` calls, as far as its class tells.
+    """The modules that the model's ``generate`` may call: ``model``, and models inside it.
 
-    The stock ``generate`` calls the model. Another one, of a wrapper or of a decoder behind an encoder of images, may
-    hand on to the ``generate`` of a model inside.
+    The stock ``generate`` calls the model itself. The ``generate`` of a wrapper, or of a decoder that follows an
+    image encoder, may call the ``generate`` of a model inside.
     """
     if _owner(type(model), "generate") is _owner(type(model), PREPARE) is not None:
         return [model]
@@ -36,7 +36,7 @@ def called_by_generate(model: nn.Module) -> list[nn.Module]:
 def on_wrap(model: nn.Module, *, static_cache: bool) -> None:
     """Change what ``generate`` does; ``static_cache``: also which cache it makes on a GPU.
 
-    The model's own settings stay as they are: they are saved, copied and pickled with it.
+    The model's own settings do not change: they are saved, copied and pickled with the model.
     """
     _wrapped.add(model)
     _around(type(model), COMPILES, _whether_to_compile)
@@ -47,15 +47,15 @@ def on_wrap(model: nn.Module, *, static_cache: bool) -> None:
 
 
 def on_restore(model: nn.Module) -> None:
-    """Give ``generate`` back what :func:`on_wrap` took."""
+    """Undo :func:`on_wrap`."""
     _wrapped.discard(model)
     _static.discard(model)
 
 
 def _around(cls: type, name: str, ours: Callable[..., Any]) -> None:
-    """Have ``ours`` called with a method and its arguments, once, where the method is defined.
+    """Wrap a method with ``ours``, once, in the class that defines it.
 
-    Not on the model, whose attributes are copied and pickled with it.
+    The model itself is not changed: its attributes are copied and pickled with it.
     """
     owner = _owner(cls, name)
     if owner is None or hasattr(vars(owner)[name], "think_compile"):
@@ -71,14 +71,14 @@ def _around(cls: type, name: str, ours: Callable[..., Any]) -> None:
 
 
 def _owner(cls: type, name: str) -> type | None:
-    """The class that defines a method of ``cls``."""
+    """The class that defines a method of ``cls``; None: there is none."""
     return next((base for base in cls.__mro__ if name in vars(base)), None)
 
 
 def rounded(tokens: int) -> int:
-    """The size of cache that ``tokens`` get: a multiple of 256, beyond 2,048 of no more than an eighth of them.
+    """``tokens`` rounded up to a cache size, in steps of 256, above 2,048 of at most an eighth of ``tokens``.
 
-    So sizes, and what they compile, are few.
+    This keeps the sizes, and so the compilations, few.
     """
     step = max(SMALLEST, 1 << max(0, tokens.bit_length() - 4))
     return -(-tokens // step) * step
@@ -98,12 +98,12 @@ def _prepare(
     plain: Callable[..., Any], model: nn.Module, settings: Any, model_kwargs: Any, mode: Any, *args: Any, **kwargs: Any
 ) -> Any:
     if model in _static and _is_open(model, settings, model_kwargs, mode):
-        settings.cache_implementation = "static"  # of this call: it has settings of its own
+        settings.cache_implementation = "static"  # only this call's settings
     return plain(model, settings, model_kwargs, mode, *args, **kwargs)
 
 
 def _is_open(model: Any, settings: Any, model_kwargs: Any, mode: Any) -> bool:
-    """Whether the user left open which cache ``generate`` makes, and a static one does what a growing one would."""
+    """Whether the user did not choose a cache, and a static one gives the same result as a growing one."""
     given = any(model_kwargs.get(name) is not None for name in ("cache", "past_key_values"))
     chosen = settings.cache_implementation is not None or settings.use_cache is False or given
     one_token_a_step = (
@@ -120,24 +120,24 @@ def _on_gpu(model: Any) -> bool:
 def _is_whole(model: Any) -> bool:
     """Whether this process runs all layers of the model.
 
-    Under pipeline parallelism other processes run some, and identities stand in their places. The length of a static
-    cache is that of its first layer, which a later stage never fills: its tokens would not be the model's.
+    Under pipeline parallelism other processes run some of them, and identities take their places. A static cache gets
+    its length from its first layer. A later stage never fills that layer, so its tokens would be wrong.
     """
     return getattr(model, "_pp_stage", None) is None and not _misses_layers(model)
 
 
 def _misses_layers(model: Any) -> bool:
-    """Whether an identity stands where the model's configuration counts a layer."""
+    """Whether an identity takes the place of one of the layers in the model's configuration."""
     n_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers)
     return any(isinstance(layer, nn.Identity) for one in lists for layer in one)
 
 
 def _has_plain_keys(model: Any) -> bool:
-    """Whether the cache holds keys, and not latents, or an index beside them.
+    """Whether the cache holds keys only: no latents, and no index besides the keys.
 
-    Those are not pruned, so that a static cache wins nothing; and what an index finds in a static cache depends, in
-    transformers 5.24, on the size of that.
+    Caches of the other kinds are not pruned, so a static cache gains nothing. Also, in transformers 5.24, the results
+    of an index depend on the size of a static cache.
     """
     config = model.config.get_text_config(decoder=True)
     return not any(getattr(config, name, None) for name in ("kv_lora_rank", "index_topk"))

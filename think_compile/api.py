@@ -1,4 +1,4 @@
-"""What users call: wrap a model, see what happened, undo it."""
+"""The user's functions: wrap a model, report, explain, undo."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ def think_compile(
 
     Args:
         model: any ``nn.Module`` decoder that keeps a key/value cache, or a module around one (of peft, for example).
-        ratio: share of the key channels to drop, in [0, 1). 0 keeps all.
-        keys, values: how the rows of keys and values are stored (docs/formats.md) instead of keys by ``ratio`` and
-            values whole.
+        ratio: share of the key channels to drop, in [0, 1); 0 keeps all.
+        keys, values: codecs for the rows of keys and values (docs/formats.md); None: keys pruned by ``ratio``, values
+            whole.
         recent: number of latest tokens whose rows stay whole.
         observe: number of latest queries that score the channels.
         channel_multiple: kept channels are rounded up to a multiple of this.
-        prune_generated: also prune generated tokens as they leave the window.
-        sliding: also prune layers that keep a bounded window of tokens, if that is larger than ``recent``.
-        strict: raise where a layer with a cache cannot be rewritten, and on internal failure.
+        prune_generated: also prune generated tokens when they leave the window.
+        sliding: also prune layers with a bounded window of tokens, if it is larger than ``recent``.
+        strict: raise if a layer with a cache cannot be rewritten, and on internal failure.
         lowering: "inductor" or "eager".
         cuda_graphs: on a GPU, replay steps on caches of fixed size from a captured CUDA graph.
-        static_cache: on a GPU, ``generate`` uses a cache of fixed size unless told otherwise.
+        static_cache: on a GPU, ``generate`` uses a cache of fixed size by default.
         **inductor_options: options of ``torch._inductor.config`` for the lowering.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``, or an argument has the wrong type.
-        ValueError: an argument is out of range, or the model is wrapped already.
+        TypeError: ``model`` is not an ``nn.Module``, or an argument has the wrong type.
+        ValueError: an argument is out of range, or the model is already wrapped or compiled.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -103,7 +103,7 @@ def _install(model: nn.Module, backend: Backend) -> Backend:
 
     model._compiled_call_impl = call
     config = backend.config
-    # who asks for windows to be pruned gets caches that grow: windows in buffers move up with each token
+    # pruned windows need growing caches: a window in a buffer moves its rows with each token
     adapter.on_wrap(model, static_cache=config.static_cache and not config.sliding)
     return backend
 
@@ -117,7 +117,7 @@ def _backend_of(model: nn.Module) -> Backend:
 
 
 def report(model: nn.Module) -> Report:
-    """What was rewritten and refused so far, and the bytes that the live caches hold.
+    """The layers rewritten and refused so far, and the bytes of the live caches.
 
     Raises:
         ValueError: the model is not wrapped.
@@ -128,7 +128,7 @@ def report(model: nn.Module) -> Report:
 def restore(model: M) -> M:
     """Undo :func:`think_compile`; returns the same object.
 
-    Caches made meanwhile keep working and stay packed.
+    Existing caches keep working and stay packed.
 
     Raises:
         ValueError: the model is not wrapped.
@@ -147,21 +147,21 @@ Inputs = Mapping[str, Any] | tuple[Any, ...]
 def explain(
     model: nn.Module, example_inputs: Inputs, next_inputs: Callable[[Any], Inputs | None] | None = None, **options: Any
 ) -> Report:
-    """What :func:`think_compile` would do to ``model``, seen from one call with ``example_inputs``.
+    """Report what :func:`think_compile` would do to ``model``, from one call with ``example_inputs``.
 
-    The call is traced and run once as the model wrote it; nothing is generated, and the model is left unwrapped.
-    A cache that grows has no past in its first call: where it lives, and what a later call does to it, shows in a
-    second one.
+    The call is traced and run once as the model wrote it; nothing is generated, and the model is not wrapped.
+    A growing cache has no past in its first call. Only a second call shows where it lives and what later calls do to
+    it.
 
     Args:
         model: an ``nn.Module``, wrapped or not.
         example_inputs: keyword arguments (a mapping) or positional ones (a tuple) of one call that fills a cache.
-        next_inputs: from what that call returned, the arguments of a second one, or None: no second call.
+        next_inputs: from that call's output, the arguments of a second call, or None for no second call.
         **options: as for :func:`think_compile`.
     """
     wrapped = _backends.get(model)
     config = ThinkConfig(**options) if options or wrapped is None else wrapped.config
-    backend = Backend(model, dataclasses.replace(config, strict=False), dry=True)  # it tells, and does not raise
+    backend = Backend(model, dataclasses.replace(config, strict=False), dry=True)  # it reports instead of raising
     call = compiled_call(model, backend)
     with torch.no_grad():
         output = call(model, *_arguments(example_inputs))

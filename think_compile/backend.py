@@ -1,4 +1,4 @@
-"""The Dynamo backend of one model: the passes in their order, and the refusals."""
+"""The Dynamo backend of one model: runs the passes in order, and records refusals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ISSUES = "please report it with this message and the model's name"
 
 
 class ThinkWarning(UserWarning):
-    """Something of a model was left as it was, although pruning was asked for."""
+    """A part of a model was left as it was, although pruning was requested."""
 
 
 class NothingRewritten(RuntimeError):
@@ -45,12 +45,12 @@ class NothingRewritten(RuntimeError):
 
 
 class _LeaveAlone(Exception):
-    """A graph stays as the model wrote it; why was told."""
+    """A graph stays as the model wrote it; the reason was already reported."""
 
 
 @dataclass
 class _Work:
-    """A graph on its way through the passes, and what they found so far."""
+    """A graph on its way through the passes, with their findings so far."""
 
     gm: GraphModule
     example_inputs: Sequence[Any]
@@ -61,7 +61,7 @@ class _Work:
 
 
 class Backend:
-    """Compiles the graphs of one model, and remembers what it did."""
+    """Compiles the graphs of one model, and keeps a record."""
 
     def __init__(self, model: torch.nn.Module, config: ThinkConfig, *, dry: bool = False) -> None:
         self.model, self.config, self.dry = weakref.ref(model), config, dry
@@ -86,23 +86,23 @@ class Backend:
 
     @property
     def may_fall_back(self) -> bool:
-        """Whether an internal failure leaves a graph as the model wrote it, instead of raising."""
+        """Whether an internal failure leaves a graph as the model wrote it instead of raising."""
         return not self.config.strict and fallback_allowed()
 
     @property
     def lowered(self) -> list[Any]:
-        """The lowerings that the live graphs hold."""
+        """The lowerings of the live graphs."""
         return [program.lowered for graph in self.graphs for program in graph.programs.values()]
 
     def report(self) -> Report:
-        """What was done so far, and the caches that live now."""
+        """The layers and graphs recorded so far, and the live caches."""
         return Report.of(self.config, self.ledger, self.cells)
 
     # ------------------------------------------------------------------------------------------------ compiling
 
     @property
     def passes(self) -> tuple[Callable[[_Work], None], ...]:
-        """In their order. The last one, the rewriting, is left to the calls: it depends on which caches are packed."""
+        """The passes, in order. Rewriting comes last, at call time: it depends on which caches are packed."""
         return (
             self._leave_gradients,
             self._normalize,
@@ -158,14 +158,14 @@ class Backend:
         work.findings = find_caches(work.normalized, work.sites, self.config.smallest_window)
 
     def _parameter_names(self, normalized: Normalized, example_inputs: Sequence[Any]) -> dict[Node, str]:
-        """The names, in the model, of the graph's inputs that are its parameters."""
+        """The graph's inputs that are parameters of the model, with their names there."""
         model = self.model()
         names = {} if model is None else {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
         inputs = zip(normalized.placeholders, example_inputs, strict=True)
         return {node: names[id(value)] for node, value in inputs if id(value) in names}
 
     def innermost_module(self, variables: Mapping[str, Any]) -> str:
-        """The path, in the model, of the innermost module among the variables of a piece of code; "" for none."""
+        """The path in the model of the innermost module among a frame's ``variables``; "" for none."""
         held = [self.paths.get(id(value), "") for value in variables.values() if isinstance(value, torch.nn.Module)]
         return max(held, key=lambda path: path.count("."), default="")
 
@@ -176,7 +176,7 @@ class Backend:
         return frozenset(i for i, x in enumerate(example_inputs) if id(x) in own)
 
     def _give_up_what_is_read_densely(self, work: _Work) -> None:
-        """A layer whose cache an earlier graph packed, and that this one cannot read packed: it is left alone now."""
+        """Give up layers whose cache an earlier graph packed and this one cannot read packed."""
         findings, placeholders = work.findings, work.normalized.placeholders
         packed = {i for i, x in enumerate(work.example_inputs) if isinstance(x, Handle) and not x.is_dense}
         read = packed.difference(*(site.past for site in findings.cached if site.past is not None))
@@ -189,7 +189,7 @@ class Backend:
             self.ledger.give_up(refused_record(*refused) for refused in given_up)
 
     def _refuse_unswappable(self, work: _Work) -> None:
-        """A dense tensor that is written in place can become a handle only where its holder is known."""
+        """Refuse dense caches written in place whose holder is unknown: a handle could not replace them."""
 
         def is_unswappable(site: CachedAttention) -> bool:
             held = site.past if site.in_buffer and site.past is not None else ()
@@ -212,7 +212,7 @@ class Backend:
         return holders(tensor, self.model(), running and running.arguments)
 
     def replace(self, tensor: Tensor, handle: Handle) -> None:
-        """Put a handle where a written dense cache tensor stood."""
+        """Put a handle in the place of a written dense cache tensor."""
         self.adopt([handle])
         if isinstance(tensor, Handle):
             tensor.pack_anew(handle.cell)
@@ -220,11 +220,11 @@ class Backend:
         places = self._holders(tensor)
         for place, name in places:
             place[name] = handle
-        if not places:  # it is held elsewhere in this call: written as the model would have
+        if not places:  # this call's holder is unknown: write to the tensor, as the model would
             writable(tensor).copy_(handle.dense())
 
     def _plain(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The graph as the model wrote it; handles that reach it see its operations one by one."""
+        """The graph as the model wrote it; if handles reach it, it runs operation by operation."""
         placeholders = gm.graph.find_nodes(op="placeholder")
         has_handles = any(isinstance(node.meta.get("example_value"), Handle) for node in placeholders)
         if self.config.lowering == "eager" or has_handles or self.dry:
@@ -243,11 +243,11 @@ class Backend:
     # ----------------------------------------------------------------------------------------------- failures
 
     def excuse(self, error: Exception, layers: Sequence[Attention] = ()) -> None:
-        """Take in that a graph failed where the plain one succeeds; raises ``error`` if falling back is forbidden."""
+        """Record that a graph failed and the plain one succeeded; raises ``error`` if falling back is forbidden."""
         self._excuse(error, "Calls of this graph run", layers)
 
     def excuse_frame(self, failure: FrameFailure) -> None:
-        """Take in that Dynamo failed on code that runs as it was written; raises as :meth:`excuse`."""
+        """Record that Dynamo failed on code that runs as written; raises as :meth:`excuse`."""
         self._excuse(failure.error, "Calls of this kind run", ())
 
     def _excuse(self, error: Exception, what: str, layers: Sequence[Attention]) -> None:
@@ -276,7 +276,7 @@ class Backend:
     def _record_findings(self, work: _Work) -> None:
         findings = work.findings
         self.record(work.normalized, findings.cached)
-        pending = {site.attention.node for site in findings.pending}  # a later call tells
+        pending = {site.attention.node for site in findings.pending}  # a later call decides
         refused = [r for r in findings.refused if r[0].node not in pending]
         known = {path for path, record in self.ledger.layers.items() if record.reason is None}
         unknown = [r for r in findings.refused if r[0].node in pending and r[0].path not in known]
@@ -289,7 +289,7 @@ class Backend:
             self.warn_once(f"nothing was rewritten: {sentence(findings.refused)}")
 
     def check_attention_was_seen(self) -> None:
-        """After a whole call: a model in which there is nothing to rewrite."""
+        """After a whole call: warn, or raise if strict, if the model has nothing to rewrite."""
         if self.checked or self.graphs_refused_for_gradients:
             return
         self.checked = True
@@ -301,12 +301,12 @@ class Backend:
         self.warn_once(text)
 
     def warn_once(self, text: str) -> None:
-        """Once for each text; ``explain`` does not warn, its report is what was asked for."""
+        """Warn once for each text; ``explain`` does not warn, it returns a report."""
         if text not in self.warned and not self.dry:
             self.warned.add(text)
             warnings.warn(f"think_compile: {text}", ThinkWarning, stacklevel=2)
 
 
 def _is_read(node: Node) -> bool:
-    """Whether something reads an input, and does not only write over all of it."""
+    """Whether an input is read, and not only overwritten completely."""
     return any(user.target is not torch.ops.aten.copy.default or user.args[1] is node for user in node.users)

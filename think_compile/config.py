@@ -1,4 +1,4 @@
-"""ThinkConfig: what the user may choose, checked once. The only place that holds defaults."""
+"""ThinkConfig: the user's settings, checked once. The only place with defaults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOWERINGS = ("inductor", "eager")
 
 
 def fallback_allowed() -> bool:
-    """Whether an internal failure may fall back to something plainer; THINK_COMPILE_FALLBACK=0 forbids it."""
+    """Whether an internal failure may fall back to simpler code; THINK_COMPILE_FALLBACK=0 forbids it."""
     return os.environ.get("THINK_COMPILE_FALLBACK", "1") != "0"
 
 
@@ -57,7 +57,7 @@ def _check_codec(name: str, codec: Any) -> None:
 
 
 def _inductor_options(options: Mapping[str, Any]) -> Options:
-    """The options under their names in ``torch._inductor.config``: ``max-autotune`` is its ``max_autotune``."""
+    """The options by their names in ``torch._inductor.config``: ``max-autotune`` becomes ``max_autotune``."""
     if not options:
         return Options()
     from torch._inductor import config as inductor_config
@@ -78,7 +78,7 @@ def _inductor_options(options: Mapping[str, Any]) -> Options:
 
 
 class Options(dict[str, Any]):
-    """A mapping that does not change, and so can be hashed, copied and pickled as part of a frozen value."""
+    """An immutable mapping that can be hashed, copied and pickled as part of a frozen value."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(sorted((name, repr(value)) for name, value in self.items())))
@@ -99,17 +99,17 @@ class ThinkConfig:
 
     Attributes:
         ratio: share of the key channels to drop, in [0, 1) (the paper's lambda).
-        keys, values: how rows are stored instead (docs/formats.md); None: keys by ``ratio``, values whole.
+        keys, values: codecs for the rows (docs/formats.md); None: keys pruned by ``ratio``, values whole.
         recent: number of latest tokens whose rows stay whole between calls (the paper's is 32; docs/accuracy.md).
         observe: number of latest queries that score the channels (the paper's observation window).
         channel_multiple: kept channels are rounded up to a multiple of this; 1 is exactly the paper.
-        prune_generated: also prune tokens that come after the first call, as they leave the window.
-            False is the paper's own code: only the first call's tokens are pruned.
-        sliding: also prune the caches of layers that keep a bounded window, if that is larger than ``recent``.
-        strict: raise when an attention layer with a cache cannot be rewritten, and on internal failure,
-            instead of leaving it as it was.
+        prune_generated: also prune tokens after the first call, when they leave the window. False is as in the paper's
+            own code: only the first call's tokens are pruned.
+        sliding: also prune the caches of layers with a bounded window, if it is larger than ``recent``.
+        strict: raise if an attention layer with a cache cannot be rewritten, and on internal failure, instead of
+            leaving it as it was.
         lowering: "inductor" compiles the rewritten graph, "eager" runs it op by op.
-        static_cache: on a GPU, Hugging Face's ``generate`` uses a cache of fixed size unless told otherwise.
+        static_cache: on a GPU, Hugging Face's ``generate`` uses a cache of fixed size by default.
         cuda_graphs: on a GPU, replay steps on caches of fixed size from a captured CUDA graph.
         inductor_options: options of ``torch._inductor.config`` for the lowering.
     """
@@ -153,18 +153,18 @@ class ThinkConfig:
         object.__setattr__(self, "inductor_options", _inductor_options(self.inductor_options))
 
     def kept_channels(self, head_dim: int) -> int:
-        """T of ``head_dim`` channels: D - int(D * ratio), rounded up to ``channel_multiple``, at most D."""
+        """Kept channels of D = ``head_dim``: D - int(D * ratio), rounded up to ``channel_multiple``, at most D."""
         kept = head_dim - int(head_dim * self.ratio)
         rounded = -(-kept // self.channel_multiple) * self.channel_multiple
         return min(head_dim, rounded)
 
     @property
     def smallest_window(self) -> int | None:
-        """Bounded caches of more tokens are compressed too; None: none are."""
+        """Bounded caches larger than this are compressed too; None: no bounded cache is."""
         return self.recent if self.sliding else None
 
     def format_for(self, head_dim: int, value_dim: int) -> CacheFormat:
-        """How a layer with so many channels of keys and of values is stored."""
+        """The format of a layer with ``head_dim`` key channels and ``value_dim`` value channels."""
         keys = Channels(self.kept_channels(head_dim), self.observe) if self.keys is None else self.keys
         values = Whole() if self.values is None else self.values
         window = self.recent, self.prune_generated

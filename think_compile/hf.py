@@ -1,6 +1,6 @@
-"""Loading and explaining Hugging Face language models: from a folder, a GGUF file, a hub id or a configuration.
+"""Load and explain Hugging Face language models: from a folder, a GGUF file, a hub id or a configuration.
 
-A convenience for the command line; nothing in the compiler imports this file.
+A convenience for the command line; the compiler does not import this file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from think_compile.report import Report
 log = logging.getLogger(__name__)
 
 Source = str | os.PathLike[str]
-CACHE_NAMES = ("cache", "past_key_values")  # of an output's cache: since transformers 5.24, and before
+CACHE_NAMES = ("cache", "past_key_values")  # the cache's name in an output: since transformers 5.24, and before
 
 
 def load_model(
@@ -39,8 +39,8 @@ def load_model(
     or a hub id. ``dtype="auto"`` is the dtype of the checkpoint.
 
     Raises:
-        OSError: ``source`` does not exist or holds no causal LM that transformers can load; one sentence.
-        ImportError: a GGUF file, and the packages that read it are missing.
+        OSError: ``source`` does not exist or has no causal LM that transformers can load; the message is one sentence.
+        ImportError: ``source`` is a GGUF file, and packages to read it are missing.
     """
     where, options = _locate(source, trust_remote_code)
     model = _load(source, AutoModelForCausalLM, where, dtype=dtype, **options)
@@ -59,10 +59,10 @@ def explain(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Report:
-    """What :func:`think_compile.explain` says of ``source``, a model or a ``config.json``: a prompt and one token more.
+    """The report of :func:`think_compile.explain` on ``source`` (model or ``config.json``): a prompt, then one token.
 
-    Reads (or downloads) the configuration and nothing else. The model's tensors are fake: they have a shape and no
-    memory. Only where its code looks at values in the middle of a call it is built again with random weights.
+    Reads (or downloads) only the configuration. The model's tensors are fake: they have a shape and no memory. If its
+    code reads values during a call, the model is built again with random weights.
 
     Raises:
         OSError, ImportError: as :func:`load_model`, and if the model does not run on tokens alone.
@@ -80,9 +80,9 @@ def explain(
     try:
         with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
             return told()
-    except RuntimeError as error:  # of many kinds, as the value may be asked for while tracing, compiling or running
+    except RuntimeError as error:  # many kinds: the value may be read while tracing, compiling or running
         log.info("%s cannot run on fake tensors (%s): it gets random weights", type(config).__name__, error)
-    torch._dynamo.reset()  # what it gave up on with fake tensors is compiled again
+    torch._dynamo.reset()  # compile again what failed with fake tensors
     try:
         return told()
     except RuntimeError as error:
@@ -100,16 +100,16 @@ def _random_model(source: Source, config: Any, dtype: torch.dtype | str, trust_r
 
 
 def _prompt_of(model: Any, tokens: int) -> dict[str, Any]:
-    """Arguments of a call that reads a prompt."""
+    """Arguments of a first call on a prompt."""
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.arange(tokens, device=model.device).remainder(vocabulary)[None]  # [1, S]
     prompt = {"input_ids": ids, "use_cache": True}
-    # not as long as the encoder's input: the two kinds of attention could not be told apart by their shapes
+    # another length than the encoder's input, so that the two kinds of attention differ in shape
     return prompt | {"decoder_input_ids": ids.repeat(1, 2)} if model.config.is_encoder_decoder else prompt
 
 
 def _next_token(output: Any) -> dict[str, Any] | None:
-    """Arguments of the call after one that returned ``output``; None: it returned no cache of keys and values."""
+    """Arguments of the call after the one with ``output``; None: ``output`` has no cache of keys and values."""
     name = next((name for name in CACHE_NAMES if output.get(name) is not None), None)
     if name is None:
         return None
@@ -121,7 +121,7 @@ def _next_token(output: Any) -> dict[str, Any] | None:
 
 
 def _locate(source: Source, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
-    """What ``from_pretrained`` calls this source: a folder or hub id, and keyword arguments."""
+    """The arguments of ``from_pretrained`` for this source: folder or hub id, and keyword arguments."""
     path, options = Path(source), {"trust_remote_code": trust_remote_code}
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -134,7 +134,7 @@ def _locate(source: Source, trust_remote_code: bool) -> tuple[str, dict[str, Any
 
 
 def _is_local(source: Source) -> bool:
-    """Whether ``source`` can only be meant as a path: a hub id is NAME or OWNER/NAME."""
+    """Whether ``source`` can only be a path: a hub id is NAME or OWNER/NAME."""
     text = str(source)
     return not isinstance(source, str) or text.startswith((".", "~", os.sep)) or text.count("/") > 1
 
@@ -146,7 +146,7 @@ def _require_gguf_reader() -> None:
 
 
 def _load(source: Source, auto_class: Any, where: str, **options: Any) -> Any:
-    """``auto_class.from_pretrained``, whose many and long errors become one OSError of one sentence."""
+    """``auto_class.from_pretrained``, with its various long errors as one OSError of one sentence."""
     try:
         return auto_class.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -158,7 +158,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _forget_quantization(model: Any) -> None:
-    """States what is true of a model dequantised on loading, so that it can be saved like any other."""
+    """Marks a model that was dequantised on loading as unquantised, so that it can be saved like any other."""
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

@@ -1,4 +1,4 @@
-"""What was rewritten, what was left alone and why, and how many bytes the live caches hold."""
+"""The report: rewritten layers, refused layers with their reasons, and the bytes of the live caches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from think_compile.passes.find.attention import Attention
 from think_compile.passes.prove.kv_cache import CachedAttention
 from think_compile.passes.refusal import Reason, Refused
 
-# The arguments of the compiled call, and a module's own dictionaries, in the names that a trace gives to its inputs.
+# How a trace names call arguments and modules' dictionaries, and how a person writes them.
 _SPELLINGS = (
     (r"^L\['kwargs'\]\['(\w+)'\]", r"\1"),
     (r"^L\['(\w+)'\]", r"\1"),
@@ -30,15 +30,15 @@ class LayerRecord:
     """One attention layer.
 
     Attributes:
-        layer: module path, as far as the trace tells.
+        layer: module path, if the trace gives it.
         cache: "growing", "sliding" (bounded), "fixed" or "none".
-        source: where the trace found the past keys, or "" while there are none.
+        source: the past keys' name in the trace, or "" while there are none.
         axes: the cache's axes, of B(atch) H(ead) S(equence) D(channel); merged ones in brackets.
         q_heads, kv_heads, head_dim: sizes.
-        kept: numbers of a key that are stored for tokens out of the window.
-        stored: how keys and values are stored, for people.
-        reason: why it was left alone; None: rewritten.
-        detail: what in the graph stopped it.
+        kept: channels of a key that are stored for tokens outside the window.
+        stored: how keys and values are stored, as text.
+        reason: why the layer was left alone; None: it was rewritten.
+        detail: the part of the graph that caused the refusal; for a rewritten layer, a remark.
     """
 
     layer: str
@@ -55,18 +55,18 @@ class LayerRecord:
 
     @property
     def sentence(self) -> str:
-        """The layer and the reason why it was left alone."""
+        """The layer and why it was left alone."""
         return f"{self.layer or '(attention)'}: {self.why}"
 
     @property
     def why(self) -> str:
-        """Why it was left alone, and what in the graph stopped it."""
+        """The reason, and the part of the graph that caused it."""
         assert self.reason is not None
         return self.reason.value + (f" [{self.detail}]" if self.detail else "")
 
     @property
     def place(self) -> str:
-        """Where the cache lives, as one would write it: ``cache.layers[0].keys``; "" while that is not known."""
+        """Where the cache lives, as in code: ``cache.layers[0].keys``; "" while unknown."""
         place = self.source
         for pattern, written in _SPELLINGS:
             place = re.sub(pattern, written, place)
@@ -117,12 +117,12 @@ def refused_record(site: Attention, refused: Refused) -> LayerRecord:
 
 
 def refused_graph(refused: Refused, layer: str = "") -> LayerRecord:
-    """The record of a graph of which little can be told."""
+    """The record of a graph about which little is known."""
     return LayerRecord(layer, "none", "", "", None, None, None, None, refused.reason, refused.detail)
 
 
 def sentence(refused: Sequence[tuple[Attention, Refused]]) -> str:
-    """The refusals for people: layers of one reason together."""
+    """The refusals as text, with the layers grouped by reason."""
     by_reason: dict[str, list[str]] = {}
     for site, why in refused:
         detail = f" [{why.detail}]" if why.detail else ""
@@ -131,7 +131,7 @@ def sentence(refused: Sequence[tuple[Attention, Refused]]) -> str:
 
 
 def _weight(record: LayerRecord) -> int:
-    """How much a record of a layer tells: failures most, then rewritings, refusals, and calls without a cache."""
+    """How telling a record is: failures most, then rewritings, refusals, and calls given up or without a cache."""
     if record.reason is None:
         return 2
     if record.reason is Reason.FAILED:
@@ -140,14 +140,14 @@ def _weight(record: LayerRecord) -> int:
 
 
 class Ledger:
-    """Collects the records of a model's graphs and the stores that its calls made."""
+    """Collects the records of a model's layers, and counts its graphs."""
 
     def __init__(self) -> None:
         self.layers: dict[str, LayerRecord] = {}
         self.graphs = 0
 
     def add(self, records: Iterable[LayerRecord]) -> None:
-        """Take in the records of one graph; of a layer seen before the more telling record stays."""
+        """Add the records of one graph; for a known layer the more telling record stays."""
         seen: dict[str, int] = {}
         for record in records:
             nth = seen[record.layer] = seen.get(record.layer, 0) + 1
@@ -155,14 +155,14 @@ class Ledger:
             self.layers[key] = _merged(self.layers.get(key), record)
 
     def give_up(self, records: Iterable[LayerRecord]) -> None:
-        """Take in that these layers are left alone from now on, whatever was done before."""
+        """Record layers as left alone from now on, replacing earlier records."""
         for record in records:
             known = self.layers.get(record.layer)
             self.layers[record.layer] = replace(record, source=known.source if known else "")
 
 
 def _merged(known: LayerRecord | None, record: LayerRecord) -> LayerRecord:
-    """What is known of a layer after one more graph."""
+    """The record of a layer after one more graph."""
     if known is None:
         return record
     if _weight(record) >= _weight(known):
@@ -173,13 +173,13 @@ def _merged(known: LayerRecord | None, record: LayerRecord) -> LayerRecord:
 
 
 def _stored(stores: Iterable[Store]) -> int:
-    """Bytes of the distinct tensors behind the stores."""
+    """Bytes of the distinct tensors of the stores."""
     tensors = [part for store in stores for tensor in store.tensors() for part in plain_parts(tensor)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _dense(stores: Iterable[Store]) -> int:
-    """Bytes that plain tensors of the same logical shapes would hold; branches of one line of calls count once."""
+    """Bytes that plain tensors of the same logical shapes would hold; stores with shared rows count once."""
     longest: dict[int, int] = {}
     for store in stores:
         batch, heads, length, width = store.logical_shape
@@ -197,10 +197,10 @@ class Report:
         config: the settings in force.
         rewritten: layers whose cache is compressed.
         refused: layers left exactly as they were, each with its reason.
-        graphs: graphs that were compiled.
-        stored_key_bytes, stored_value_bytes: bytes of the tensors that the live caches hold.
+        graphs: number of compiled graphs.
+        stored_key_bytes, stored_value_bytes: bytes of the tensors of the live caches.
         dense_key_bytes, dense_value_bytes: bytes of plain caches of the same tokens.
-        rank: of a process in a group (its rank, the group's size): all of the above is this rank's.
+        rank: (rank, group size) of a process in a group; the fields above are this rank's.
     """
 
     config: ThinkConfig
@@ -215,7 +215,7 @@ class Report:
 
     @classmethod
     def of(cls, config: ThinkConfig, ledger: Ledger, cells: Iterable[Cell]) -> Report:
-        """The report of now."""
+        """The report at this moment."""
         live = list(cells)
         keys = [cell.store for cell in live if cell.of_keys]
         values = [cell.store for cell in live if not cell.of_keys]
@@ -234,7 +234,7 @@ class Report:
 
     @property
     def problems(self) -> tuple[LayerRecord, ...]:
-        """What ``strict=True`` raises for: refused layers that keep a cache, or, where nothing was rewritten, all."""
+        """Layers for which ``strict=True`` raises: refused ones with a cache; all refused if none was rewritten."""
         return tuple(r for r in self.refused if not self.rewritten or r.reason is not Reason.NOT_CACHED)
 
     @property
@@ -260,7 +260,7 @@ class Report:
 
 
 def _rank() -> tuple[int, int] | None:
-    """Rank and size of the default process group; None for a process alone."""
+    """Rank and size of the default process group; None for a single process."""
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return None
     return distributed.get_rank(), distributed.get_world_size()

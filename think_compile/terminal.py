@@ -1,4 +1,4 @@
-"""What the commands show in a terminal: text as it is generated, and what a Report says in a few lines."""
+"""Terminal output of the commands: text while it is generated, and a Report in a few lines."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from think_compile.report import Report
 
 @dataclass(frozen=True)
 class Generation:
-    """One finished call of ``generate``, with its cache: a report counts the bytes of caches alive."""
+    """One finished call of ``generate``; it keeps the cache alive, since a report counts live caches only."""
 
     tokens: list[int]  # the new ones
     text: str
     seconds: float
-    output: Any  # of ``generate``; holds the cache
+    output: Any  # of ``generate``, with the cache
 
 
 class ConsoleStreamer(TextStreamer):
@@ -31,7 +31,7 @@ class ConsoleStreamer(TextStreamer):
         self.console = console
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by transformers with each piece of text that later tokens cannot change."""
+        """Called by transformers with each piece of final text."""
         self.console.print(text, end="\n" if stream_end else "", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -54,7 +54,7 @@ def stream_generation(
 
 
 def encode(tokenizer: Any, prompt: str, *, chat: bool, device: torch.device) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` of a prompt, [1, S]; as a user's turn of a chat if asked."""
+    """``input_ids`` and ``attention_mask`` of a prompt, [1, S]; ``chat``: as a user's turn of a chat."""
     if chat:
         turns = [{"role": "user", "content": prompt}]
         batch = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -87,7 +87,7 @@ def megabytes(count: int) -> str:
 
 
 def summary(report: Report) -> str:
-    """Two lines on a model whose caches are alive: what was rewritten, what is stored."""
+    """Two lines on a model with live caches: layers rewritten, bytes stored."""
     return (
         f"layers rewritten: {layers_line(report)}; key channels kept: {channels_line(report)}\n"
         f"keys stored: {megabytes(report.stored_key_bytes)} "

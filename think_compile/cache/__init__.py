@@ -1,1 +1,1 @@
-"""Caches outside of graphs: what is stored of a cache tensor, and the tensor subclass that stands for it."""
+"""Caches outside of graphs: the stores of cache tensors, and the tensor subclass in front of them."""

@@ -1,8 +1,8 @@
-"""How a cache tensor's own axes stand to the canonical [B, H, S, D], and the way between the two.
+"""Layouts: how the axes of a cache tensor map to the canonical [B, H, S, D], and conversion between the two.
 
-A layout tells for each axis of the tensor which canonical axes it is made of, outermost first: [B, S, H, D] is
-((0,), (2,), (1,), (3,)), a tensor [B, S, H*D] is ((0,), (2,), (1, 3)). A canonical axis that the tensor does not have
-is of size one.
+A layout lists, for each axis of the tensor, the canonical axes in it, outermost first: [B, S, H, D] is
+((0,), (2,), (1,), (3,)), a tensor [B, S, H*D] is ((0,), (2,), (1, 3)). Canonical axes missing from the tensor have size
+one.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ CANONICAL: Layout = ((BATCH,), (HEAD,), (TOKEN,), (CHANNEL,))
 
 
 def token_axis(layout: Layout) -> int:
-    """The axis of the tensor that runs along the tokens."""
+    """The tensor's token axis."""
     return layout.index((TOKEN,))
 
 
 def describe(layout: Layout) -> str:
-    """For people: "BSHD", "BS(HD)"."""
+    """The layout as text: "BSHD", "BS(HD)"."""
     names = ("".join(NAMES[axis] for axis in axes) for axes in layout)
     return "".join(name if len(name) == 1 else f"({name})" for name in names)
 
@@ -38,7 +38,7 @@ def shape_of(shape: Sequence[Any], layout: Layout) -> tuple[Any, ...]:
 
 
 def to_canonical(x: Tensor, layout: Layout, heads: int, channels: int) -> Tensor:
-    """``x`` as [B, heads, S, channels]: a view of it."""
+    """A view of ``x`` as [B, heads, S, channels]."""
     known = {HEAD: heads, CHANNEL: channels}
     for dim in reversed(range(len(layout))):
         if len(layout[dim]) > 1:
@@ -52,7 +52,7 @@ def to_canonical(x: Tensor, layout: Layout, heads: int, channels: int) -> Tensor
 
 
 def from_canonical(x: Tensor, layout: Layout) -> Tensor:
-    """``x`` [B, H, S, *] in ``layout``; a view of it where axes are only moved."""
+    """``x`` [B, H, S, *] in ``layout``; a view if axes are only moved."""
     order = _order(layout)
     shape = shape_of(x.shape, layout)
     x = x if order == list(AXES) else x.permute(order)
@@ -60,6 +60,6 @@ def from_canonical(x: Tensor, layout: Layout) -> Tensor:
 
 
 def _order(layout: Layout) -> list[int]:
-    """The canonical axes in the order in which they lie in the tensor; those it does not have last."""
+    """The canonical axes in the tensor's order; missing axes last."""
     there = [axis for axes in layout for axis in axes]
     return there + [axis for axis in AXES if axis not in there]

@@ -1,4 +1,4 @@
-"""What several handles share: the place of a cache tensor's store, and the count of their own writes."""
+"""State shared by handles: the cell with a cache tensor's store, and a count of their own writes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from think_compile.cache.store import Packed, Store
 
 
 class Cell:
-    """A cache tensor's place: its store now, shared by the aliases of the tensor.
+    """The current store of a cache tensor, shared by the aliases of the tensor.
 
     Attributes:
-        store: the store; a write to the tensor that no packed form can express puts a dense one here.
+        store: the store; a write without a packed form puts a dense one here.
         of_keys: whether the tensor holds keys.
-        family: the living cells of one model's caches, for the report.
-        encoded_in: the call that stored this cache, its first.
+        family: the live cells of one model's caches, for the report.
+        encoded_in: the first call on this cache, which encoded it.
     """
 
     def __init__(self, store: Store, parent: Cell | None = None) -> None:
-        """``parent``: the cell of the tensor that this one is made of."""
+        """``parent``: the cell of the tensor from which this one is made."""
         self.store = store
         of_keys = isinstance(store, Packed) and store.of == "keys"
         self.of_keys: bool = of_keys if parent is None else parent.of_keys
@@ -34,7 +34,7 @@ class Cell:
 
 
 class Tally:
-    """How often a tensor and its aliases have written to their cell themselves: autograd counts other writes too."""
+    """Counts the writes of a tensor and its aliases to their own cell; autograd's version counts other writes too."""
 
     def __init__(self) -> None:
         self.writes = 0

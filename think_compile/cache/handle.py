@@ -1,9 +1,9 @@
-"""The cache tensor that is not stored densely: a tensor subclass with the logical shape and a packed store.
+"""The handle: a tensor subclass with the logical shape of a cache tensor and a packed store.
 
-The model keeps a handle wherever it keeps a cache tensor. Inside a compiled call the runtime swaps in the store's
-tensors; outside, the operations that caches see (batch selection, crops, moves, copies, resets, joins) are done on
-the packed store, and any other operation gets the dense tensor, decoded: slow, never wrong. A write
-makes the handle dense; a write to a view of it, which is a copy, is found out and raises.
+The model keeps a handle in place of each cache tensor. Inside a compiled call the runtime swaps in the store's tensors.
+Outside, the usual cache operations (batch selection, crops, moves, copies, resets, joins) run on the packed store. Any
+other operation gets the decoded, dense tensor: slow, never wrong. A write makes the handle dense. A view of a handle is
+a copy; a write to it is detected and raises.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 
 
 class LostWrite(RuntimeError):
-    """Somebody wrote in place to a copy of packed numbers."""
+    """An in-place write went to a copy of packed numbers and is lost."""
 
 
 class Handle(torch.Tensor):
     """A key or value cache tensor backed by a packed :class:`~think_compile.cache.store.Store`, in any layout.
 
-    Dynamo sees an opaque subclass with one inner tensor, the anchor, so that nothing of the store is guarded.
+    Dynamo sees an opaque subclass with one inner tensor, the anchor, and so sets no guards on the store.
     """
 
     cell: Cell | None
@@ -51,7 +51,7 @@ class Handle(torch.Tensor):
 
     @staticmethod
     def on(cell: Cell, layout: Layout, anchor: Tensor | None = None) -> Handle:
-        """A handle in ``layout`` on a cell; ``anchor``: that of another handle of this dtype and device."""
+        """A handle in ``layout`` on a cell; ``anchor``: from another handle with the same dtype and device."""
         shape = shape_of(cell.store.logical_shape, layout)
         return Handle._wrap(shape, cell, layout, _anchor(cell.store) if anchor is None else anchor)
 
@@ -87,19 +87,19 @@ class Handle(torch.Tensor):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the store holds a plain tensor, after an operation that no packed form could express."""
+        """Whether the store holds a plain tensor, after an operation with no packed form."""
         return isinstance(self.store, Dense)
 
     def dense(self) -> Tensor:
-        """The logical tensor, in the cache's own layout, decoded where a token has left the window."""
+        """The logical tensor in the cache's own layout; tokens that have left the window are decoded."""
         if self.cell is None:
             return self._traced_dense()
         self.check_unwritten()
         dense = from_canonical(self.cell.store.dense(), self.axes)
-        return dense if self.is_dense else dense.contiguous()  # a copy would take writes that are the cache's
+        return dense if self.is_dense else dense.contiguous()  # no copy of a dense store: writes are to reach the cache
 
     def check_unwritten(self) -> None:
-        """Raise if somebody wrote to a view of this packed tensor: such a view is a copy, the numbers are lost."""
+        """Raise if a view of this packed tensor was written to: a view is a copy, so the write is lost."""
         if self.cell is None or self.is_inference() or self._version == self.tally.writes:
             return
         if not self.is_dense:
@@ -109,7 +109,7 @@ class Handle(torch.Tensor):
             )
 
     def _traced_dense(self) -> Tensor:
-        """Stands in for the shape while Dynamo traces; a graph of another backend must not read it."""
+        """A placeholder of the same shape while Dynamo traces; raises if a graph of another backend reads it."""
         keys = torch._C._TorchDispatchModeKey
         if any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FUNCTIONAL)):
             raise RuntimeError(
@@ -119,7 +119,7 @@ class Handle(torch.Tensor):
         return self.anchor.new_empty(tuple(self.shape))
 
     def densify(self) -> Tensor:
-        """Make this very tensor hold its dense form from now on, and return that (it aliases the handle)."""
+        """Make this handle dense from now on, and return the dense tensor, which aliases the handle."""
         assert self.cell is not None
         if not self.is_dense:
             log.info("a packed cache %s becomes dense", tuple(self.shape))
@@ -128,20 +128,20 @@ class Handle(torch.Tensor):
         return from_canonical(self.cell.store.dense(), self.axes)
 
     def pack_anew(self, cell: Cell | None) -> None:
-        """Take a packed store in place of the dense one; that one holds all writes so far."""
+        """Replace the dense store by the packed one in ``cell``, which holds all writes so far."""
         assert cell is not None
         if cell is not self.cell:
             self.tally.writes = 0 if self.is_inference() else self._version
             self.cell = cell
 
     def put_back(self, store: Store | None) -> None:
-        """Undo all writes since ``store`` was this tensor's."""
+        """Restore an earlier ``store`` of this tensor, and so undo all writes since then."""
         assert self.cell is not None and store is not None
         self.cell.store = store
         self.tally.writes = 0 if self.is_inference() else self._version
 
     def mark_encoded(self) -> None:
-        """Note that the call that runs has stored this cache, which it had whole."""
+        """Note that the running call encoded this cache; the call itself had whole rows."""
         assert self.cell is not None
         running = RUNNING.get()
         self.cell.encoded_in = running and running.token
@@ -152,7 +152,7 @@ class Handle(torch.Tensor):
         return Handle.on(Cell(store, self.cell), self.axes, anchor)
 
     def clone_packed(self) -> Handle:
-        """A copy that shares nothing."""
+        """A copy that shares no memory."""
         assert self.store is not None
         return self.with_store(operations.clone(self.store, self.axes))
 
@@ -163,7 +163,7 @@ class Handle(torch.Tensor):
         raise RuntimeError("a packed cache cannot be moved to shared memory; use cache.dense().share_memory_()")
 
     def storage(self) -> NoReturn:
-        """Raises: the packed store is several tensors, none of them of this shape."""
+        """Raises: the packed store is several tensors, none of this shape."""
         _refuse_memory("storage()")
 
     def data_ptr(self) -> NoReturn:
@@ -208,20 +208,20 @@ class Handle(torch.Tensor):
         return Handle, (self.clone_packed().store, self.axes)
 
     def __getitem__(self, index: Any) -> Tensor:
-        """As torch's; a crop of the tokens comes back packed, and not as a view that autograd tracks."""
+        """As in torch, but a crop of the tokens is packed and is not a view that autograd tracks."""
         tokens = operations.token_range(self.axes, index)
         cropped = None if tokens is None or self.store is None else _slice(self, token_axis(self.axes), *tokens)
         return super().__getitem__(index) if cropped is None else cropped
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """As torch's; the cache is dense from then on."""
+        """As in torch; the cache is dense from then on."""
         if self.store is not None:
             _refuse_slices(self, "assignment")
             self.densify()
         super().__setitem__(index, value)
 
     def narrow(self, dim: int, start: int | Tensor, length: int) -> Tensor:  # type: ignore[override]
-        """As torch's; a crop of the tokens comes back operations."""
+        """As in torch; a crop of the tokens stays packed."""
         inside = isinstance(start, int) and 0 <= start <= start + length <= self.shape[dim]
         if inside and self.axes[dim] == (TOKEN,):
             return self[(slice(None),) * (dim % self.dim()) + (slice(start, start + length),)]
@@ -230,7 +230,7 @@ class Handle(torch.Tensor):
     def repeat_interleave(  # type: ignore[override]
         self, repeats: int | Tensor, dim: int | None = None, *, output_size: int | None = None
     ) -> Tensor:
-        """As torch's; along the batch it stays operations."""
+        """As in torch; along the batch the result stays packed."""
         if dim is not None and self.axes[dim] == (BATCH,) and self.store is not None:
             with allocating():
                 return self.with_store(self.store.map_batch(lambda t: t.repeat_interleave(repeats, 0)))
@@ -256,7 +256,7 @@ class Handle(torch.Tensor):
 
 
 def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run ``func`` on dense tensors; a handle that is written to becomes dense itself."""
+    """Run ``func`` on dense tensors; a handle that it writes to becomes dense itself."""
     if torch.Tag.inplace_view in func.tags:
         raise RuntimeError(f"{func}: the shape of a packed cache cannot be changed in place; use cache.dense()")
     schema = func._schema.arguments
@@ -267,14 +267,14 @@ def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
         _refuse_slices(target, func)
     _warn_if_just_encoded(func, named)
     log.debug("%s on a packed cache runs on the dense tensor", func)
-    with allocating():  # a view that is an inference tensor could not belong to a handle, which is none
+    with allocating():  # a handle is no inference tensor, so its views must be none
         plain = {name: _dense_argument(a, name in written) for name, a in named.items()}
         result = func(*[plain[s.name] for s, _ in zip(schema, args, strict=False)], **{k: plain[k] for k in kwargs})
     return targets[0] if len(targets) == 1 else result
 
 
 def _warn_if_just_encoded(func: Any, arguments: dict[str, Any]) -> None:
-    """A cache leaves its graph compressed, not only its call: code after a graph break reads what was decoded."""
+    """Warn if code after a graph break reads a cache that the same call compressed: it reads decoded rows."""
     running = RUNNING.get()
     if running is not None and any(_was_encoded_in(x, running) for x in pytree.tree_leaves(arguments)):
         running.warn(
@@ -290,7 +290,7 @@ def _was_encoded_in(x: Any, running: Running) -> bool:
 
 
 def _anchor(store: Store) -> Tensor:
-    """Tells the dtype and the device of a handle."""
+    """A one-element tensor with a handle's dtype and device."""
     return torch.empty(1, dtype=store.dtype, device=store.device)
 
 
@@ -313,7 +313,7 @@ def _dense_argument(argument: Any, written: bool) -> Any:
     return pytree.tree_map_only(Handle, plain, argument)
 
 
-# ---------------------------------------------------- operations on the packed store; None: not this case, go dense
+# ---------------------------------------------- operations on the packed store; None: use the dense tensor instead
 
 
 def _alias(handle: Handle) -> Handle:
@@ -341,8 +341,8 @@ def _zero_(handle: Handle) -> Handle | None:
 
 
 def _cat(tensors: list[Tensor], dim: int = 0) -> Handle | None:
-    """Joins: new tokens behind a growing cache, or batches of growing caches of one history."""
-    tensors = [t for t in tensors if t.dim() != 1 or t.numel()]  # torch joins such empty tensors to anything
+    """Joins: new tokens after a growing cache, or batches of growing caches with the same history."""
+    tensors = [t for t in tensors if t.dim() != 1 or t.numel()]  # torch skips empty 1-d tensors in joins
     first, *others = tensors
     if not isinstance(first, Handle) or first.store is None:
         return None
@@ -378,9 +378,9 @@ _PACKED: dict[Any, Callable[..., Handle | None]] = {
 
 
 def handle_for(cell: Cell, layout: Layout) -> Handle:
-    """A handle as a compiled call returns it: of one that grows the token axis is dynamic, so that no step recompiles.
+    """The handle that a compiled call returns. A growing cache's token axis is dynamic, so that no step recompiles.
 
-    A fixed one keeps its size, and a graph with symbols takes longer to trace.
+    A cache of fixed size keeps a static axis: a graph with symbols takes longer to trace.
     """
     handle = Handle.on(cell, layout)
     if cell.store.grows:

@@ -1,6 +1,6 @@
-"""Who holds a tensor: the modules of a model, and the containers that a call was given.
+"""The holders of a tensor: modules of a model, and containers among a call's arguments.
 
-A cache that is written in place can become smaller only if its dense tensor is let go of, wherever it is held.
+A cache that is written in place frees memory only if every holder releases its dense tensor.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Place = tuple[Any, Any]  # a dict or list, and the key or index under which the tensor stands in it
+Place = tuple[Any, Any]  # a dict or list, and the tensor's key or index in it
 _LEAVES = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, str, bytes, int, float)
 
 
 def holders(tensor: Tensor, model: nn.Module | None, arguments: Any) -> list[Place]:
-    """The places in the model's modules and in the ``arguments`` of its call that hold this very tensor."""
+    """The places in the model's modules and in the ``arguments`` of its call that hold this tensor object."""
     places = [d for m in model.modules() for d in (m._buffers, m.__dict__)] if model is not None else []
     found: list[Place] = []
     for place in (*places, *_containers(arguments)):
@@ -26,13 +26,13 @@ def holders(tensor: Tensor, model: nn.Module | None, arguments: Any) -> list[Pla
 
 
 def owns_its_storage(tensor: Tensor) -> bool:
-    """Whether a tensor is no part of another, through which what it holds would be read and changed as well."""
+    """Whether a tensor is no view of another, through which its numbers could also be read and changed."""
     return tensor._base is None and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _containers(value: Any) -> Iterator[dict[Any, Any] | list[Any]]:
-    """All dicts and lists to be reached from ``value``, and the attributes of the objects among them."""
-    waiting, seen = [value], set[int]()  # no recursion: arguments may be linked deeper than Python calls
+    """All dicts and lists reachable from ``value``, including the attribute dicts of objects."""
+    waiting, seen = [value], set[int]()  # no recursion: arguments may nest deeper than Python's limit
     while waiting:
         value = waiting.pop()
         if isinstance(value, _LEAVES) or id(value) in seen:

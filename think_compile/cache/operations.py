@@ -1,7 +1,7 @@
-"""What caches do to a tensor, done to the packed store behind it: batch selection, crops, moves, copies, joins.
+"""Cache operations on packed stores: batch selection, crops, moves, copies, joins.
 
-Each function takes a store and the layout in which a cache sees it, and gives the store of the result; None where no
-packed form has that result, and the dense tensor is needed.
+Each function takes a store and the layout of its cache tensor, and returns the store of the result. It returns None if
+the result has no packed form and the dense tensor is needed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ aten = torch.ops.aten
 
 
 def clone(store: Store, layout: Layout, /, **_: Any) -> Store:
-    """A copy, in any memory format: a packed store has but one."""
+    """A copy; a packed store has only one memory format."""
     return store.map_batch(torch.clone)
 
 
 def to_copy(store: Store, layout: Layout, /, **kwargs: Any) -> Store | None:
-    """On another device, or in another floating-point type."""
+    """A copy on another device or in another floating-point type."""
     dtype = kwargs.get("dtype") or store.dtype
     if not dtype.is_floating_point or kwargs.get("pin_memory"):
         return None
@@ -32,7 +32,7 @@ def to_copy(store: Store, layout: Layout, /, **kwargs: Any) -> Store | None:
 
 
 def index_select(store: Store, layout: Layout, dim: int, index: Tensor) -> Store | None:
-    """Rows of the batch."""
+    """Select rows of the batch."""
     if layout[dim] != (BATCH,):
         return None
     index = index.to(store.device)
@@ -56,7 +56,7 @@ def index(store: Store, layout: Layout, indices: Sequence[Tensor | None]) -> Sto
 def slice_of(
     store: Store, layout: Layout, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Store | None:
-    """First or last tokens of a growing cache, and batch ranges; the store itself where everything is kept."""
+    """First or last tokens of a growing cache, or a batch range; the store itself if everything is kept."""
     size = shape_of(store.logical_shape, layout)[dim]
     start, end, step = slice(start, end, step).indices(size)
     if step == 1 and (start, end) == (0, size):
@@ -70,7 +70,7 @@ def slice_of(
 
 
 def token_range(layout: Layout, index: Any) -> tuple[int | None, int | None] | None:
-    """(start, end) if ``index``, as given to ``[]``, takes a range of tokens and all of everything else."""
+    """(start, end) if ``index``, as in ``x[index]``, takes a range of tokens and all of the other axes."""
     items = index if isinstance(index, tuple) else (index,)
     if not all(isinstance(i, slice) or i is Ellipsis for i in items):
         return None
@@ -87,13 +87,13 @@ def token_range(layout: Layout, index: Any) -> tuple[int | None, int | None] | N
 
 
 def canonical(x: Tensor, store: Store, layout: Layout) -> Tensor:
-    """``x``, laid out as the store's tensor is, as [B, H, S, D]."""
+    """``x``, in the layout of the store's tensor, as [B, H, S, D]."""
     _, heads, _, width = store.logical_shape
     return to_canonical(x, layout, heads, width)
 
 
 def append(store: Store, layout: Layout, new: Sequence[Tensor]) -> Store | None:
-    """New tokens after those of a growing cache, outside of any graph of ours."""
+    """Append new tokens to a growing cache, outside of our graphs."""
     if not isinstance(store, Packed) or not store.grows:
         return None
     shape = shape_of(store.logical_shape, layout)

@@ -1,4 +1,4 @@
-"""Buffers that the stores of one line of calls share, and how memory that outlives a call is allocated."""
+"""Row buffers shared by the stores of successive calls, and the allocation of memory that outlives a call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def allocating() -> AbstractContextManager[Any]:
-    """Stores outlive the call, so they must not be inference tensors, which no later call could write to."""
+    """Allocate tensors that outlive the call: no inference tensors, since later calls could not write to them."""
     stack = ExitStack()
     stack.enter_context(torch.no_grad())
     if torch.is_inference_mode_enabled():
@@ -27,7 +27,7 @@ def allocating() -> AbstractContextManager[Any]:
 
 
 def writable(tensor: Tensor) -> Tensor:
-    """The tensor, or where that can be written to in inference mode only, another on the same memory."""
+    """The tensor; for an inference tensor, a writable alias on the same memory."""
     if not tensor.is_inference():
         return tensor
     with torch.inference_mode(False):
@@ -36,7 +36,7 @@ def writable(tensor: Tensor) -> Tensor:
 
 
 class Rows:
-    """Buffers [B, H, C, *] that are appended to in place, shared by the stores of one line of calls."""
+    """Buffers [B, H, C, *] that are appended to in place, shared by the stores of successive calls."""
 
     def __init__(self, parts: State) -> None:
         self.parts = parts
@@ -53,11 +53,11 @@ class Rows:
         return next(iter(self.parts.values())).shape[2]
 
     def free_above(self, length: int, owner: Store) -> bool:
-        """Whether rows from ``length`` on belong to nobody but ``owner``."""
+        """Whether no store but ``owner`` uses rows from ``length`` on."""
         return all(other is owner or other.end <= length for other in self.owners)
 
     def copy(self, first: int, length: int, capacity: int) -> Rows:
-        """A copy, with ``capacity``, of ``length`` rows from ``first`` on; the rows above are zero."""
+        """A copy of ``length`` rows from ``first`` on, with ``capacity`` rows; the rows above are zero."""
 
         def moved(x: Tensor) -> Tensor:
             copy = x.new_zeros([capacity if axis == 2 else size for axis, size in enumerate(x.shape)])

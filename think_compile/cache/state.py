@@ -1,4 +1,4 @@
-"""The vocabulary of stored caches: the tensors of a side by name, and where a call reads and writes.
+"""Terms of stored caches: the tensors of a side by name, and the positions that a call reads and writes.
 
 A side is the keys or the values of a layer. Shapes, throughout the package:
 
@@ -6,9 +6,9 @@ A side is the keys or the values of a layer. Shapes, throughout the package:
     S tokens, N new tokens of a call, C capacity in rows, R rows of a ring.
 
 Positions count the tokens of a cache from 0. ``start`` is the position of a call's first new token. ``window_start`` is
-the lowest position whose row is still whole: positions [window_start, start) stand in the ring, position p in row
-p % R. ``oldest`` is the lowest position that a call reads. All three are ints (symbolic while compiling) where a cache
-grows, and 0-d int64 tensors where its size is fixed.
+the lowest position with a whole row: the ring holds positions [window_start, start), position p in row p % R.
+``oldest`` is the lowest position that a call reads. For a growing cache all three are ints (symbolic while compiling).
+For a cache of fixed size they are 0-d int64 tensors, but ``oldest`` is the number 0 unless the buffer is rolling.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from torch import Tensor
 Length = int | Tensor
 State = dict[str, Tensor]
 
-BATCH_SIZE, HEADS, CAPACITY, RING = "BHCR"  # letters in the shape of a part
+BATCH_SIZE, HEADS, CAPACITY, RING = "BHCR"  # letters in a part's shape
 
-COUNTERS = "counters"  # the part of a cache of fixed size that holds its counters
-WINDOW_START, LENGTH, OLDEST = range(3)  # where each counter stands in it
+COUNTERS = "counters"  # the part with the counters of a cache of fixed size
+WINDOW_START, LENGTH, OLDEST = range(3)  # index of each counter in it
 
 GROWTH_ROWS = 16
 
 
 class Part(NamedTuple):
-    """One tensor of a side. Growth, copies, moves, dynamic sizes and bytes follow from this list.
+    """One tensor of a side. Growth, copies, moves, dynamic sizes and bytes follow from a side's list of parts.
 
     Attributes:
         name: its name in a :data:`State`.
         shape: sizes; a letter stands for the batch, the KV heads, the capacity, or a ring that may grow.
-        dtype: None is the dtype of the cache.
-        replaced: whether each call leaves a new tensor (a ring); rows, with the capacity in their shape, are appended
-            to in place, and anything else stays as the first call left it.
+        dtype: None: the dtype of the cache.
+        replaced: whether each call makes a new tensor (a ring). Parts with the capacity in their shape are rows, which
+            are appended to in place. All other parts stay as the first call made them.
     """
 
     name: str
@@ -60,11 +60,11 @@ COUNTERS_PART = Part(COUNTERS, (3,), torch.int64, replaced=True)
 
 
 class Call(NamedTuple):
-    """What an attention gets from its call, in canonical axes.
+    """The inputs of an attention from its call, in canonical axes.
 
     Attributes:
-        q: [B, Hq, N, D], the query heads of a KV head together.
-        k, v: [B, H, N, D] and [B, H, N, Dv], the call's own rows; of a first call all rows, [B, H, S, *].
+        q: [B, Hq, N, D]; the query heads of a KV head are adjacent.
+        k, v: [B, H, N, D] and [B, H, N, Dv], the call's own rows; in a first call all rows, [B, H, S, *].
         mask: broadcasts to [B, Hq, N, columns]; bool (true attends) or added to the logits; None hides nothing.
         scale: of the logits; None is 1 / sqrt(D).
         causal: torch's ``is_causal``: query i sees columns 0 to i.
@@ -79,10 +79,10 @@ class Call(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """Which rows of a first call hold tokens, and how many of them are read and stored.
+    """Which rows of a first call hold tokens, and how many tokens are read and stored.
 
     Attributes:
-        start: position of the first query among the rows; None: the queries stand at the last ones, and all rows hold
+        start: position of the first query among the rows; None: the queries are at the last rows, and all rows hold
             tokens.
         read: the attention reads this many of the last tokens; None: all.
         kept: this many of the last tokens are stored; None: all.
@@ -96,13 +96,13 @@ class Prompt(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where a later call reads and writes.
+    """The positions that a later call reads and writes.
 
     Attributes:
         start: position of the first new token.
-        oldest: lowest position that is read: column 0 of masks and logits.
-        columns: how many positions are read, the new tokens included.
-        rolling: whether position p stands in row p % C, as in a full buffer that is written in a circle.
+        oldest: lowest position read: column 0 of masks and logits.
+        columns: number of positions read, with the new tokens.
+        rolling: whether position p is in row p % C, as in a full rolling buffer.
     """
 
     start: Length
@@ -112,13 +112,13 @@ class Span(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A side as a later call finds it: its tensors, and the window's start (None: it has no ring)."""
+    """A side at the start of a later call: its tensors, and its window's start (None: it has no ring)."""
 
     state: State
     window_start: Length | None = None
 
 
 def capacity_for(length: int) -> int:
-    """Rows to allocate for ``length`` tokens: about 1/64 of slack, so that growing stays amortised and memory small."""
+    """Rows to allocate for ``length`` tokens: about 1/64 more, for amortised growth in little memory."""
     wanted = length + length // 64 + GROWTH_ROWS
     return (wanted + GROWTH_ROWS - 1) // GROWTH_ROWS * GROWTH_ROWS

@@ -1,9 +1,9 @@
 """The stored form of a cache tensor, of one side of a layer.
 
-A growing store is a value: an append makes a new store that shares the row buffers, so an older store (a branch, a
-reused prefix) stays what it was. It may let go of its oldest tokens (a bounded window): the live rows then begin at
-``oldest``, and move to the front of new buffers when these are full. A store of fixed size is a place: it is written in
-place, as the buffer that it replaces. Which tensors there are, and how each behaves, says the side's list of parts.
+A growing store is immutable: an append makes a new store that shares the row buffers, so an older store (a branch, a
+reused prefix) does not change. It may drop its oldest tokens (a bounded window). The live rows then begin at
+``oldest``, and move to the front of new buffers when the old ones are full. A store of fixed size is written in place,
+like the buffer that it replaces. The side's list of parts names the tensors and how each behaves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from think_compile.formats.ring import advanced, ring_positions
 
 
 class Counters(NamedTuple):
-    """Of a growing store, in rows: the first that it keeps, the first with a whole row, and how many it keeps."""
+    """Counters of a growing store: row of the first live token, row of the first whole token, number of live tokens."""
 
     oldest: int
     window_start: int
@@ -30,7 +30,7 @@ class Counters(NamedTuple):
 
 
 class Store:
-    """What every store can do. ``length`` is the number of rows a reader may see: tokens, or the size of a buffer."""
+    """The interface of all stores. ``length`` is the number of readable rows: tokens, or the size of a buffer."""
 
     rows: Rows
     dtype: torch.dtype  # of the tensor that the model sees
@@ -58,12 +58,12 @@ class Store:
 
     @property
     def grows(self) -> bool:
-        """Whether tokens are appended beyond what is allocated."""
+        """Whether tokens may be appended beyond the allocated rows."""
         return False
 
     @property
     def kind(self) -> str:
-        """A word or two for people."""
+        """A short description."""
         return "dense"
 
     def tensors(self) -> Iterator[Tensor]:
@@ -75,7 +75,7 @@ class Store:
         raise NotImplementedError
 
     def map_batch(self, f: Callable[[Tensor], Tensor]) -> Store:
-        """A new store with ``f`` applied to every tensor that has a batch axis (in front)."""
+        """A new store with ``f`` applied to every tensor with a batch axis (axis 0)."""
         raise NotImplementedError
 
     def to(self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool = False) -> Store:
@@ -94,17 +94,17 @@ class Store:
 
 @dataclass(eq=False)
 class Packed(Store):
-    """The keys, or the values, of a layer in the form that their side of the format says.
+    """The keys or the values of a layer, in the form of their side of the format.
 
     Attributes:
         of: "keys" or "values".
         side: how they are stored.
         rows: the parts that are appended to in place.
-        own: the other parts, which belong to this store alone; of fixed size, with its counters on the device.
+        own: the other parts, which only this store uses; at fixed size they include the counters, on the device.
         dtype: of the tensor that the model sees.
-        counters: of a growing store; None: it is of fixed size.
-        written: of fixed size, no less than the rows that hold tokens, as far as the host knows; None: it does not.
-        rolling: whether position p stands in row p % C.
+        counters: of a growing store; None: the store has a fixed size.
+        written: at fixed size, the host's upper bound of the rows with tokens; None: the host does not know.
+        rolling: whether position p is in row p % C.
     """
 
     of: str
@@ -118,9 +118,9 @@ class Packed(Store):
 
     @classmethod
     def made(cls, of: str, side: Side, state: State, dtype: torch.dtype, length: int | None) -> Packed:
-        """The store of what a first call left; ``length`` tokens of a growing cache, None: it is of fixed size.
+        """The store of a first call's parts; ``length``: tokens of a growing cache, None: the cache has a fixed size.
 
-        ``dtype`` is what the graph takes the cache for; under autocast its parts may tell otherwise.
+        ``dtype`` is the cache's dtype in the graph; under autocast the parts may have another, which then counts.
         """
         parts = side.parts(fixed=length is None)
         dtype = next((state[part.name].dtype for part in parts if part.dtype is None), dtype)
@@ -158,12 +158,12 @@ class Packed(Store):
 
     @property
     def is_lossy(self) -> bool:
-        """Whether tokens out of the window lose something."""
+        """Whether tokens outside the window lose information."""
         return self.side.is_lossy
 
     @property
     def window(self) -> tuple[int, ...]:
-        """Of a growing store: how many of its tokens are encoded, and how many rows its ring has."""
+        """The number of encoded tokens and of ring rows of a growing store."""
         assert self.counters is not None
         encoded = self.counters.window_start - self.counters.oldest
         return encoded, self._ring_rows
@@ -176,7 +176,7 @@ class Packed(Store):
         yield from self.state.values()
 
     def stored(self) -> Stored:
-        """As a later call finds it."""
+        """The side at the start of a later call."""
         if self.counters is not None:
             return Stored(self.state, self.counters.window_start)
         counters = self.own.get(COUNTERS)
@@ -216,7 +216,7 @@ class Packed(Store):
         return COUNTERS in self.own and bool(self.own[COUNTERS][LENGTH] == self.rows.capacity)
 
     def clear(self) -> None:
-        """Forget every token; the next call writes from position 0 and chooses anew what a first call chooses."""
+        """Drop all tokens; the next call writes from position 0 and chooses again, like a first call."""
         chosen = {part.name for part in self._parts if not (part.is_rows or part.replaced)}
         for name, tensor in self.state.items():
             if name not in chosen:
@@ -224,7 +224,7 @@ class Packed(Store):
         self.written, self.rolling = 0, False
 
     def roll(self) -> None:
-        """Be written in a circle from now on."""
+        """Become a rolling buffer."""
         if not self.rolling:
             if COUNTERS not in self.own:
                 at = torch.tensor([self.length, self.length, 0], device=self.device)
@@ -232,7 +232,7 @@ class Packed(Store):
             self.rolling = True
 
     def unroll(self) -> None:
-        """Have each token in the row of its place again: what a call needs that writes at positions."""
+        """Put each token back into the row of its position, for calls that write at positions."""
         if not self.rolling:
             return
         counters = self.own[COUNTERS]
@@ -255,10 +255,10 @@ class Packed(Store):
         return replace(self, counters=counters._replace(length=length, window_start=start))
 
     def tail(self, length: int) -> Packed:
-        """The last ``length`` tokens, sharing the rows unless those are far too many."""
+        """The last ``length`` tokens, sharing the rows unless far too many are unused."""
         oldest = self.end - length
         kept = replace(self, counters=Counters(oldest, max(self._counters.window_start, oldest), length))
-        has_outgrown = kept.rows.capacity > 2 * capacity_for(length)  # most rows are of tokens that were let go
+        has_outgrown = kept.rows.capacity > 2 * capacity_for(length)  # most rows hold dropped tokens
         return kept.moved(capacity_for(length)) if has_outgrown else kept
 
     def moved(self, capacity: int) -> Packed:
@@ -270,21 +270,21 @@ class Packed(Store):
         return replace(self, rows=rows, own=own, counters=Counters(0, window_start - oldest, length))
 
     def reserve(self, n_new: int) -> Packed:
-        """This store, or one with the same tokens whose rows and ring take ``n_new`` more in place."""
+        """This store, or one with the same tokens and room for ``n_new`` more in its rows and ring."""
         settled = self.settled()
         capacity = settled._capacity_of_copy(n_new)
         room = settled if capacity is None else settled.moved(capacity)
         return room if self.side.encodes_later else room._with_ring(room._ring_with_room(n_new))
 
     def _capacity_of_copy(self, n_new: int) -> int | None:
-        """Rows of a larger or private copy in which ``n_new`` more may be written; None: the own rows take them."""
-        fits = self.end + n_new < self.rows.capacity  # one row stays free: a slice that is the whole is compiled apart
+        """Capacity of a larger or private copy for ``n_new`` more tokens; None: this store's rows have room."""
+        fits = self.end + n_new < self.rows.capacity  # one row stays free: a slice of all rows would compile again
         if fits and self.rows.free_above(self.end, self):
             return None
         return self.rows.capacity if fits and not self._counters.oldest else capacity_for(self.length + n_new)
 
     def settled(self) -> Packed:
-        """This store, or one whose window has moved on: :meth:`append` leaves that to whatever comes next."""
+        """This store, or one with its window moved on: :meth:`append` leaves that to the next operation."""
         rows = self.side.ring_rows(0)
         if not (self.side.has_ring and self.side.encodes_later) or self._ring_rows == rows:
             return self
@@ -297,21 +297,21 @@ class Packed(Store):
         return replace(self, own={**self.own, "ring": ring}, counters=self._counters._replace(**counters))
 
     def _ring_of(self, rows: int) -> Tensor:
-        """The latest tokens in a ring of another size."""
+        """The latest tokens, in a ring of ``rows`` rows."""
         positions = ring_positions(self.end, rows, self.device).clamp(min=0)
         return self.own["ring"].index_select(2, positions % self._ring_rows)
 
     def _ring_with_room(self, n_new: int) -> Tensor | None:
-        """A larger ring, in which ``n_new`` more tokens stay beside all whole ones; None: the own one takes them."""
+        """A larger ring with room for all whole rows and ``n_new`` more; None: there is no ring, or it has room."""
         if not self.side.has_ring:
             return None
         needed = self.end + n_new - self._counters.window_start
-        if needed < self._ring_rows:  # a full ring is a window again, and would let go of its oldest token
+        if needed < self._ring_rows:  # a full ring counts as a window, and would drop its oldest token
             return None
         return self._ring_of(capacity_for(needed))
 
     def appended(self, replaced: State, n_new: int) -> Packed:
-        """The store after a call wrote ``n_new`` rows in place and left new tensors in the place of old ones."""
+        """The store after a call that wrote ``n_new`` rows in place and made ``replaced``, its new tensors."""
         own, counters = self.own | replaced, self._counters
         start = counters.window_start
         if self.side.has_ring:
@@ -321,8 +321,8 @@ class Packed(Store):
     def append(self, new: Tensor) -> Packed:
         """The store with ``new`` [B, H, N, W] after its tokens, outside of any graph.
 
-        The window does not move yet: whoever appends reads the result next, and is to see whole rows of all tokens
-        that were whole before, as an attention in a graph does.
+        The window does not move yet: the caller reads the result next. As in an attention inside a graph, all tokens
+        that had whole rows are still to have them.
         """
         n_new = new.shape[2]
         room = self.reserve(n_new)
@@ -343,7 +343,7 @@ class Packed(Store):
 
 @dataclass(eq=False)
 class Dense(Store):
-    """A plain tensor in canonical axes: what a handle holds after an operation that no packed form can express."""
+    """A plain tensor in canonical axes: the store of a handle after an operation with no packed form."""
 
     rows: Rows
 
@@ -375,7 +375,7 @@ class Dense(Store):
 
 
 def join_batches(stores: Sequence[Store]) -> Store | None:
-    """One store of the sequences of several growing ones that have the same history; None: they have not."""
+    """Join the batches of growing stores with the same history; None: not all grow, or their histories differ."""
     packed = [s for s in stores if isinstance(s, Packed) and s.grows]
     if len(packed) != len(stores):
         return None

@@ -1,6 +1,6 @@
-"""Cache formats: how the two sides of a layer's cache are stored and attended to.
+"""Cache formats: how the keys and the values of a layer's cache are stored and read by attention.
 
-:mod:`.base` is all that the passes and the runtime know. Every other file is one codec, or serves the codecs.
+The passes and the runtime use :mod:`.base` only. Every other file is a codec or a helper of the codecs.
 """
 
 from think_compile.cache.state import Part, State

@@ -1,8 +1,8 @@
-"""Attention over stored rows in plain PyTorch: the specification, and the way where no kernel is used.
+"""Attention over stored rows in plain PyTorch: the specification, and the fallback if no kernel fits.
 
-A later call reads three segments. The *body* holds the encoded rows; the *tail* the last positions before the call, as
-many as a ring has, each row whole or encoded as the side's window says; then come the call's *own* rows. Softmax does
-not depend on their order, so nothing is moved: the mask's columns are gathered at the segments' positions.
+A later call reads three segments. The *body* is the encoded rows. The *tail* is the last positions before the call, as
+many as a ring has; each row is whole or encoded, depending on the side's window. The call's *own* rows come last.
+Softmax does not depend on order, so no rows are moved: the mask's columns are gathered at the segments' positions.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from think_compile.kernels.calls import PAIRS, PairKernels, scale_of
 if TYPE_CHECKING:
     from think_compile.formats.base import Codec, Side
 
-# Up to this many new tokens a call multiplies with the stored rows; a longer one is bound by arithmetic, not by reading
-# the cache, and attends to decoded rows by the stock attention instead.
+# A call of up to this many new tokens multiplies with the stored rows. A longer call is bound by arithmetic, not by
+# reading the cache, and uses stock attention over decoded rows.
 MAX_NARROW_QUERIES = 16
 
 
@@ -34,12 +34,12 @@ def kernels_for(keys: Codec, values: Codec) -> PairKernels | None:
 
 
 class Places(NamedTuple):
-    """Where the rows of the segments stand.
+    """The positions of the segments' rows.
 
     Attributes:
-        positions: [M] int64, body, tail and own rows one after another.
-        counts: [M] bool, which of them are read: tokens, and rows after the tokens, which the mask hides.
-        sizes: rows of each segment.
+        positions: [M] int64, of the body, then the tail, then the own rows.
+        counts: [M] bool, true where a row is read: tokens, and rows after the tokens, which the mask hides.
+        sizes: number of rows in each segment.
     """
 
     positions: Tensor
@@ -48,7 +48,7 @@ class Places(NamedTuple):
 
 
 def _places(span: Span, capacity: int, tail: int, n_new: int, device: torch.device) -> Places:
-    """The segments of a call; ``tail`` is how many positions before the call may have whole rows."""
+    """The segments of a call; ``tail``: number of positions before the call that may have whole rows."""
     begin = span.start - tail
     if span.rolling:
         body = ring_positions(span.start, capacity, device)
@@ -62,12 +62,12 @@ def _places(span: Span, capacity: int, tail: int, n_new: int, device: torch.devi
 
 
 def _tail(sides: list[tuple[Side, Stored]]) -> int:
-    """The most rows that a ring has."""
+    """The rows of the largest ring."""
     return max((stored.state["ring"].shape[2] for side, stored in sides if side.has_ring), default=0)
 
 
 def _rows_at(side: Side, state: State, index: Tensor | slice) -> State:
-    """The state with its rows at ``index`` alone."""
+    """The state, with only the rows at ``index``."""
     rows = {part.name for part in side.codec.parts(side.width) if part.is_rows}
     if isinstance(index, slice):
         return {name: x[:, :, index] if name in rows else x for name, x in state.items()}
@@ -81,7 +81,7 @@ def _body(side: Side, stored: Stored, span: Span) -> State:
 
 
 def _tail_rows(side: Side, stored: Stored, positions: Tensor, span: Span) -> Tensor:
-    """[B, H, tail, W]: the rows at ``positions``, whole in the window, else decoded."""
+    """[B, H, tail, W]: the rows at ``positions``, whole inside the window, decoded outside."""
     at = positions % side.capacity(stored.state) if span.rolling else positions.clamp(min=0)
     encoded = side.decoded(_rows_at(side, stored.state, at))
     if not side.has_ring:
@@ -110,7 +110,7 @@ def _logits(side: Side, q: Tensor, k: Tensor, keys: Stored, span: Span, places: 
 
 
 def _masked(logits: Tensor, call: Call, span: Span, places: Places) -> Tensor:
-    """The logits with the model's mask, gathered at the positions, and what does not count at -inf."""
+    """The logits with the model's mask, gathered at the positions; -inf for rows that do not count."""
     columns, counts = places.positions - span.oldest, places.counts
     if call.causal:
         counts = counts & (columns <= torch.arange(call.q.shape[2], device=columns.device)[:, None])
@@ -142,10 +142,10 @@ def narrow(call: Call, keys: Stored, values: Stored, span: Span, sides: tuple[Si
 
 
 def logits_in_order(side: Side, q: Tensor, k: Tensor, keys: Stored, span: Span) -> Tensor:
-    """[B, Hq, N, columns]: the products in the order of the positions, for attention that is written out."""
+    """[B, Hq, N, columns]: the products in order of position, for attention written out as separate operations."""
     places = _places(span, side.capacity(keys.state), _tail([(side, keys)]), q.shape[2], q.device)
     logits = _logits(side, q, k, keys, span, places)
-    columns = torch.where(places.counts, places.positions - span.oldest, span.columns)  # what does not count: one more
+    columns = torch.where(places.counts, places.positions - span.oldest, span.columns)  # others: an extra column
     ordered = logits.new_zeros(*logits.shape[:-1], span.columns + 1).index_copy(-1, columns, logits)
     return ordered[..., : span.columns]
 
@@ -154,7 +154,7 @@ def logits_in_order(side: Side, q: Tensor, k: Tensor, keys: Stored, span: Span) 
 
 
 def in_order(side: Side, stored: Stored, new: Tensor | None, span: Span) -> Tensor:
-    """[B, H, columns, W]: the side's decoded rows, whole in the window, and the call's own, in order of position."""
+    """[B, H, columns, W], by position: the side's rows, whole in the window, else decoded, and the own rows."""
     device = next(iter(stored.state.values())).device
     if span.rolling:
         at = (span.oldest + torch.arange(span.columns, device=device)) % side.capacity(stored.state)
@@ -181,11 +181,11 @@ def in_order(side: Side, stored: Stored, new: Tensor | None, span: Span) -> Tens
 
 
 def decoded(call: Call, keys: Stored, values: Stored, span: Span, sides: tuple[Side, Side]) -> Tensor:
-    """As :func:`narrow`, by the stock attention over decoded rows."""
+    """As :func:`narrow`, with stock attention over decoded rows."""
     k = in_order(sides[0], keys, call.k, span).to(call.q.dtype)
     v = in_order(sides[1], values, call.v, span).to(call.q.dtype)
     group = call.q.shape[1] // k.shape[1]
-    if group > 1 and call.mask is not None:  # the fused kernels take a mask or grouped heads, not both
+    if group > 1 and call.mask is not None:  # fused kernels accept a mask or grouped heads, not both
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     return F.scaled_dot_product_attention(
         call.q, k, v, call.mask, 0.0, call.causal, scale=scale_of(call), enable_gqa=call.q.shape[1] != k.shape[1]

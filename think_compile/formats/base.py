@@ -1,8 +1,8 @@
-"""What the passes and the runtime know of a cache format: :class:`CacheFormat`, its two sides, and their parts.
+"""The interface of cache formats to the passes and the runtime: :class:`CacheFormat`, its two sides, and their parts.
 
-A format is made for one layer. Its methods are targets of the rewritten graph: functions of tensors alone, which the
-lowering traces. Growing caches are appended to in place up to their capacity (the caller has made room) and leave new
-rings, so that older handles keep theirs; caches of fixed size are written in place altogether.
+A format is made for one layer. Its methods are targets of the rewritten graph: functions of tensors only, which the
+lowering traces. They append to growing caches in place up to their capacity (the caller has made room), and return new
+rings, so that older handles keep their own. They write caches of fixed size entirely in place.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ MAX_STEP_QUERIES = MAX_QUERIES  # a call of more tokens is a chunk of a prompt
 
 
 class NoDenseForm(RuntimeError):
-    """A cache that has evicted tokens was asked for its dense tensor: a row of zeros would be attended to."""
+    """A cache with evicted tokens has no dense tensor: attention would read rows of zeros."""
 
 
 class Codec(Protocol):
     """How rows are stored: one file of :mod:`think_compile.formats`.
 
     Attributes:
-        name: names the device code of the codec, if there is some.
-        group: tokens that are encoded together.
-        has_window: whether the latest rows also stay whole, in a ring.
+        name: the name of the codec's device code, if any.
+        group: number of tokens encoded together.
+        has_window: whether the latest rows are also stored whole, in a ring.
     """
 
     @property
@@ -63,33 +63,33 @@ class Codec(Protocol):
     def has_window(self) -> bool: ...
 
     def parts(self, width: int) -> tuple[Part, ...]:
-        """The tensors that rows of ``width`` channels are stored in, and what is chosen for all rows of a sequence."""
+        """The tensors for rows of ``width`` channels, and those of a choice that holds for all rows of a sequence."""
 
     def choose(self, seen: Seen) -> State:
-        """What a first call decides for all rows of a sequence."""
+        """A first call's choice for all rows of a sequence."""
 
     def encode(self, rows: Tensor, chosen: State) -> State:
         """The stored form of ``rows`` [B, H, S, W]."""
 
     def decode(self, state: State, width: int) -> Tensor:
-        """[B, H, S, W], the rows that ``state`` stands for, in any floating-point dtype."""
+        """[B, H, S, W], the rows decoded from ``state``, in any floating-point dtype."""
 
     def scores(self, queries: Tensor, state: State) -> Tensor:
         """[B, H, M, S], products of ``queries`` [B, H, M, W] with the rows."""
 
     def is_lossy(self, width: int) -> bool:
-        """Whether decoded rows differ from what came in."""
+        """Whether decoded rows differ from the original rows."""
 
     def describe(self, width: int) -> str:
         """A phrase for the report."""
 
 
 class TokenRule(Protocol):
-    """Which tokens of a first call are stored."""
+    """Selects the tokens of a first call that are stored."""
 
     @property
     def positional(self) -> bool:
-        """Whether all tokens are, row by position: only then is there a dense form."""
+        """Whether all tokens are stored, in rows by position: only then is there a dense form."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ class AllTokens:
 
 
 class PageRule(Protocol):
-    """Which pages of a stored cache a layer reads in a later call."""
+    """Selects the pages of a stored cache that a layer reads in a later call."""
 
     @property
     def reads_all(self) -> bool:
-        """Whether it reads all of them."""
+        """Whether a layer reads all pages."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ class EveryPage:
 
 @dataclass(frozen=True)
 class Side:
-    """How the keys, or the values, of a layer are stored.
+    """How the keys or the values of a layer are stored.
 
     Attributes:
         codec: the form of the rows.
-        width: channels of a row, as the model sees it.
-        recent: tokens whose rows stay whole between calls, where the codec is lossy.
-        encodes_later: whether tokens of later calls lose their whole rows as they leave the window; if not, the ring
+        width: channels of a row in the model.
+        recent: number of latest tokens whose rows stay whole between calls, if the codec is lossy.
+        encodes_later: whether tokens of later calls lose their whole rows on leaving the window; if not, the ring
             grows.
     """
 
@@ -133,16 +133,16 @@ class Side:
 
     @property
     def is_lossy(self) -> bool:
-        """Whether tokens that have left the window lose something."""
+        """Whether tokens lose information on leaving the window."""
         return self.codec.is_lossy(self.width)
 
     @property
     def has_ring(self) -> bool:
-        """Whether the latest rows are stored whole beside the encoded ones."""
+        """Whether the latest rows are stored whole, besides their encoded form."""
         return self.codec.has_window
 
     def parts(self, *, fixed: bool, rolling: bool = False) -> tuple[Part, ...]:
-        """All tensors that are stored, of a cache of fixed size, or that is written in a circle."""
+        """All stored tensors; ``fixed``: of a cache of fixed size; ``rolling``: of a rolling buffer."""
         parts = self.codec.parts(self.width)
         if self.has_ring:
             rows = self.ring_rows(0) if self.encodes_later else RING
@@ -154,16 +154,16 @@ class Side:
         return next(state[part.name].shape[2] for part in self.codec.parts(self.width) if part.is_rows)
 
     def decoded(self, state: State) -> Tensor:
-        """[B, H, S, W]: the encoded rows, in the dtype of the whole ones."""
+        """[B, H, S, W]: the decoded rows, in the ring's dtype if there is a ring."""
         rows = self.codec.decode(state, self.width)
         return rows.to(state["ring"].dtype) if self.has_ring else rows
 
     def ring_rows(self, room: int) -> int:
-        """Rows of a new ring: the window and one group, or, if later tokens stay whole, ``room`` on top."""
+        """Rows of a new ring: the window and one group; plus ``room`` if later tokens stay whole."""
         return self.recent + self.codec.group + (0 if self.encodes_later else room)
 
     def whole_tokens(self, ring_rows: int) -> int:
-        """How many of the latest tokens have whole rows once a later call is over."""
+        """How many of the latest tokens have whole rows after a later call."""
         return self.recent if self.encodes_later else ring_rows - self.codec.group
 
     def windows(self, state: State) -> tuple[int, int]:
@@ -171,19 +171,19 @@ class Side:
         return self.recent, self.whole_tokens(state["ring"].shape[2])
 
     def window_start(self, length: int, whole: int | None = None) -> int:
-        """The lowest position with a whole row, of ``length`` tokens of which the last ``whole`` stay so."""
+        """The lowest position with a whole row, if the last ``whole`` of ``length`` tokens stay whole."""
         whole = self.recent if whole is None else whole
         return max(0, (length - whole) // self.codec.group * self.codec.group)
 
     @property
     def window_rule(self) -> tuple[int, int, bool]:
-        """What the window's start depends on, beside the history."""
+        """The settings that the window's start depends on, besides the history."""
         return self.codec.group, self.recent, self.encodes_later
 
     # ------------------------------------------------------------------------------------------- first calls
 
     def pack(self, rows: Tensor, chosen: State, length: Length, capacity: int, *, fixed: bool) -> State:
-        """Rows [B, H, S, W], of which ``length`` hold tokens, as stored."""
+        """The stored form of rows [B, H, S, W], of which ``length`` hold tokens."""
         spare = capacity - rows.shape[2]
         state = {name: _padded(x, spare) for name, x in self.codec.encode(rows, chosen).items()} | chosen
         if not self.has_ring:
@@ -203,10 +203,10 @@ class Side:
     # ------------------------------------------------------------------------------------------- later calls
 
     def append(self, new: Tensor, fresh: State, stored: Stored, span: Span) -> State:
-        """Store rows ``new`` [B, H, N, W] from the span's start on; the tensors that take the place of older ones.
+        """Store rows ``new`` [B, H, N, W] from the span's start on; returns the tensors that replace older ones.
 
-        To be run once the call has attended. ``fresh``: what takes the place of the first call's choice in a cache of
-        fixed size that is written from its first row again.
+        Runs after the attention of the call. ``fresh``: a new choice, which replaces the first call's if a cache of
+        fixed size is restarted (start 0).
         """
         state = stored.state
         for name, chosen in fresh.items():
@@ -223,7 +223,7 @@ class Side:
         return {}
 
     def write_rows(self, new: Tensor, state: State, span: Span) -> None:
-        """Write the stored form of ``new`` [B, H, N, W] in place, and nothing else."""
+        """Write the encoded rows ``new`` [B, H, N, W] in place, but no ring or counters."""
         for name, rows in self.codec.encode(new, state).items():
             append_rows(state[name], rows, span)
 
@@ -237,12 +237,12 @@ class Side:
             return torch.stack([end, end, oldest])
         whole = self.whole_tokens(state["ring"].shape[2])
         now = self._window_start(end, whole)
-        if not self.encodes_later:  # a first call leaves a window all the same
+        if not self.encodes_later:  # a restart is a first call, which always leaves a window
             now = torch.where(start == 0, self._window_start(end, self.recent), now)
         return torch.stack([torch.maximum(torch.minimum(state[COUNTERS][WINDOW_START], start), now), end, oldest])
 
     def dense(self, stored: Stored, oldest: Length, length: Length, columns: int, *, rolling: bool = False) -> Tensor:
-        """[B, H, columns, W]: positions from ``oldest`` on as the next call sees them; ``length`` ends the tokens."""
+        """[B, H, columns, W]: positions from ``oldest`` on as the next call reads them; tokens end at ``length``."""
         return attention.in_order(self, stored, None, Span(length, oldest, columns, rolling))
 
 
@@ -264,18 +264,18 @@ def append_rows(buffer: Tensor, rows: Tensor, span: Span) -> None:
 
 
 def window_start_of(counters: Tensor) -> Tensor:
-    """0-d: the counter of a cache of fixed size that tells where its window begins."""
+    """0-d: the window's start, from the counters of a cache of fixed size."""
     return counters[WINDOW_START]
 
 
 def rolled(counters: Tensor, row: int) -> Tensor:
-    """0-d: the position of the ``row``-th of the tokens that a buffer holds, which is written in a circle."""
+    """0-d: the position of the ``row``-th oldest token in a rolling buffer."""
     return counters[OLDEST] + row
 
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """How a layer's cache is stored: which tokens, the form of keys and values, and which pages a call reads.
+    """How a layer's cache is stored: the stored tokens, the form of keys and values, and the pages that a call reads.
 
     ``keys`` and ``values`` of a later call are the sides' stored tensors; see :mod:`think_compile.cache.state`.
     """
@@ -291,7 +291,7 @@ class CacheFormat:
 
     @property
     def is_lossy(self) -> bool:
-        """Whether something of a cache is lost."""
+        """Whether the keys or the values lose information."""
         return self.keys.is_lossy or self.values.is_lossy
 
     def describe(self) -> str:
@@ -302,7 +302,7 @@ class CacheFormat:
     # ------------------------------------------------------------------------------------------- first calls
 
     def choose(self, call: Call, prompt: Prompt) -> tuple[State, State]:
-        """What the first call decides of keys and values for all their rows, by the tokens that its attention reads."""
+        """The first call's choices for all rows of keys and values, from the tokens that its attention reads."""
         if prompt.read is not None:
             q, k, v = (_last(x, prompt.read) for x in (call.q, call.k, call.v))
             call = call._replace(q=q, k=k, v=v)
@@ -310,7 +310,7 @@ class CacheFormat:
         return self.keys.codec.choose(shown), self.values.codec.choose(shown)
 
     def first_call(self, call: Call, prompt: Prompt) -> tuple[State, State]:
-        """What a first call leaves of its keys and values, ``call.k`` and ``call.v`` [B, H, S, *]."""
+        """The stored form of a first call's keys and values, ``call.k`` and ``call.v`` [B, H, S, *]."""
         chosen = self.choose(call, prompt)
         if prompt.kept is not None:
             call = call._replace(k=_last(call.k, prompt.kept), v=_last(call.v, prompt.kept))
@@ -338,8 +338,8 @@ class CacheFormat:
     def attend(self, call: Call, keys: Stored, values: Stored, span: Span) -> Tensor:
         """Attention of the new tokens to past and new ones, [B, Hq, N, Dv] in q's dtype.
 
-        The Triton kernel where there is one; else, up to :data:`.attention.MAX_NARROW_QUERIES` tokens, products with
-        the stored rows; longer calls are bound by arithmetic, and take the stock attention over decoded rows.
+        Uses the Triton kernel if one fits. Otherwise, calls of up to :data:`.attention.MAX_NARROW_QUERIES` tokens
+        multiply with the stored rows. Longer calls are bound by arithmetic, and use stock attention over decoded rows.
         """
         kernels = self._kernels()
         if kernels is not None and kernels.attend_fits(call, keys, values, span):
@@ -348,9 +348,9 @@ class CacheFormat:
         return way(call, keys, values, span, (self.keys, self.values))
 
     def append(self, call: Call, keys: Stored, values: Stored | None, span: Span) -> tuple[State, State]:
-        """Store the call's own rows; ``values`` is None where :meth:`join_values` has done so.
+        """Store the call's own rows; ``values`` is None if :meth:`join_values` has stored them.
 
-        Returns the tensors that take the place of older ones; of caches of fixed size there are none.
+        Returns the tensors that replace older ones; none for caches of fixed size.
         """
         kernels = self._kernels()
         if kernels is not None and kernels.append_fits(call, keys, span):
@@ -364,7 +364,7 @@ class CacheFormat:
         return left, {} if values is None else self.values.append(call.v, fresh[1], values, span)
 
     def join_values(self, new: Tensor, values: Stored, span: Span) -> tuple[Tensor, State]:
-        """The values of past and call in the order of their positions, [B, H, columns, Dv]; they are appended."""
+        """Append the call's values; returns past and new values by position, [B, H, columns, Dv], and new tensors."""
         if self.values.has_ring or span.rolling:
             joined = attention.in_order(self.values, values, new, span)
             return joined, self.values.append(new, {}, values, span)
@@ -373,7 +373,7 @@ class CacheFormat:
         return rows[:, :, span.oldest : span.oldest + span.columns], left
 
     def logits(self, q: Tensor, k: Tensor, keys: Stored, span: Span) -> Tensor:
-        """Q K^T of a later call, unscaled, in the order of the positions: [B, Hq, N, columns], fp32 or wider."""
+        """Unscaled Q K^T of a later call, in order of position: [B, Hq, N, columns], fp32 or wider."""
         return attention.logits_in_order(self.keys, q, k, keys, span)
 
     def _kernels(self) -> PairKernels | None:

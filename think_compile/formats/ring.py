@@ -9,7 +9,7 @@ from think_compile.cache.state import Length
 
 
 def ring_positions(length: Length, rows: int, device: torch.device) -> Tensor:
-    """[rows] int64: the latest position below ``length`` in each ring row; negative where there is none yet."""
+    """[rows] int64: the latest position below ``length`` in each ring row; negative for empty rows."""
     last = length - 1
     return last - (last - torch.arange(rows, device=device)) % rows
 

@@ -1,4 +1,4 @@
-"""What a call shows to the rules that choose: queries, rows, and which of them are padding."""
+"""The view of a call for codecs that choose: queries, rows, and which of them are padding."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from think_compile.cache.state import Call, Length
 
 
 class Seen(NamedTuple):
-    """A first call, as a rule sees it.
+    """A first call, as a codec sees it.
 
     Attributes:
-        q: [B, Hq, N, D], the queries, as they meet the keys.
+        q: [B, Hq, N, D], the queries, as multiplied with the keys.
         k, v: [B, H, S, D] and [B, H, S, Dv], all rows in the order of their positions.
         key_valid: [B, S] bool, false for padding; None: all rows are tokens.
         query_valid: [B, N] bool; None: all queries are.
@@ -28,7 +28,7 @@ class Seen(NamedTuple):
 
 
 def seen(call: Call, start: Length | None, length: Length) -> Seen:
-    """The first call whose queries stand at ``start`` (None: at the last rows) of rows with ``length`` tokens."""
+    """A first call with queries at rows from ``start`` on (None: the last rows); ``length`` rows hold tokens."""
     if call.mask is None and start is None:
         return Seen(call.q, call.k, call.v)
     begin = call.k.shape[2] - call.q.shape[2] if start is None else start
@@ -36,8 +36,8 @@ def seen(call: Call, start: Length | None, length: Length) -> Seen:
 
 
 def seen_again(call: Call, start: Length, columns: int) -> Seen:
-    """A call that begins a cache of fixed size anew, with a mask of ``columns`` over its rows."""
-    if call.mask is None or call.q.shape[2] == 1:  # one token, were it padding, leaves nothing to choose by
+    """A call that restarts a cache of fixed size, with a mask of ``columns`` over its rows."""
+    if call.mask is None or call.q.shape[2] == 1:  # a single token is never padding: it is all there is to choose by
         return Seen(call.q, call.k, call.v)
     positions = start + torch.arange(call.q.shape[2], device=call.q.device)
     valid = valid_keys(call.mask, call.q.shape[0], columns).index_select(1, positions)
@@ -65,7 +65,7 @@ def observed_queries(query_valid: Tensor, observe: int) -> Tensor:
 def _validity(mask: Tensor | None, k: Tensor, length: Length, start: Length, n_new: int) -> tuple[Tensor, Tensor]:
     columns = torch.arange(k.shape[2], device=k.device)
     key_valid = (columns < length).expand(k.shape[0], -1)
-    if mask is not None:  # of a cache read by prefix the mask has fewer columns; the rest hold no token
+    if mask is not None:  # a mask over a prefix of the cache has fewer columns; the rows after it hold no token
         key_valid = key_valid & _widened(valid_keys(mask, k.shape[0], k.shape[2]), columns)
     positions = start + torch.arange(n_new, device=k.device)
     return key_valid, key_valid.index_select(1, positions)

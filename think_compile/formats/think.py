@@ -1,4 +1,4 @@
-"""ThinK (arXiv 2407.21018): each KV head keeps the channels of highest query-driven energy."""
+"""ThinK (arXiv 2407.21018): each KV head keeps the channels with the highest query-driven energy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from think_compile.formats.seen import Seen, observed_queries
 
 @dataclass(frozen=True)
 class Channels:
-    """Rows of ``keep`` channels, those of the highest score by the last ``observe`` queries of the first call."""
+    """Rows of ``keep`` channels, those scored highest by the last ``observe`` queries of the first call."""
 
     keep: int
     observe: int
@@ -29,7 +29,7 @@ class Channels:
         return rows, Part("channels", (BATCH_SIZE, HEADS, self.keep), torch.int64)
 
     def choose(self, seen: Seen) -> State:
-        """The kept channels, by the keys and queries of a first call."""
+        """The kept channels, from the keys and queries of a first call."""
         score = score_channels(seen.q, seen.k, self.observe, seen.key_valid, seen.query_valid)
         return {"channels": top_channels(score, self.keep)}
 
@@ -44,7 +44,7 @@ class Channels:
         return full.scatter(3, channels[:, :, None].expand(-1, -1, rows.shape[2], -1), rows)
 
     def scores(self, queries: Tensor, state: State) -> Tensor:
-        """[B, H, M, S]: products of ``queries`` [B, H, M, W] with the rows, on the kept channels alone."""
+        """[B, H, M, S]: products of ``queries`` [B, H, M, W] with the rows, on the kept channels only."""
         return narrow_rows(queries, state["channels"]) @ state["rows"].to(queries.dtype).mT
 
     def is_lossy(self, width: int) -> bool:
@@ -62,7 +62,7 @@ def narrow_rows(x: Tensor, channels: Tensor) -> Tensor:
 
 
 def _mean_square(x: Tensor, weight: Tensor | None) -> Tensor:
-    """Mean over the tokens of x[B, *, S, D] squared, in fp32 at least; ``weight`` [B, S] bool picks them."""
+    """Mean over the tokens of x[B, *, S, D] squared, in fp32 or wider; ``weight`` [B, S] bool selects tokens."""
     square = x.to(torch.promote_types(x.dtype, torch.float32)).square()
     if weight is None:
         return square.mean(dim=2)
@@ -80,9 +80,9 @@ def score_channels(
     ||Q_obs[:, j] K[:, j]^T||_F up to a monotone map.
 
     Args:
-        q: [B, Hq, N, D], the queries of the call, as they meet the keys.
+        q: [B, Hq, N, D], the queries of the call, as multiplied with the keys.
         k: [B, H, S, D], the keys.
-        observe: how many of the last valid queries count.
+        observe: number of last valid queries that count.
         key_valid: [B, S] bool, or None: all.
         query_valid: [B, N] bool, or None: all.
     """
@@ -95,9 +95,9 @@ def score_channels(
 
 
 def top_channels(score: Tensor, keep: int) -> Tensor:
-    """[B, H, keep] int64: the channels of highest score, ascending; ties go to the lower channel, NaN is highest.
+    """[B, H, keep] int64: the highest-scoring channels, ascending; ties go to the lower channel, NaN ranks first.
 
-    By counting instead of sorting: D is small, and comparisons fuse into the scoring kernel, while a sort does not.
+    Counts instead of sorting: D is small, and comparisons fuse into the scoring kernel; a sort does not.
     """
     score = torch.where(score.isnan(), float("inf"), score)
     channel = torch.arange(score.shape[-1], device=score.device)

@@ -1,4 +1,4 @@
-"""Rows stored as they come."""
+"""The codec that stores rows unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Whole:
     has_window: ClassVar[bool] = False
 
     def parts(self, width: int) -> tuple[Part, ...]:
-        """The rows."""
+        """The rows, and nothing else."""
         return (Part("rows", (BATCH_SIZE, HEADS, CAPACITY, width)),)
 
     def choose(self, seen: Seen) -> State:
@@ -28,7 +28,7 @@ class Whole:
         return {}
 
     def encode(self, rows: Tensor, chosen: State) -> State:
-        """[B, H, S, W] as it is."""
+        """Rows [B, H, S, W], unchanged."""
         return {"rows": rows}
 
     def decode(self, state: State, width: int) -> Tensor:

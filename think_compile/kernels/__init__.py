@@ -1,1 +1,1 @@
-"""What runs inside the rewritten graph: scoring, packing, appending and attending."""
+"""Code inside graphs: the Triton kernels and their launch, and small functions around an attention."""

@@ -1,4 +1,4 @@
-"""Small graph functions around an attention: positions, causal masks, the order of heads, the layout in memory."""
+"""Small graph functions around an attention: positions, causal masks, order of heads, memory layout."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def start_of(positions: Tensor, proven: bool) -> Tensor:
 
 
 def laid_out(x: Tensor, order: list[int]) -> Tensor:
-    """``x`` with its axes in memory from the outermost to the innermost as ``order`` says."""
+    """``x`` in a memory layout with the axes in ``order``, outermost first."""
     back = sorted(range(len(order)), key=lambda i: order[i])
     return x.permute(order).contiguous().permute(back)
 
 
 def causal_to_end(k_new: Tensor, extent: int) -> Tensor:
-    """Bool [N, extent]: the last of the call's queries sees all ``extent`` keys, each earlier one a key less."""
+    """Bool [N, extent]: the call's last query sees all ``extent`` keys, each earlier one a key less."""
     rows = torch.arange(k_new.shape[2], device=k_new.device)[:, None]
     return torch.arange(extent, device=k_new.device) <= extent - k_new.shape[2] + rows
 
@@ -33,18 +33,18 @@ def causal_after(k_new: Tensor, past: int) -> Tensor:
 
 
 def device_start(start: int, x: Tensor) -> Tensor:
-    """0-d int64, on the device of ``x``: a first position that is known as a number."""
+    """0-d int64 on the device of ``x``: a known first position as a tensor."""
     return torch.full((), start, dtype=torch.int64, device=x.device)
 
 
 def joined_queries(queries: list[Tensor], heads: int) -> Tensor:
-    """Queries [B, heads * G, N, D] of attentions that read the same keys, as those of one with larger groups."""
+    """Join queries [B, heads * G, N, D] of attentions to the same keys into one attention with larger groups."""
     grouped = [q.unflatten(1, (heads, -1)) for q in queries]
     return torch.cat(grouped, 2).flatten(1, 2)
 
 
 def heads_together(x: Tensor, heads: int) -> Tensor:
-    """[B, Hq, *, *] with the query heads of a KV head together, from heads dealt out to the KV heads in turn."""
+    """[B, Hq, *, *] with the query heads of a KV head adjacent, from query heads interleaved over the KV heads."""
     if x.dim() < 4 or x.shape[1] == 1:
         return x
     return x.unflatten(1, (-1, heads)).transpose(1, 2).flatten(1, 2)
@@ -56,7 +56,7 @@ def heads_interleaved(x: Tensor, heads: int) -> Tensor:
 
 
 def prompt_columns(mask: Tensor | None, k_new: Tensor) -> Tensor | None:
-    """Of a mask [..., N, S] over a cache's rows, the columns of the first call's own."""
+    """The columns of a first call's own rows, from a mask [..., N, S] over a cache's rows."""
     return None if mask is None else mask[..., : k_new.shape[2]]
 
 
@@ -69,9 +69,9 @@ def attend_prompt(
     is_causal: bool,
     grouped: bool,
 ) -> Tensor:
-    """The stock attention to the call's own rows [B, H, N, *], of a mask the first N columns: [B, Hq, N, Dv].
+    """Stock attention to the call's own rows [B, H, N, *], with the mask's first N columns: [B, Hq, N, Dv].
 
-    ``grouped``: the keys are passed with their H heads (``enable_gqa``), and not with a copy for each query head.
+    ``grouped``: pass keys and values with H heads (``enable_gqa``) instead of a copy for each query head.
     """
     if not grouped:
         copies = q.shape[1] // k_new.shape[1]

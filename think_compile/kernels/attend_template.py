@@ -1,16 +1,16 @@
 """The template of the attention kernel of later calls: split-KV over encoded rows, the ring, and the call's own rows.
 
-Each program takes a share of the positions and attends to it with an online softmax: the encoded rows below the window,
-or the ring and the new rows. A second kernel (:mod:`.merge`) merges the shares. Lengths are numbers (growing caches) or
-read from device memory (caches of fixed size), so that one captured graph serves all steps. What it computes is
+Each program attends to a share of the positions with an online softmax: encoded rows below the window, or the ring and
+the new rows. A second kernel (:mod:`.merge`) merges the shares. Lengths are numbers (growing caches), or read from
+device memory (caches of fixed size), so that one captured graph serves all steps. The result equals
 :func:`think_compile.formats.attention.narrow`; letters as in :mod:`think_compile.cache.state`.
 
-Names in capitals that :mod:`.specialise` replaces: KEYS and VALUES, the tensors of each side; QUERIES and WHOLE, the
+:mod:`.specialise` replaces these names in capitals: KEYS and VALUES, the tensors of each side; QUERIES and WHOLE, the
 prepared queries for encoded and for whole keys; ACC, the accumulators; K_SIZES, D_SIZES and V_SIZES, the sizes of an
 encoded key, a whole key and a value.
 """
 
-# ruff: noqa: F821  the names of a template are put in by specialise
+# ruff: noqa: F821  specialise fills in the names of a template
 # mypy: ignore-errors
 
 import triton.language as tl
@@ -23,9 +23,9 @@ def walk(
     capacity, ROLLING: tl.constexpr, IN_RING: tl.constexpr, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attend to positions [low, high), whose keys and values stand in rows position - shift, or the keys in a ring.
+    """Attend to positions [low, high); keys and values are in rows position - shift, or the keys in a ring.
 
-    ``ROLLING``: position p stands in row p % capacity.
+    ``ROLLING``: position p is in row p % capacity.
     """
     position = low + tl.arange(0, BLOCK_N)
     value = masked(MASK, mask_row, position - first, position < high, sm_s, KIND, ALIKE)
@@ -35,7 +35,7 @@ def walk(
         row = position % capacity if ROLLING else position - shift
         s = scores(QUERIES, KEYS, position % ring_rows if IN_RING else row, ok, K_SIZES)
         s = hidden(s * scale, value, position - first, query, ok, KIND, CAUSAL)
-        # read a tile ahead: too small for the pipeline that hides the wait for keys and values
+        # read a tile ahead: it is too small for the pipeline that hides the latency of keys and values
         value = masked(MASK, mask_row, later - first, later < high, sm_s, KIND, ALIKE)
         new = tl.maximum(m, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
@@ -56,7 +56,7 @@ def attend_share(
 ):  # fmt: skip
     """One share of the positions of one KV head, for BLOCK_M of its rows (query head of the group, query).
 
-    ``ROLLING``: ``first`` counts back from the start, and position p stands in row p % capacity.
+    ``ROLLING``: ``first`` counts back from the start, and position p is in row p % capacity.
     """
     scale = tl.cast(scale, tl.float32)  # a Python float arrives as float64 from Inductor
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
@@ -74,7 +74,7 @@ def attend_share(
     mask_row = bh // heads * sm_b
     if not ALIKE:
         mask_row += ((bh % heads) * GROUP + row // queries) * sm_h + query.to(tl.int64) * sm_n
-        mask_row = tl.where(real, mask_row, 0)  # no tile is read beyond the mask's end
+        mask_row = tl.where(real, mask_row, 0)  # no read beyond the mask's end
     KEYS = keys_locate(KEYS, bh, capacity, K_SIZES)
     VALUES = values_locate(VALUES, bh, value_rows, V_SIZES)
     RING = whole_locate(RING, bh, ring_rows, D_SIZES)
@@ -86,13 +86,13 @@ def attend_share(
     ACC = values_zero(BLOCK_M, V_SIZES)
 
     end = tl.minimum(start + queries, extent)
-    if split < splits:  # encoded rows, in equal shares, and the rows after the tokens, which hold nothing
+    if split < splits:  # encoded rows, in equal shares, and the empty rows after the tokens
         CHUNK: tl.constexpr = 1024 if ALIKE else 128
         AFTER: tl.constexpr = 0 if CAUSAL else KIND  # causal queries never see those rows
         chunk = tl.arange(0, CHUNK)
         QUERIES = keys_prepare(q_row, real, KEYS, K_SIZES)
         low, high = part_of(first, tl.minimum(window_start, end), split, splits, BLOCK_N)
-        # Of the rows after the tokens only the mask is read, unless it shows some: asked for here, looked at below.
+        # For rows after the tokens, only the mask is read, unless it shows any. Loaded here, tested below.
         after, last = part_of(end, extent, split, splits, CHUNK)
         value = masked(MASK, mask_row, after + chunk - first, after + chunk < last, sm_s, AFTER, ALIKE)
         m, total, ACC = walk_encoded(

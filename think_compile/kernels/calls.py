@@ -1,4 +1,4 @@
-"""Which calls the Triton kernels of a pair of codecs take, and how they are called with stored sides."""
+"""The calls that the Triton kernels of a pair of codecs accept, and the launch on stored sides."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PairKernels:
 
     Attributes:
         keys, values: names of the codecs.
-        key_parts, value_parts: the stored tensors that the kernels take, in their order.
+        key_parts, value_parts: names of the stored tensors, in the kernels' order.
     """
 
     keys: str
@@ -35,7 +35,7 @@ class PairKernels:
     value_parts: tuple[str, ...]
 
     def attend_fits(self, call: Call, keys: Stored, values: Stored, span: Span) -> bool:
-        """Whether a call runs on the decode kernel; why it does not is logged, once for each shape."""
+        """Whether a call runs on the decode kernel; a refusal is logged once for each reason and shape."""
         if not call.q.is_cuda or call.q.shape[2] > MAX_QUERIES:
             return False
         why = self._obstacle(call, keys, values)
@@ -59,7 +59,7 @@ class PairKernels:
         return "the scale is a tensor" if isinstance(call.scale, Tensor) else ""
 
     def _tensors(self, stored: Stored) -> list[Tensor]:
-        """What the attention reads of a side, the ring last."""
+        """The tensors of a side that the attention reads, the ring last."""
         state = stored.state
         if "ring" in state:
             return [state[name].contiguous() for name in self.key_parts] + [state["ring"]]
@@ -84,15 +84,15 @@ class PairKernels:
         return result
 
     def append_fits(self, call: Call, keys: Stored, span: Span) -> bool:
-        """Whether Triton writes a call's keys into a cache of fixed size: those of a single token on a GPU."""
+        """Whether Triton stores a call's keys: of a single token on a GPU, in a cache of fixed size, not rolling."""
         one_token = call.q.is_cuda and call.k.shape[2] == 1 and has_triton() and call.q.dtype != torch.float64
         return one_token and COUNTERS in keys.state and not span.rolling
 
     def append(self, call: Call, keys: Stored, span: Span, windows: tuple[int, int]) -> None:
         """Store the key [B, H, 1, D] of one token at the span's start (0-d, int64), and count it.
 
-        Where the start is 0 the codec first chooses anew, by this token's q [B, Hq, 1, D] and key. ``windows`` tells
-        how many tokens have whole keys after a first call and after a later one.
+        At start 0 the codec first chooses again, from this token's q [B, Hq, 1, D] and key. ``windows``: how many
+        tokens have whole keys after a first call and after a later one.
         """
         from think_compile.kernels.pair import append_operation
 
@@ -128,7 +128,7 @@ class PairKernels:
         return result
 
     def launch(self, call: Call, keys: Stored, values: Stored, span: Span) -> Launch:
-        """The launch for a call; of sizes that vary, for those that a graph is made with."""
+        """The launch for a call; for symbolic sizes, from their values when the graph is made."""
         from think_compile.kernels.shares import hint
 
         past = self._tensors(keys), self._tensors(values)
@@ -142,7 +142,7 @@ class PairKernels:
 
 
 def scale_of(call: Call) -> float:
-    """The scale of the logits, pinned to all channels of the queries."""
+    """The scale of the logits, by default from the full channel count of the queries."""
     return 1 / math.sqrt(call.q.shape[-1]) if call.scale is None else call.scale
 
 
@@ -156,13 +156,13 @@ def _four_axes(mask: Tensor | None) -> Tensor | None:
 
 
 def _lengths(*lengths: Length) -> tuple[list[int], list[Tensor]]:
-    """(numbers, where they lie): of lengths on the device the numbers are 0."""
+    """(numbers, device tensors) of ``lengths``; a length on the device counts as 0 among the numbers."""
     at = [length for length in lengths if isinstance(length, Tensor)]
     return [0 if isinstance(length, Tensor) else length for length in lengths], at
 
 
 def _bounds(call: Call, span: Span) -> tuple[int, int]:
-    """The lowest position that is read and the end of all; of a buffer in a circle how many of the past are read."""
+    """(lowest position read, end of the positions); for a rolling buffer (past positions read, columns)."""
     if span.rolling:
         return span.columns - call.q.shape[2], span.columns
     assert not isinstance(span.oldest, Tensor)

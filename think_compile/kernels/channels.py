@@ -1,4 +1,4 @@
-"""Device code of rows of chosen channels: the queries are gathered, the rows are read as they are."""
+"""Device code for rows of chosen channels: gathers the queries, reads the rows as stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def channels_locate(rows, channels, bh, capacity, width: tl.constexpr, part0: tl
 
 @triton.jit
 def channels_prepare(q_row, real, rows, channels, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
-    """The queries' kept channels."""
+    """The kept channels of the queries."""
     c0, c1 = columns(part0, part1)
     i0 = tl.load(channels + c0, mask=c0 < width, other=0)
     i1 = tl.load(channels + c1, mask=c1 < width, other=0)
@@ -34,7 +34,7 @@ def channels_scores(
 
 @triton.jit
 def _energy(q, k, channel, real, GROUP: tl.constexpr, D: tl.constexpr):
-    """mean(q^2) k^2 of a channel, over the queries of a group; NaN counts most."""
+    """mean(q^2) k^2 of a channel, over the queries of a group; NaN ranks highest."""
     total = tl.load(q + channel, mask=real, other=0.0).to(tl.float32)
     total = total * total
     for g in range(1, GROUP):
@@ -49,7 +49,7 @@ def _energy(q, k, channel, real, GROUP: tl.constexpr, D: tl.constexpr):
 def channels_choose(
     q, k, rows, channels, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The channels of most energy, by counting, as :func:`think_compile.formats.think.top_channels`."""
+    """The channels with the most energy, by counting, as in :func:`think_compile.formats.think.top_channels`."""
     channel = tl.arange(0, BLOCK)
     real = channel < D
     mine = _energy(q, k, channel, real, GROUP, D)
@@ -59,7 +59,7 @@ def channels_choose(
         ahead += ((theirs > mine) | ((theirs == mine) & (other < channel))).to(tl.int32)
     kept = real & (ahead < WIDTH)
     slot = tl.cumsum(kept.to(tl.int32), 0) - 1
-    for t in range(WIDTH):  # an address that depended on what was loaded would pass for a write to that
+    for t in range(WIDTH):  # an address that depends on loaded data would be taken for a write to that tensor
         tl.store(channels + t, tl.sum(tl.where(kept & (slot == t), channel, 0), 0).to(tl.int64))
 
 

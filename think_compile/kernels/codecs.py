@@ -1,4 +1,4 @@
-"""What a codec brings to the kernel templates: its tensors, its device functions, and the sizes that these take."""
+"""A codec's part of the kernel templates: its tensors, its device functions, and their sizes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class DeviceCodec:
     """The device code of a codec.
 
     Attributes:
-        name: the codec's.
-        parts: the tensors that a kernel takes, by their names in a state.
-        queries: names for what ``prepare`` returns, an operand for the products and what belongs to it.
-        accumulators: names for what ``zero``, ``mix`` and the loop carry.
-        functions: by the names in the templates. For keys ``locate``, ``prepare``, ``scores``; for values ``locate``,
-            ``zero``, ``mix``, ``finish``; to store a token ``choose`` (where something is chosen) and ``store``.
-        sizes: the constants WIDTH, PART0, PART1 of a row of so many stored numbers.
+        name: of the codec.
+        parts: names, in a state, of the tensors that a kernel takes.
+        queries: names of the values that ``prepare`` returns: the operand of the products and its companions.
+        accumulators: names of the values that ``zero``, ``mix`` and the loop carry.
+        functions: by their names in the templates. For keys ``locate``, ``prepare``, ``scores``; for values ``locate``,
+            ``zero``, ``mix``, ``finish``; to store a token ``choose`` (if the codec chooses) and ``store``.
+        sizes: from a row's count of stored numbers to the constants WIDTH, PART0, PART1.
     """
 
     name: str
@@ -41,6 +41,6 @@ def sizes_of(prefix: str) -> tuple[str, ...]:
 
 
 def parts_of(width: int) -> tuple[int, int, int]:
-    """A row's width, and two powers of two, of 16 at least, that hold it: 80 is 64 + 16."""
+    """A row's width, and two powers of two, each at least 16, that cover it: 80 is 64 + 16."""
     most = max(16, 2 ** (width.bit_length() - 1))
     return width, most, max(16, 2 ** max(0, width - most - 1).bit_length())

@@ -1,4 +1,4 @@
-"""Device functions that every attention kernel shares: masks, and the bounds of a share."""
+"""Device functions shared by all attention kernels: masks, and the bounds of a share."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def masked(MASK, mask_row, column, ok, sm_s, kind: tl.constexpr, alike: tl.constexpr):
-    """What the model's mask says of some columns, [1, N] where ``alike``, else [M, N]; a row of zeros without a mask.
+    """The model's mask at some columns, [1, N] if ``alike``, else [M, N]; a row of zeros without a mask.
 
-    ``alike``: the mask is one for all rows, and ``mask_row`` a number.
+    ``alike``: all rows share the mask, and ``mask_row`` is a number.
     """
     if kind == 0:
         value = tl.zeros([1, column.shape[0]], tl.int8)
@@ -21,25 +21,25 @@ def masked(MASK, mask_row, column, ok, sm_s, kind: tl.constexpr, alike: tl.const
 
 @triton.jit
 def hidden(s, value, column, query, ok, kind: tl.constexpr, causal: tl.constexpr):
-    """Logits (base 2) after a mask's ``value``: none (0), bool (1), float that is added (2); -inf where not ``ok``."""
+    """Logits (base 2) after a mask's ``value``: none (0), bool (1), added float (2); -inf where not ``ok``."""
     shown = ok[None, :]
     if causal:
         shown = shown & (column[None, :] <= query[:, None])
     if kind == 1:
         shown = shown & (value != 0)
     if kind == 2:
-        added = tl.maximum(value.to(tl.float32), -2e38) * 1.4426950408889634  # a minimum stays finite in base 2
+        added = tl.maximum(value.to(tl.float32), -2e38) * 1.4426950408889634  # keeps a dtype's minimum finite in base 2
         s += tl.where(value == float("-inf"), float("-inf"), added)
     return tl.where(shown, s, float("-inf"))
 
 
 @triton.jit
 def counts_some(value, m, real, ok, kind: tl.constexpr, alike: tl.constexpr, half: tl.constexpr):
-    """Whether a mask's ``value`` shows a row that is ``real`` a column that is ``ok``; ``m``: the rows' largest logits.
+    """Whether a mask's ``value`` shows any ``ok`` column to a ``real`` row; ``m``: the rows' largest logits.
 
     A key masked with the dtype's minimum, or half of it, counts only for a query whose keys are all masked.
     """
-    # base 2, as the logits: half of fp16's minimum is -47251.1, and -1e30 hides in any wider type
+    # base 2, like the logits: half of fp16's minimum is -47251.1; -1e30 hides a key in any wider type
     low: tl.constexpr = -47252.0 if half else -1e30
     if alike:
         shown = tl.zeros([1, ok.shape[0]], tl.float32)

@@ -1,4 +1,4 @@
-"""The second kernel of an attention: it merges the shares that the first left."""
+"""The second kernel of an attention: it merges the shares of the first."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ def merged_row(
     OUT, MOST, TOTAL, RESULT, bh, row, n_rows,
     DV: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The shares of one row, weighted by what they saw; a row that saw nothing is zero."""
+    """Merge the shares of one row, weighted by their softmax sums; a row that attended to nothing is zero."""
     split, column = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
     at, real = (bh * SPLITS + split) * n_rows + row, split < SPLITS
     m = tl.load(MOST + at, mask=real, other=float("-inf"))
@@ -27,6 +27,6 @@ def merge_shares(
     OUT, MOST, TOTAL, RESULT, n_rows,
     DV: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One row of one KV head."""
+    """Merge one row of one KV head."""
     bh, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     merged_row(OUT, MOST, TOTAL, RESULT, bh, row, n_rows, DV, BLOCK_V, SPLITS, BLOCK_S)

@@ -1,4 +1,4 @@
-"""The kernels of a pair of codecs, made of the templates, and the operations of torch through which they are called."""
+"""The kernels of a pair of codecs, made from the templates, and the torch operations that call them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from think_compile.kernels.specialise import specialised
 from think_compile.kernels.whole import WHOLE
 
 CODECS = {codec.name: codec for codec in (CHANNELS, WHOLE)}
-# A length that changes with each token must not make a new variant of the kernel each time.
+# Lengths change with each token and must not compile a new kernel variant each time.
 _LENGTHS = ["window_start", "start", "first", "extent", "splits", "whole_splits"]
 
 
 class Kernels(NamedTuple):
-    """What is compiled for a pair of codecs."""
+    """The compiled kernels of a pair of codecs."""
 
     keys: DeviceCodec
     values: DeviceCodec
@@ -79,7 +79,7 @@ def _writers(name: str, k: DeviceCodec, v: DeviceCodec) -> tuple[Any, Any]:
 
 @functools.cache
 def attend_operation(keys: str, values: str) -> Any:
-    """The attention of a later call: see :class:`.shares.Given` for its arguments."""
+    """The attention of a later call; arguments as in :class:`.shares.Given`."""
 
     @triton_op(f"think_compile::attend_{keys}_{values}", mutates_args={})
     def attend(
@@ -106,9 +106,9 @@ def attend_operation(keys: str, values: str) -> Any:
 
 @functools.cache
 def step_operation(keys: str, values: str) -> Any:
-    """The attention of one token on a cache of fixed size, which then holds it.
+    """The attention of one token on a cache of fixed size, which then stores the token.
 
-    As :func:`attend_operation`; ``keys_`` ends with the ring and the counters, and ``numbers`` are the end of the rows,
+    As :func:`attend_operation`; ``keys_`` ends with the ring and the counters. ``numbers``: the end of the rows,
     whether the attention is causal, and how many tokens have whole rows after a first call and after a later one.
     """
 
@@ -142,7 +142,7 @@ def step_operation(keys: str, values: str) -> Any:
 
 @functools.cache
 def append_operation(keys: str, values: str) -> Any:
-    """Stores the key of one token in a cache of fixed size; ``windows`` as the last numbers of a step."""
+    """Stores the key of one token in a cache of fixed size; ``windows``: the last two ``numbers`` of a step."""
 
     @triton_op(f"think_compile::append_{keys}_{values}", mutates_args={"keys_"})
     def append(q: Tensor, k: Tensor, keys_: list[Tensor], start: Tensor, windows: list[int]) -> None:
@@ -157,7 +157,7 @@ def append_operation(keys: str, values: str) -> Any:
 
 
 def _store_sizes(q: Tensor, k: Tensor, rows: Tensor) -> dict[str, int]:
-    """What the store of a key is compiled for."""
+    """The compile-time sizes for storing a key."""
     d, width = q.shape[3], rows.shape[-1]
     return {
         "GROUP": q.shape[1] // k.shape[1],

@@ -1,4 +1,4 @@
-"""How the attention kernel is launched: one program for a share of the positions of some rows of one KV head."""
+"""The launch of the attention kernel: each program takes a share of the positions for some rows of one KV head."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from think_compile.kernels.pair import Kernels
 
 _LOG2E = 1.4426950408889634
-WHOLE_SHARE = 128  # about as many positions with whole rows does a program take
+WHOLE_SHARE = 128  # positions with whole rows per program, about
 
 
 class Given(NamedTuple):
-    """The arguments of the attention, flat as an operation of torch takes them.
+    """The arguments of the attention, flat as a torch operation takes them.
 
     Attributes:
         own: q [B, Hq, N, D], k [B, H, N, D] and v [B, H, N, Dv] of the call, contiguous.
-        keys, values: the stored parts in the order of the codec, for keys with the ring as the last.
+        keys, values: the stored parts in the codec's order; for keys, then the ring.
         mask: [B or 1, Hq or 1, N or 1, columns], or None.
-        at: where the window's start and the call's start lie, both 0-d int64; empty: they are numbers.
-        numbers: these two, the lowest position that is read and the end of all; whether rows stand in a circle, and
-            whether the attention is causal. In a circle the third tells how many of the past are read.
+        at: the window's start and the call's start as device tensors, 0-d int64; empty: both are in ``numbers``.
+        numbers: these two, the lowest position read, the end of the positions, whether the buffer is rolling, and
+            whether the attention is causal. For a rolling buffer the third is the number of past positions read.
         scale: of the logits.
         launch: see :class:`.launch.Launch`.
     """
@@ -45,14 +45,14 @@ class Given(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """What the first kernel leaves, fp32: the attention of each share, its largest logit and its sum, by row."""
+    """The results of the first kernel, fp32, by row: each share's attention, largest logit and softmax sum."""
 
     out: Tensor
     most: Tensor
     total: Tensor
 
     def sizes(self) -> dict[str, int]:
-        """The merge's constants."""
+        """The constants of the merge kernel."""
         splits, dv = self.out.shape[1], self.out.shape[3]
         return {
             "DV": dv,
@@ -63,23 +63,23 @@ class Shares(NamedTuple):
 
 
 def traced(kernel: Any) -> Any:
-    """The kernel as Inductor sees it; what Triton's interpreter runs on a CPU is called as it is."""
+    """The kernel, wrapped for Inductor; kernels of Triton's interpreter (on a CPU) stay as they are."""
     return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 
 def device_of_launch(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of ``x``; in Inductor's code it always is."""
+    """Make ``x``'s device current, since Triton launches there; in Inductor's code it already is."""
     elsewhere = x.is_cuda and x.device.index not in (None, torch.cuda.current_device())
     return torch.cuda.device(x.device) if elsewhere else nullcontext()
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """A number that is typical of a size, with no guard on it."""
+    """A typical value of a size, without a guard on it."""
     return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _strides(mask: Tensor | None) -> tuple[int, ...]:
-    """A mask's strides, 0 along the axes of size 1, which stand for all batches, heads, queries or keys."""
+    """A mask's strides, 0 along axes of size 1, which broadcast over batches, heads, queries or keys."""
     if mask is None:
         return 0, 0, 0, 0
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
@@ -90,7 +90,7 @@ def _sizes(prefix: str, width: int) -> dict[str, int]:
 
 
 def launch_shares(kernels: Kernels, given: Given) -> Shares:
-    """Attend in shares."""
+    """Launch the attention in shares."""
     (q, k, v), mask, how = given.own, given.mask, Launch(*given.launch)
     (batch, query_heads, queries, d), heads, dv = q.shape, k.shape[1], v.shape[3]
     rows, all_heads, ring = query_heads // heads * queries, batch * heads, given.keys[-1]

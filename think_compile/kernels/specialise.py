@@ -1,8 +1,8 @@
-"""Triton kernels out of templates: names of functions and of groups of arguments are put into a template's source.
+"""Triton kernels from templates: inserts names of functions and of groups of arguments into a template's source.
 
-A template is a plain function. A *function* name in it stands for a codec's device function, a *group* name for several
-arguments or variables: ``KEYS`` becomes ``K_ROWS, K_CHANNELS`` wherever it stands. The result is source text of its
-own, since Inductor writes a kernel again from the source of the functions that it names (Triton's own
+A template is a plain function. A *function* name in it is replaced by a codec's device function. A *group* name is
+replaced by several arguments or variables: ``KEYS`` becomes ``K_ROWS, K_CHANNELS`` everywhere. The result is new source
+text, because Inductor writes kernels out again from the source of the functions that they name (Triton's own
 ``triton_kernels/specialize.py`` does the same).
 """
 
@@ -27,10 +27,10 @@ def specialised(
     groups: Mapping[str, Sequence[str]],
     **options: Any,
 ) -> Any:
-    """The kernel, or device function, ``name`` of ``template``; ``options`` as of ``triton.jit``.
+    """A kernel or device function called ``name``, made from ``template``; ``options`` as for ``triton.jit``.
 
     Raises:
-        ValueError: a name to be replaced does not stand in the template.
+        ValueError: a name to replace is not in the template.
     """
     text = textwrap.dedent(inspect.getsource(template))
     text = re.sub(r"\bdef \w+\(", f"def {name}(", text[text.index("def ") :], count=1)

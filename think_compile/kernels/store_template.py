@@ -1,12 +1,12 @@
 """The templates of the kernels that store a step's token in a cache of fixed size.
 
-In ATen, storing takes five kernels per layer and step. A restart (start == 0) chooses anew what a first call chooses;
-since the device decides that, ATen code would pay for it on every step. One kernel with a branch does not.
+In ATen, storing takes five kernels per layer and step. A restart (start == 0) makes a first call's choice again. Since
+only the device knows of a restart, ATen code would pay for the choice on every step. One kernel with a branch does not.
 
-Names in capitals that :mod:`.specialise` replaces are those of :mod:`.attend_template`.
+:mod:`.specialise` replaces the same names in capitals as in :mod:`.attend_template`.
 """
 
-# ruff: noqa: F821  the names of a template are put in by specialise
+# ruff: noqa: F821  specialise fills in the names of a template
 # mypy: ignore-errors
 
 import triton.language as tl
@@ -18,13 +18,13 @@ def store_key(
     Q, K, KEYS, RING, COUNTERS, START, bh, window, whole, capacity, ring_rows,
     GROUP: tl.constexpr, D: tl.constexpr, K_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Of one KV head of one sequence; that of the first also moves the window. Beyond the end nothing changes."""
+    """Store the key of one KV head of one sequence; the first updates the counters. Beyond the end nothing changes."""
     start = tl.load(START)
     k = K + bh * D
     KEYS = keys_locate(KEYS, bh, capacity, K_WIDTH, 0, 0)
     if start == 0:
         keys_choose(Q + bh * GROUP * D, k, KEYS, GROUP, D, K_WIDTH, BLOCK_D)
-        tl.debug_barrier()  # what other threads of the program stored is read below
+        tl.debug_barrier()  # data stored by other threads of the program is read below
     keys_store(k, KEYS, start, capacity, K_WIDTH, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
     ring_room = tl.where(start < capacity, D, 0)

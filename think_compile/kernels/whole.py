@@ -1,4 +1,4 @@
-"""Device code of rows that are stored as they come; rings and a call's own rows are such rows, too."""
+"""Device code for rows stored unchanged; rings and a call's own rows are also of this kind."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from think_compile.kernels.codecs import DeviceCodec, parts_of
 
 @triton.jit
 def columns(part0: tl.constexpr, part1: tl.constexpr):
-    """Column numbers of a row that is read in two parts of a power of two each."""
+    """Column numbers of a row read in two parts, each a power of two."""
     return tl.arange(0, part0), part0 + tl.arange(0, part1)
 
 
 @triton.jit
 def read_queries(q_row, real, i0, i1, ok0, ok1):
-    """The queries' columns ``i0`` and ``i1``, the two parts that :func:`whole_scores` multiplies."""
+    """Columns ``i0`` and ``i1`` of the queries, the two operands of :func:`whole_scores`."""
     q0 = tl.load(q_row + i0[None, :], mask=real[:, None] & ok0[None, :], other=0.0)
     return q0, tl.load(q_row + i1[None, :], mask=real[:, None] & ok1[None, :], other=0.0)
 
@@ -55,7 +55,7 @@ def whole_zero(block_m: tl.constexpr, width: tl.constexpr, part0: tl.constexpr, 
 
 @triton.jit
 def whole_mix(o0, o1, shrink, p, base, rows, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
-    """The accumulators, shrunk, with the value rows ``rows`` of ``width`` columns at ``base``, weighted by ``p``."""
+    """The accumulators times ``shrink``, plus ``p`` times the value rows ``rows`` of ``width`` columns at ``base``."""
     c0, c1 = columns(part0, part1)
     at = base + rows.to(tl.int64)[:, None] * width
     v0 = tl.load(at + c0[None, :], mask=ok[:, None] & (c0 < width)[None, :], other=0.0)

@@ -1,7 +1,7 @@
-"""Operations on tensors of a class of their own, such as quantized weights: they stay the calls that the caller made.
+"""Calls on tensor subclasses, such as quantized weights: a trace keeps them as the caller made them.
 
-Part of pass 1. A class with a ``__torch_function__`` of its own may know what ``linear`` is, and none of the ATen
-operations that it is made of. A trace records such a call as it stands, in one node.
+A class with its own ``__torch_function__`` may implement ``linear``, but none of the ATen operations that ``linear``
+decomposes into. A trace records such a call unchanged, in one node.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WITH_DEFAULTS = {torch._C._disabled_torch_function_impl, Tensor.__torch_functio
 
 
 def has_own_functions(value: Any) -> bool:
-    """Whether a tensor is of a class that says itself what torch's functions do to it."""
+    """Whether a tensor is a wrapper subclass with its own ``__torch_function__``."""
     if not is_traceable_wrapper_subclass(value):
         return False
     function: Any = getattr(type(value), "__torch_function__", None)
@@ -32,7 +32,7 @@ def has_own_functions(value: Any) -> bool:
 
 
 def own_classes(graph: Graph) -> set[type]:
-    """The classes of such tensors in a Dynamo graph, and of those that it makes itself."""
+    """The classes of such tensors in a Dynamo graph, and the wrapper classes that only the graph itself makes."""
     values = {node: node.meta.get("example_value") for node in graph.nodes}
     given = {type(value) for node, value in values.items() if node.op == "placeholder"}
     made = {type(value) for value in values.values() if is_traceable_wrapper_subclass(value)} - given
@@ -40,10 +40,10 @@ def own_classes(graph: Graph) -> set[type]:
 
 
 def calls_as_written(graph: Graph, mode: FakeTensorMode) -> dict[Node, Any]:
-    """The calls of a Dynamo graph that take or make such tensors, and what stands for the result of each in a trace.
+    """The calls of a Dynamo graph that take such tensors, each with a stand-in for its result in a trace.
 
     Raises:
-        Refused: one of them writes to what it is given, returns a view of it, or returns something else than tensors.
+        Refused: a call writes to an argument, returns a view of one, or returns something other than tensors.
     """
     calls = [node for node in graph.nodes if node.op.startswith("call_") and _takes_own(node)]
     return {node: _checked(node, mode) for node in calls}
@@ -57,7 +57,7 @@ def _checked(node: Node, mode: FakeTensorMode) -> Any:
     given = torch.fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["example_value"])
     operands = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
     fakes = (x for tensor in operands for x in plain_parts(tensor) if isinstance(x, FakeTensor))
-    dynamo = next((x.fake_mode for x in fakes), mode)  # whose values the nodes of its graph hold
+    dynamo = next((x.fake_mode for x in fakes), mode)  # the mode of the example values in Dynamo's graph
     with dynamo, torch.no_grad(), _Writes() as writes:
         result = _function(node)(*given[0], **given[1])
     leaves = pytree.tree_leaves(result)
@@ -78,7 +78,7 @@ def _function(node: Node) -> Callable[..., Any]:
 
 
 class _Writes(TorchDispatchMode):
-    """Notes the storages that operations write to; tensors of a class of their own say first what those do."""
+    """Notes the storages that operations write to, after tensor subclasses have handled the operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def _storages(tensors: Iterable[Any]) -> set[int]:
 
 
 def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors behind a tensor of any class; a plain one is its own."""
+    """The plain tensors inside a tensor of any class; a plain tensor is its own part."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
@@ -115,7 +115,7 @@ def plain_stand_in(mode: FakeTensorMode, value: Tensor) -> Tensor:
 
 
 def recorded(node: Node, args: Any, kwargs: Any, result: Any) -> Any:
-    """Add the call to the trace that runs; ``args`` and ``result`` are as functionalization has them and takes them."""
+    """Add the call to the running trace; functionalization wraps ``args`` and the return value, not ``result``."""
     proxy_mode = get_proxy_mode()
     assert proxy_mode is not None
     tracer = proxy_mode.tracer

@@ -1,8 +1,8 @@
-"""Equivalent ways of writing to a cache and of calling attention, brought into the ones that the later passes read.
+"""Rewrite equivalent cache writes and attention calls into the forms that the later passes read.
 
-Part of pass 1. A write of one row, by select, scatter or a choice (where), becomes a slice_scatter or an index_copy;
-an assignment to positions gets rows with all axes; rows that move up for new ones at their end become a cat; an
-attention without a heads axis gets one. Each is the same function of its inputs; what is not known to be stays.
+A write by select_scatter, scatter or where becomes a slice_scatter or an index_copy. An assignment to positions gets
+rows with all axes. A roll with new rows at the end becomes a cat. An attention without a head axis gets one. Each new
+form is known to compute the same; other operations stay.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Rule = Callable[[GraphModule, Node], Node | None]
 
 
 def canonicalize(graph_module: GraphModule) -> int:
-    """Rewrite in place; how many operations were."""
+    """Rewrite in place; returns the number of rewritten operations."""
     count = 0
     for node in list(graph_module.graph.nodes):
         rule = _RULES.get(node.target) if node.op == "call_function" else None
@@ -40,7 +40,7 @@ def canonicalize(graph_module: GraphModule) -> int:
 
 
 def _call(graph_module: GraphModule, like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-    """A node that stands where ``like`` does, its fake value computed."""
+    """A new call with a fake value, and with the module stack and stack trace of ``like``."""
     node = graph_module.graph.call_function(target, args, kwargs)
     node.meta = {name: value for name, value in like.meta.items() if name in ("nn_module_stack", "stack_trace")}
     values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -49,13 +49,13 @@ def _call(graph_module: GraphModule, like: Node, target: Any, *args: Any, **kwar
 
 
 def _same_shape(a: Node, b: Node, but: int | None = None) -> bool:
-    """Whether two tensors have one shape, axis ``but`` left out."""
+    """Whether two tensors have the same shape, except for axis ``but``."""
     x, y = a.meta["val"].shape, b.meta["val"].shape
     return len(x) == len(y) and all(i == but or lay.same_size(m, n) for i, (m, n) in enumerate(zip(x, y, strict=True)))
 
 
 def _select_scatter(graph_module: GraphModule, node: Node) -> Node | None:
-    """``base[..., i, ...] = row``: a slice of one."""
+    """``base[..., i, ...] = row``: a slice_scatter of one row."""
     base, row, dim, index = node.args
     if isinstance(index, Node) or not isinstance(index, int):
         return None
@@ -64,7 +64,7 @@ def _select_scatter(graph_module: GraphModule, node: Node) -> Node | None:
     if index < 0 and not isinstance(size, int):
         return None
     index = index + size if index < 0 else index
-    if row.target is aten.copy.default:  # the row as it is written
+    if row.target is aten.copy.default:  # look through the copy at the written row
         row = lay.layout_input(row) or row
     rows = _call(graph_module, node, aten.unsqueeze.default, row, dim)
     return _call(graph_module, node, aten.slice_scatter.default, base, rows, dim, index, index + 1)
@@ -85,7 +85,7 @@ def _scatter(graph_module: GraphModule, node: Node) -> Node | None:
 
 
 def _runs_along(positions: Node, chain: list[Node], dim: int) -> bool:
-    """Whether ``positions`` [N], through views and copies, are all of axis ``dim`` and of no other."""
+    """Whether ``positions`` [N], through views and copies, vary along axis ``dim`` only and fill it."""
     try:
         axes = lay.follow(chain, lay.source_axes(positions.meta["val"].shape))
     except lay.NotLayout:
@@ -117,7 +117,7 @@ def _is_tensor(arg: Any) -> bool:
 
 
 def _hit_axis(hit: Node, chain: list[Node], base: Node) -> int | None:
-    """The axis of ``base`` along which a comparison with every position stands, through views."""
+    """The axis of ``base`` that the comparison ``hit`` covers, through the views ``chain``, or None."""
     if hit.target not in (aten.eq.Tensor, aten.eq.Scalar) or hit.meta["val"].dim() != 1:
         return None
     try:
@@ -133,7 +133,7 @@ def _hit_axis(hit: Node, chain: list[Node], base: Node) -> int | None:
 
 
 def _position(hit: Node) -> Node | int | None:
-    """The one position that ``arange == position`` hits; int64 or a number >= 0."""
+    """The one position of ``arange == position``: an int64 tensor, or a number >= 0; else None."""
     for columns, position in (hit.args[:2], hit.args[1::-1]):
         if not isinstance(columns, Node) or not _counts_from_zero(lay.walk_back(columns)[0]):
             continue
@@ -155,7 +155,7 @@ def _index_put(graph_module: GraphModule, node: Node) -> Node | None:
 
 
 def _index_put_of_all_axes(graph_module: GraphModule, node: Node) -> Node | None:
-    """``x[:, :, positions] = rows`` of one sequence, whose axis an assignment takes from the rows."""
+    """``x[:, :, positions] = rows`` of one sequence, where ``rows`` lack the axes of size one in front."""
     base, indices, rows = node.args[:3]
     given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(given) != 1 or rows.meta["val"].dim() >= base.meta["val"].dim():
@@ -169,14 +169,14 @@ def _index_put_of_all_axes(graph_module: GraphModule, node: Node) -> Node | None
 
 
 def _with_axes_in_front(graph_module: GraphModule, node: Node, rows: Node, base: Node) -> Node:
-    """``rows`` with as many axes as ``base``: an assignment leaves out axes of one element in front."""
+    """``rows`` with as many axes as ``base``: an assignment may omit axes of size one in front."""
     while rows.meta["val"].dim() < base.meta["val"].dim():
         rows = _call(graph_module, node, aten.unsqueeze.default, rows, 0)
     return rows
 
 
 def _rolled_index_put(graph_module: GraphModule, node: Node) -> Node | None:
-    """``x = base.roll(-n); x[:, -n:] = rows``, by an index that is a constant."""
+    """``x = base.roll(-n); x[:, -n:] = rows``, with a constant index."""
     base, indices, rows = node.args[:3]
     given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if base.target is not aten.roll.default or any(node.args[3:]) or node.kwargs or len(given) != 1:
@@ -193,7 +193,7 @@ def _rolled_index_put(graph_module: GraphModule, node: Node) -> Node | None:
 
 
 def _rolled_slice_scatter(graph_module: GraphModule, node: Node) -> Node | None:
-    """The same by a slice to the end."""
+    """As :func:`_rolled_index_put`, with a slice to the end."""
     base, rows = node.args[:2]
     dim, start, end, step = lay.slice_bounds(node, first=2)
     size = base.meta["val"].shape[dim]
@@ -201,13 +201,13 @@ def _rolled_slice_scatter(graph_module: GraphModule, node: Node) -> Node | None:
     if base.target is not aten.roll.default or step != 1 or not to_the_end or not isinstance(start, int):
         return None
     n = -start if start < 0 else size - start if isinstance(size, int) else 0
-    if rows.target is aten.copy.default:  # the rows as they are written
+    if rows.target is aten.copy.default:  # look through the copy at the written rows
         rows = lay.layout_input(rows) or rows
     return _moved_up(graph_module, node, base, dim, n, rows)
 
 
 def _moved_up(graph_module: GraphModule, node: Node, roll: Node, dim: int, n: int, rows: Node) -> Node | None:
-    """All but the first ``n`` rows of what is rolled, with ``rows`` behind them."""
+    """All but the first ``n`` rows of the rolled tensor, followed by ``rows``."""
     source, shifts, dims = roll.args[0], roll.args[1], roll.args[2] if len(roll.args) > 2 else []
     rank = source.meta["val"].dim()
     if n < 1 or list(shifts) != [-n] or [d % rank for d in dims] != [dim % rank]:
@@ -222,7 +222,7 @@ def _moved_up(graph_module: GraphModule, node: Node, roll: Node, dim: int, n: in
 
 
 def _constant(graph_module: GraphModule, node: Any) -> torch.Tensor | None:
-    """The value of a tensor that the graph holds itself, as a constant made from numbers."""
+    """The value of a tensor that the graph holds itself, such as a constant made from numbers, or None."""
     while isinstance(node, Node) and node.target in (aten.lift_fresh_copy.default, aten.detach.default):
         node = node.args[0]
     if not isinstance(node, Node) or node.op != "get_attr":

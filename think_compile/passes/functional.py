@@ -1,7 +1,7 @@
-"""Part of pass 1: a graph of torch calls is traced once, into ATen operations that write to nothing.
+"""Trace a graph of torch calls once, into functional ATen operations.
 
-What ``aot_export_module`` does in two traces, of which the first only tells what a training step, outputs that share
-memory, and tensor subclasses would need. As there, pre-dispatch: attention and ``linear`` stay whole.
+``aot_export_module`` traces twice. Its first trace only finds the needs of training steps, outputs that share memory,
+and tensor subclasses. As there, the trace is pre-dispatch: attention and ``linear`` stay whole.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ _INFERENCE_MODE = {torch.autograd.grad_mode._enter_inference_mode, torch.autogra
 
 
 class NotFunctional(Exception):
-    """The graph does something to an input that a functional graph cannot say."""
+    """The graph changes a tensor in a way that a functional graph cannot express."""
 
 
 def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> tuple[GraphModule, list[int]]:
     """Trace ``gm`` with its fake ``inputs``.
 
     Returns:
-        The graph, with the same inputs, whose outputs are the new values of those that are written to, then those of
-        ``gm``; and which inputs are written to.
+        The graph, and the indices of the inputs that are written to. The graph has the inputs of ``gm``. Its outputs
+        are the new values of the written inputs, then the outputs of ``gm``.
 
     Raises:
-        NotFunctional: an input's shape or storage is changed, it is written to and shares memory with another, or a
-            tensor that ``gm`` holds itself is written to.
+        NotFunctional: an input's shape or storage is changed, a written input shares memory with another, or a tensor
+            that ``gm`` holds itself is written to.
     """
     held = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
     fakes = _distinct([*(mode.from_tensor(tensor, static_shapes=True) for tensor in held.values()), *inputs])
@@ -60,7 +60,7 @@ def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMod
     written: list[int] = []
 
     def call(*args: Any) -> tuple[Any, ...]:
-        # Functionalization has a mode here, which its dispatch key would be active above.
+        # A mode does the functionalization here; without this guard its dispatch key would be active above the mode.
         above = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
         with maybe_enable_thunkify(), above:
             wrapped = [to_fun(arg) for arg in args]
@@ -69,7 +69,7 @@ def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMod
             written[:] = _written(args, wrapped)
             return tuple(from_fun(x) for x in (*(wrapped[i] for i in written), *outputs))
 
-    mode.epoch += 1  # what was found of numbers in tensors in an earlier trace does not count in this one
+    mode.epoch += 1  # numbers that an earlier trace read from tensors do not count in this one
     with mode, enable_python_dispatcher(), FunctionalTensorMode(pre_dispatch=True, export=True):
         traced = make_fx(call, record_module_stack=True, pre_dispatch=True)(*fakes)
     _check_functional(traced.graph)
@@ -81,7 +81,7 @@ def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMod
 
 
 def _check_functional(graph: Graph) -> None:
-    """Raise if an operation in place is left, as where one changes the storage of a tensor of another class."""
+    """Raise if an in-place operation is left, such as a change of the storage of a tensor of another class."""
     try:
         assert_functional_graph(graph)
     except AssertionError as error:
@@ -96,7 +96,7 @@ def _writes(node: Node) -> bool:
 
 
 def _distinct(fakes: Sequence[Any]) -> list[Any]:
-    """A tensor that comes again becomes a view of itself: the trace tells its inputs apart by what they are."""
+    """Replace repeated tensors by views of themselves: the trace tells its inputs apart by identity."""
     seen: set[int] = set()
     found = []
     for fake in fakes:
@@ -106,11 +106,10 @@ def _distinct(fakes: Sequence[Any]) -> list[Any]:
 
 
 class _Interpreter(PropagateUnbackedSymInts):
-    """Runs a graph node by node, so that what is traced keeps the nodes' metadata.
+    """Runs a graph node by node, so that the traced nodes keep the metadata.
 
-    Leaves inference modes out: there are no gradients anyway, and torch 2.11 finds no writes in them. Calls of
-    ``as_written`` are recorded as they stand, each with the results that are given; of what is ``transformed`` the
-    operations that it comes to.
+    Skips inference modes: there are no gradients anyway, and torch 2.11 finds no writes in them. Records the calls of
+    ``as_written`` unchanged, with the given results. Records the traced operations of the parts of ``transformed``.
     """
 
     def __init__(self, gm: GraphModule, as_written: dict[Node, Any], transformed: dict[Node, Transformed]) -> None:
@@ -118,7 +117,7 @@ class _Interpreter(PropagateUnbackedSymInts):
         self.as_written, self.transformed = as_written, transformed
 
     def run_node(self, n: Node) -> Any:
-        """As torch's."""
+        """As in torch, except for the nodes of ``transformed`` and ``as_written``."""
         if n in self.transformed:
             return self._run_transformed(self.transformed[n])
         if n not in self.as_written:
@@ -127,7 +126,7 @@ class _Interpreter(PropagateUnbackedSymInts):
             return recorded(n, *self.fetch_args_kwargs_from_env(n), self.as_written[n])
 
     def _run_transformed(self, part: Transformed) -> Any:
-        """Fills in what the whole part makes; nodes whose values are known are not run."""
+        """Set the values of all nodes of the part; nodes with known values are not run."""
         for node in part.inputs:
             if node not in self.env:  # an attribute of the graph
                 self.env[node] = super().run_node(node)
@@ -140,7 +139,7 @@ class _Interpreter(PropagateUnbackedSymInts):
 
 
 def _written(args: Sequence[Any], wrapped: Sequence[Any]) -> list[int]:
-    """Which inputs the call has written to; each as it was given, and as functionalization wrapped it."""
+    """Indices of the inputs that the call has written to; ``wrapped``: ``args`` as wrapped by functionalization."""
     tensors = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
     for i in tensors:
         if has_metadata_mutation(wrapped[i], args[i], check_only_storage_mutation=False):
@@ -164,7 +163,7 @@ def _check_apart(group: Sequence[int], tensors: Sequence[Tensor]) -> None:
 
 
 def _holding(held: dict[str, Tensor], traced: GraphModule) -> GraphModule:
-    """Tensors that the caller's graph holds itself are the first inputs of a trace: the graph's own again."""
+    """Make the first inputs of the trace, the tensors that the caller's graph holds itself, its own again."""
     graph_module = GraphModule(traced, traced.graph)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     for (name, tensor), node in zip(held.items(), placeholders, strict=False):

@@ -1,8 +1,8 @@
 """Which axis is which: follow a tensor through operations that only move, split, merge or repeat its axes.
 
-An axis is a list of atoms, factors of the source's axes in order; repeating adds atoms of no axis. So the head axis
-of repeated keys reads [heads of the source, copies], and a merged [batch*head] axis reads [batch, head]: one algebra
-for every layout, and none is assumed.
+An axis is a list of atoms: factors of the source's axes, in order. Repeating adds atoms without a source axis. The head
+axis of repeated keys is [heads of the source, copies]; a merged [batch*head] axis is [batch, head]. One algebra serves
+every layout, and no layout is assumed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, guard_o
 
 aten = torch.ops.aten
 Size = Any  # int or torch.SymInt
-EVERYTHING = 2**62  # an end of a slice from here on means "to the end"
+EVERYTHING = 2**62  # a slice end of at least this means "to the end"
 
 VIEWS = {
     aten.view.default,
@@ -53,7 +53,7 @@ LAYOUT_OPS = VIEWS | SAME | MOVES
 
 @dataclass(frozen=True)
 class Atom:
-    """A factor of an axis: ``axis`` of the source (None: made by repeating), ``part`` tells factors of one axis."""
+    """A factor of ``axis`` of the source (None: made by repeating); a split makes parts 2 * part + 1, 2 * part + 2."""
 
     size: Size
     axis: int | None
@@ -64,7 +64,7 @@ Axes = list[list[Atom]]
 
 
 def place(part: int) -> tuple[int, ...]:
-    """Where a part of an axis lies: at each split, outer (0) or inner (1). The parts of an axis sort by it."""
+    """The path to a part of an axis: at each split, outer (0) or inner (1). The parts of an axis sort by it."""
     way: list[int] = []
     while part:
         way.append((part - 1) % 2)
@@ -73,7 +73,7 @@ def place(part: int) -> tuple[int, ...]:
 
 
 class NotLayout(Exception):
-    """The operation does more than move axes; the text says what."""
+    """The operation does more than move axes; the message says what."""
 
 
 def same_size(a: Size, b: Size) -> bool:
@@ -87,7 +87,7 @@ def equal_size(a: Size, b: Size) -> bool:
 
 
 def is_unknown(size: Size) -> bool:
-    """Whether a size is read from a tensor, so that no trace knows it."""
+    """Whether a size is read from a tensor, so that a trace cannot know it."""
     return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
@@ -97,12 +97,12 @@ def source_axes(shape: Sequence[Size]) -> Axes:
 
 
 def layout_input(node: Node) -> Node | None:
-    """The tensor whose axes ``node`` arranges, or None if it is no operation of this kind."""
+    """The tensor whose axes ``node`` arranges, or None if ``node`` is no layout operation."""
     if node.op != "call_function":
         return None
-    if node.target is aten.slice_scatter.default:  # written over wholly: the result is the written tensor
+    if node.target is aten.slice_scatter.default:  # all is overwritten: the result is the written tensor
         return node.args[1] if slice_keeps_all(node, first=2) else None
-    if node.target is aten.copy.default:  # what stood there is gone
+    if node.target is aten.copy.default:  # the old content is gone
         return node.args[1] if _same_kind(node.args[1], node) else None
     if node.target is aten.slice.Tensor and not slice_keeps_all(node):
         return None
@@ -112,13 +112,13 @@ def layout_input(node: Node) -> Node | None:
 
 
 def rounds(node: Node) -> bool:
-    """Whether a layout operation casts to a dtype that does not hold all numbers of the one before."""
+    """Whether a layout operation casts to a dtype that cannot hold all values of the input's dtype."""
     before, after = (x.meta["val"].dtype for x in (layout_input(node) or node, node))
     return torch.promote_types(before, after) != after
 
 
 def arranged(node: Node) -> Iterator[Node]:
-    """All that operations of this kind, and cuts, make of ``node``."""
+    """All nodes that layout operations and cuts make of ``node``."""
     for user in node.users:
         if layout_input(user) is node or (user.target in _CUTS and user.args[0] is node):
             yield user
@@ -126,7 +126,7 @@ def arranged(node: Node) -> Iterator[Node]:
 
 
 def _same_kind(a: Node, b: Node) -> bool:
-    """Whether two tensors are known to have one shape and one dtype."""
+    """Whether two tensors are known to have the same shape and dtype."""
     x, y = a.meta["val"], b.meta["val"]
     return x.dtype == y.dtype and x.dim() == y.dim() and all(map(same_size, x.shape, y.shape))
 
@@ -152,9 +152,9 @@ def _is_number(arg: Any) -> bool:
 
 
 def walk_back(node: Node, stop: Node | None = None, *, scaled: bool = False) -> tuple[Node, list[Node]]:
-    """The first tensor behind ``node`` that no layout operation made, and those operations in running order.
+    """The tensor that ``node`` is made from by layout operations, and these operations in execution order.
 
-    Goes no further than ``stop``; with ``scaled`` also through multiplications by one number.
+    Stops at ``stop``. ``scaled``: also through multiplications and divisions by one number.
     """
     chain: list[Node] = []
     while node is not stop:
@@ -182,7 +182,7 @@ def value_of(arg: Any) -> Any:
 
 
 def slice_keeps_all(node: Node, first: int = 1) -> bool:
-    """Whether a slice covers its axis by its bounds: from 0 to the end, whatever the size, or to the size known."""
+    """Whether a slice keeps its whole axis: it runs from 0 to the end, or to the known size."""
     dim, start, end, step = slice_bounds(node, first)
     size = node.args[0].meta["val"].shape[dim]
     end = value_of(end)
@@ -222,7 +222,7 @@ def follow(chain: Sequence[Node], axes: Axes) -> Axes:
 
 
 def _prefix(node: Node, axes: Axes) -> Axes:
-    """A slice that reads the first part of one whole axis."""
+    """The axes after a slice of the first part of one whole axis."""
     dim = slice_bounds(node)[0] % len(axes)
     if len(axes[dim]) != 1 or axes[dim][0].part:
         raise NotLayout("a slice of a merged axis")
@@ -273,7 +273,7 @@ def _product(atoms: Sequence[Atom]) -> Size:
 
 
 def _regroup(axes: Axes, shape: Sequence[Size]) -> Axes:
-    """A view: the same atoms in the same order, cut anew; an atom that spans two axes is split."""
+    """The axes after a view: the same atoms in the same order, regrouped; an atom that spans two axes is split."""
     flat = [atom for atoms in axes for atom in atoms]
     out: Axes = []
     for size in shape:
@@ -306,7 +306,7 @@ def _take(flat: list[Atom], size: Size) -> tuple[list[Atom], list[Atom]]:
 
 
 def _must_split(atom: Atom, done: Size, size: Size) -> bool:
-    """Whether an atom reaches beyond an axis of ``size`` of which ``done`` is filled; raises if it does not factor."""
+    """Whether an atom exceeds an axis of ``size`` that is filled up to ``done``; raises if it does not factor."""
     if not all(isinstance(n, int) for n in (atom.size, done, size)):
         outer = size // done
         is_whole = same_size(atom.size, outer)
@@ -324,7 +324,7 @@ def stride_order(value: torch.Tensor) -> list[int]:
     sizes = [_hint(size) for size in value.shape]
     real = sorted((i for i in range(value.dim()) if sizes[i] != 1), key=lambda i: -strides[i])
     ones = [i for i in range(value.dim()) if sizes[i] == 1]
-    for i in ones:  # an axis of size one lies anywhere: leave it where it stands
+    for i in ones:  # the stride of an axis of size one says nothing: keep its place
         real.insert(min(i, len(real)), i)
     return real
 

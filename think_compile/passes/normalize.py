@@ -1,4 +1,4 @@
-"""Pass 1: a Dynamo graph becomes one functional pre-dispatch ATen graph, the only form the other passes read."""
+"""Pass 1: turn a Dynamo graph into one functional pre-dispatch ATen graph, the only form the other passes read."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._ex
 
 @dataclass
 class Normalized:
-    """A functional graph and how it stands to the caller's.
+    """A functional graph, and how its inputs and outputs map to the caller's.
 
     Attributes:
         graph_module: placeholders as the caller's inputs; each has its fake value in ``meta["val"]``. The outputs are
             first the new values of written inputs, then the caller's own outputs.
-        written: for each of those first outputs, the index of the input that it is written to.
+        written: for each new value, the index of the written input.
         sources: for each input, where Dynamo found it ("L['self']...", for people), or "".
     """
 
@@ -51,8 +51,8 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     """Export ``gm``, a graph that Dynamo hands to a backend, with plain tensors in place of tensor subclasses.
 
     Raises:
-        Refused: it writes to what it also reads as another input, or holds a control-flow operation, a function
-            transform or tensors of a class of their own that torch cannot trace, or sharded tensors.
+        Refused: it writes to memory that it also reads through another input; torch cannot trace one of its
+            control-flow operations, function transforms or tensor subclasses; or an input is sharded.
     """
     _refuse_sharded(gm, example_inputs)
     try:
@@ -72,7 +72,7 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
 
 
 def _refuse_sharded(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
-    module = sys.modules.get("torch.distributed.tensor")  # there are none where nobody has imported it
+    module = sys.modules.get("torch.distributed.tensor")  # without this import there are no sharded tensors
     if module is None:
         return
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
@@ -97,7 +97,7 @@ def _normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
 
 
 def _drop_idle_dropout(gm: GraphModule) -> None:
-    """A dropout that is off is its input, which the export would take for a tensor that must not be written to."""
+    """Replace a dropout that is off by its input, to which the export would otherwise forbid writes."""
     for node in gm.graph.find_nodes(op="call_function", target=torch.nn.functional.dropout):
         p, training, _ = (*node.args[1:], *[None] * 3)[:3]
         p = node.kwargs.get("p", 0.5) if p is None else p
@@ -116,7 +116,7 @@ def _fake_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:
 
 
 def _source(node: Node) -> str:
-    grapharg = node.meta.get("grapharg")  # cleared once the backend has returned: read at once
+    grapharg = node.meta.get("grapharg")  # cleared once the backend returns: read it now
     source = getattr(grapharg, "source", None)
     if source is None:
         return ""
@@ -129,7 +129,7 @@ def _fake(mode: FakeTensorMode, node: Node, value: Any) -> Any:
     value = node.meta.get("example_value", value)
     if not isinstance(value, Tensor):
         return value
-    if isinstance(value, FakeTensor):  # Dynamo's, who hands backends a mode of their own
+    if isinstance(value, FakeTensor):  # from Dynamo, which gives a backend its own mode
         return value if value.fake_mode is mode else mode.from_tensor(value)
     if type(value) in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return mode.from_tensor(value, static_shapes=True)
@@ -144,7 +144,7 @@ def _keep_values(graph_module: GraphModule, fakes: Sequence[Any]) -> None:
 
 
 def _drop_assertions(graph_module: GraphModule) -> None:
-    """Assertions on dtypes hold by construction, and would keep tensors alive that are no longer read."""
+    """Drop dtype assertions: they hold by construction, and would keep tensors alive that nothing else reads."""
     target = torch.ops.aten._assert_tensor_metadata.default
     for node in graph_module.graph.find_nodes(op="call_function", target=target):
         graph_module.graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""What every pass does besides its work: one log line with matches and milliseconds, and graph dumps on DEBUG."""
+"""Logging for every pass: one line with matches and milliseconds, and graph dumps on DEBUG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger("think_compile.passes")
 
 
 class Count:
-    """What a pass reports of itself."""
+    """The report of a pass."""
 
     matches = 0
     graph: torch.fx.Graph | None = None
@@ -21,7 +21,7 @@ class Count:
 
 @contextmanager
 def observed(name: str, graph: torch.fx.Graph | None) -> Iterator[Count]:
-    """Log the pass's line on leaving; ``matches`` and, where the pass makes a new graph, ``graph`` are its to set."""
+    """Log the pass's line on exit. The pass sets ``matches`` and, if it makes a new graph, ``graph``."""
     count = Count()
     dump = log.isEnabledFor(logging.DEBUG)
     if dump and graph is not None:

@@ -1,4 +1,4 @@
-"""Why a layer is left alone: the reasons, each one sentence for people."""
+"""The reasons why a layer is left alone, each one sentence for people."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Reason(enum.Enum):
 
 
 class Refused(Exception):
-    """Left as it is, for this reason; ``detail`` says what in the graph."""
+    """The layer is left as it is, for this reason; ``detail`` names the cause in the graph."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -73,7 +73,7 @@ def where(node: Node) -> str:
 
 
 def _last_line_outside_torch(trace: str) -> str:
-    """Torch's own frames come last where a call goes through a torch function mode (a default device, say)."""
+    """Skips torch's own frames: they come last if a torch function mode is on (a default device, say)."""
     last, ours = "", True
     for line in (line.strip() for line in trace.splitlines()):
         if line.startswith('File "'):

@@ -1,7 +1,7 @@
-"""Function transforms in a Dynamo graph, ``vmap`` and the like: each is traced alone, into the operations it comes to.
+"""Function transforms in a Dynamo graph, such as ``vmap``: each is traced alone, into ATen operations.
 
-Part of pass 1. A trace above the dispatcher records what a transform is given and not what it makes of it: tensors of
-a level that only the transform knows. Below the dispatcher its levels are gone.
+A trace above the dispatcher records the inputs of a transform, but not its own tensors: they belong to a level that
+only the transform knows. Below the dispatcher its levels are gone.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Transformed:
     """A part of a Dynamo graph that runs within transforms.
 
     Attributes:
-        nodes: the calls, in running order.
-        inputs: the nodes outside that they read.
-        outputs: those of the calls that something outside reads.
-        traced: a graph of ATen operations from the one to the other.
+        nodes: the calls, in execution order.
+        inputs: the outside nodes that the calls read.
+        outputs: the calls that outside nodes read.
+        traced: a graph of ATen operations from ``inputs`` to ``outputs``.
     """
 
     nodes: tuple[Node, ...]
@@ -42,12 +42,12 @@ class Transformed:
 
 
 def is_transform(target: Any) -> bool:
-    """Whether a function is a step of a function transform, as the beginning and the end of a ``vmap`` are."""
+    """Whether a function is a step of a function transform, such as the beginning or the end of a ``vmap``."""
     return "_functorch" in (getattr(target, "__module__", None) or "")
 
 
 def transformed_parts(gm: GraphModule, mode: FakeTensorMode) -> dict[Node, Transformed]:
-    """The parts of a Dynamo graph that run within transforms, by the first node of each.
+    """The parts of a Dynamo graph that run within transforms, keyed by their first nodes.
 
     Raises:
         Refused: torch cannot trace one.
@@ -68,7 +68,7 @@ def _depth() -> int:
 
 
 def _parts(graph: Graph) -> list[list[Node]]:
-    """Stretches of calls from the beginning of an outermost transform to its end."""
+    """The calls of each outermost transform, from its beginning to its end."""
     parts: list[list[Node]] = []
     depth, within = 0, False
     for node in graph.nodes:

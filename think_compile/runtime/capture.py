@@ -1,8 +1,8 @@
-"""Replays of a lowered graph: one CUDA graph for all steps of a decode on a fixed cache.
+"""Replays of a lowered graph: one CUDA graph for all steps of a decode on a cache of fixed size.
 
-A call whose tensors lie where those of an earlier call lay replays what was captured of it: parameters and stores are
-read and written in place, the other inputs are copied to where the capture expects them, and the outputs are copies,
-so that the next replay does not change what a caller holds.
+A call replays the capture of an earlier call if its tensors have the same addresses. Parameters and stores are read
+and written in place. Other inputs are copied to the addresses that the capture expects. Outputs are copied as well, so
+that the next replay does not change the caller's tensors.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from think_compile.runtime.lower import Inductor
 
 log = logging.getLogger(__name__)
 
-MAX_CAPTURES = 8  # of one graph; the oldest is let go for a ninth
-ATTEMPTS = 3  # a capture fails for good when it has failed so often: memory may be short for a while
+MAX_CAPTURES = 8  # per graph; a ninth replaces the oldest
+ATTEMPTS = 3  # failed captures before giving up: a shortage of memory may be temporary
 Launched = Callable[[Sequence[Any]], Sequence[Any]]
-LARGE = 16 * 2**20  # bytes; an input of that size is read in place, and another address is another capture
+LARGE = 16 * 2**20  # bytes; inputs from this size on are read in place, so that a new address needs a new capture
 
 
 class Replayed:
-    """A lowered graph whose inputs ``in_place`` are parameters or caches, which lie where they lie."""
+    """A lowered graph with its captures; the inputs ``in_place`` are parameters or caches with fixed addresses."""
 
     def __init__(self, lowered: Inductor, launched: Launched, in_place: Sequence[int]) -> None:
-        """``launched`` runs ``lowered`` where nothing is captured or replayed."""
+        """``launched`` runs ``lowered`` without capture or replay."""
         self.lowered, self.launched, self.in_place = lowered, launched, frozenset(in_place)
         self.captures: list[Capture] = []
-        self.latest: Capture | None = None  # that the last call replayed
+        self.latest: Capture | None = None  # replayed by the last call
         self.seen: Signature | None = None  # of the last call that was not replayed
         self.refused, self.failures = "", 0
 
@@ -47,7 +47,7 @@ class Replayed:
                 return capture.replay(values)
         self.latest = None
         signature = Signature(values, self.in_place)
-        if signature != self.seen:  # a graph runs once as it is, which also compiles it, before it is captured
+        if signature != self.seen:  # before its capture a graph runs once uncaptured, which also compiles it
             self.seen = signature
             return self.launched(values)
         return self._capture(values, signature)
@@ -67,7 +67,7 @@ class Replayed:
         return capture.replay(values)
 
     def _failed(self, values: Sequence[Any], error: NotCaptured) -> Sequence[Any]:
-        """Run as it is what could not be captured; another call may try again."""
+        """Run a call that could not be captured; a later call may try again."""
         self.failures, self.seen = self.failures + 1, None
         log.info("a CUDA graph was not captured: %s", error)
         if self.failures == ATTEMPTS:
@@ -77,7 +77,7 @@ class Replayed:
 
 
 class Signature:
-    """What a capture depends on: where inputs that are read in place lie, and what the others look like."""
+    """What a capture depends on: addresses of the inputs read in place, shapes or values of the others."""
 
     def __init__(self, values: Sequence[Any], in_place: frozenset[int]) -> None:
         self.placed = [
@@ -87,7 +87,7 @@ class Signature:
         placed = set(self.placed)
         self.others = [i for i in range(len(values)) if i not in placed]
         self.looks = [look(values[i]) for i in self.others]
-        self.large = [i for i in self.placed if i not in in_place]  # the caller's own: may change their shape in place
+        self.large = [i for i in self.placed if i not in in_place]  # the caller's own: shapes may change in place
         self.large_looks = [look(values[i]) for i in self.large]
 
     def __eq__(self, other: object) -> bool:
@@ -99,26 +99,26 @@ class Signature:
     __hash__ = None  # type: ignore[assignment]
 
     def matches(self, values: Sequence[Any]) -> bool:
-        """Whether the signature of ``values`` is this one."""
+        """Whether ``values`` have this signature."""
         same_places = self.pointers == [values[i].data_ptr() for i in self.placed]
         same_looks = self.large_looks == [look(values[i]) for i in self.large]
         return same_places and same_looks and self.looks == [look(values[i]) for i in self.others]
 
 
 def look(value: Any) -> Any:
-    """What a capture depends on of an input that is copied."""
+    """A tensor's shape and strides; any other value itself."""
     return (value.shape, value.stride()) if isinstance(value, Tensor) else value
 
 
 def _without_repeats(x: Tensor) -> tuple[slice, ...] | None:
-    """The index of an expanded tensor's first element along the axes it is expanded along; None: there is none."""
+    """The index of the first element along each expanded axis (stride 0); None: no axis is expanded."""
     if 0 not in x.stride():
         return None
     return tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())
 
 
 def obstacle(values: Sequence[Any]) -> str:
-    """Why a call with these inputs cannot be captured; empty: it can."""
+    """Why a call with these inputs cannot be captured; "" if it can."""
     devices = {x.device for x in values if isinstance(x, Tensor)}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         return f"inputs are on {', '.join(sorted(map(str, devices)))}"
@@ -129,17 +129,17 @@ def obstacle(values: Sequence[Any]) -> str:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Torch's own is one for all devices, on the device that captured first. One each: a stream costs a workspace."""
+    """One stream per device: each costs a workspace. Torch shares one, on the device that captured first."""
     return torch.cuda.Stream(device)
 
 
 class NotCaptured(Exception):
-    """A call was not captured, for the reason that is given."""
+    """A call was not captured; the message says why."""
 
 
 @contextmanager
 def _mended(device: torch.device) -> Iterator[None]:
-    """Torch leaves the random generator unusable when a capture fails: put it back to where it was."""
+    """Restore the random generator after a failed capture, which leaves it unusable; raises :class:`NotCaptured`."""
     generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     seed, offset = generator.initial_seed(), generator.get_offset()
     try:
@@ -151,10 +151,10 @@ def _mended(device: torch.device) -> Iterator[None]:
 
 
 class Capture:
-    """One CUDA graph, and the tensors through which inputs and outputs pass."""
+    """One CUDA graph, with its input and output tensors."""
 
     def __init__(self, lowered: Inductor, values: Sequence[Any], signature: Signature) -> None:
-        """Raises :class:`NotCaptured`; nothing of the graph has run then."""
+        """Raises :class:`NotCaptured`; then nothing of the graph has run."""
         self.signature = signature
         self.copied = [i for i in signature.others if isinstance(values[i], Tensor)]
         self.parts = [_without_repeats(values[i]) for i in self.copied]
@@ -177,22 +177,22 @@ class Capture:
         self._refuse_aliases(values)
 
     def _of(self, values: Sequence[Any] | Mapping[int, Any]) -> list[Tensor]:
-        """The inputs to be copied; of an expanded one what is not a repetition."""
+        """The inputs to copy; expanded ones without their repetitions."""
         given = zip(self.copied, self.parts, strict=True)
         return [values[i] if part is None else values[i][part] for i, part in given]
 
     def _refuse_aliases(self, values: Sequence[Any]) -> None:
-        """What is an input, or a part of one, would come back as a copy."""
+        """Raise if an output shares memory with an input: a replay would return a copy."""
         inputs = {x.untyped_storage().data_ptr() for x in (*values, *self.inputs) if isinstance(x, Tensor)}
         if any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in inputs for x in self.outputs):
             raise NotCaptured("an output is an input")
 
     def fits(self, values: Sequence[Any]) -> bool:
-        """Whether replaying does what the lowered graph would do with ``values``."""
+        """Whether a replay can stand in for running the lowered graph on ``values``."""
         return self.signature.matches(values)
 
     def replay(self, values: Sequence[Any] | Mapping[int, Any]) -> list[Any]:
-        """The outputs of a call with ``values``, of which those that are copied are enough."""
+        """The outputs of a call with ``values``; only the copied inputs are needed."""
         if self.copied:
             torch._foreach_copy_(self.inputs, self._of(values))
         self.graph.replay()

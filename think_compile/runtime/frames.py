@@ -1,7 +1,7 @@
-"""A model's call under Dynamo: a failed call leaves no trace behind.
+"""A model's call under Dynamo: a failed call leaves no trace.
 
-Dynamo on its own marks the code of a frame that it cannot convert, for good: one malformed request would leave every
-later call dense. Here such a frame runs as the model wrote it, in this call only. If the plain code raises too, the
+Dynamo by itself permanently marks the code of a frame that it cannot convert: after one malformed request, every later
+call would be dense. Here such a frame runs as the model wrote it, in this call only. If the plain code raises too, the
 error is the caller's and nothing is remembered. If it succeeds, the failure is ours: calls of that kind are not traced
 again, and the report says so.
 """
@@ -25,11 +25,11 @@ from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrate
 from think_compile.backend import Backend, NothingRewritten
 from think_compile.runtime.running import RUNNING, FrameFailure, Running
 
-# Graphs of one piece of code before torch gives up compiling it and runs it op by op. Torch's own limit of 8 is reached
-# by a few conversations that differ in batch, padding and cache; beyond it no new cache would be pruned.
+# Graphs per code object before torch stops compiling it and runs it op by op. A few conversations that differ in batch,
+# padding and cache reach torch's own limit of 8; beyond it no new cache would be pruned.
 MAX_GRAPHS = 64
-MAX_GRAPHS_OF_A_LAYER = 8  # where graph breaks part the layers, which have one piece of code
-MAX_FAILURES = 8  # kinds of arguments that a piece of code may fail on before Dynamo no longer tries it
+MAX_GRAPHS_OF_A_LAYER = 8  # if graph breaks separate the layers, which share one code object
+MAX_FAILURES = 8  # kinds of arguments that may fail before Dynamo no longer tries a code object
 
 _numbers = itertools.count()
 _CONVERTED = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
@@ -38,10 +38,10 @@ _SKIPPED = FrameExecStrategy(FrameAction.SKIP, FrameAction.DEFAULT)
 
 
 class _Converter:
-    """Dynamo's callback for the frames of one model's calls, around Dynamo's own ``convert``."""
+    """Dynamo's callback for the frames of one model's calls; wraps Dynamo's own ``convert``."""
 
     def __init__(self, convert: Any) -> None:
-        self._torchdynamo_orig_backend = convert  # by this name Dynamo finds the backend of compiled code
+        self._torchdynamo_orig_backend = convert  # Dynamo finds the backend of compiled code by this name
         self.failed: dict[CodeType, set[tuple[Any, ...]]] = {}
 
     def __call__(self, frame: Any, *rest: Any) -> ConvertFrameReturn:
@@ -63,7 +63,7 @@ class _Converter:
         return result
 
     def remember(self, failure: FrameFailure) -> None:
-        """Take in that the plain code succeeds where Dynamo fails."""
+        """Record that the plain code succeeded after Dynamo failed."""
         self.failed.setdefault(failure.code, set()).add(failure.kind)
 
 
@@ -80,12 +80,12 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 def compiled_call(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     """The call of one model, compiled by ``backend``: a function of model, args and kwargs.
 
-    Its code object is its own, so that models do not share recompile limits. Errors of the model and of this package
-    come out as they are.
+    It has its own code object, so that models do not share recompile limits. Errors of the model and of this package
+    are passed on unchanged.
     """
-    # by its name Dynamo tells the sizes that vary between calls, which are not those of another model
+    # Dynamo remembers varying sizes by the code's name; models must not share them
     code = _call.__code__.replace(co_name=f"{type(model).__name__}_call_{next(_numbers)}")
-    context: Any = torch._dynamo.optimize(backend)  # does nothing where the environment turns Dynamo off
+    context: Any = torch._dynamo.optimize(backend)  # does nothing if the environment turns Dynamo off
     context.callback = converter = _Converter(getattr(context, "callback", None))
     compiled = context(types.FunctionType(code, globals()))
     limit, accumulated = _limits(model)
@@ -124,7 +124,7 @@ def _unmark(running: Running) -> None:
 
 
 def _limits(model: nn.Module) -> tuple[int, int]:
-    """How often Dynamo may compile a piece of code of the model, and all pieces of one call."""
+    """How often Dynamo may compile one code object of the model, and all code objects of a call together."""
     kinds = Counter(type(module) for module in model.modules() if next(module.children(), None) is not None)
     limit = max(MAX_GRAPHS, MAX_GRAPHS_OF_A_LAYER * max(kinds.values(), default=0))
     return limit, max(limit, torch._dynamo.config.accumulated_recompile_limit)

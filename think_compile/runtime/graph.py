@@ -1,4 +1,4 @@
-"""A compiled graph as Dynamo calls it: which program suits a call, and what becomes of a failure."""
+"""A compiled graph as Dynamo calls it: choose the program for each call, and handle failures."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class _Graph:
         self.is_plain = False  # after an internal failure
 
     def _plain_instead(self, error: Exception, args: Sequence[Any], layers: Sequence[Attention] = ()) -> Any:
-        """The plain graph's outputs for a call on which our way failed.
+        """The plain graph's outputs for a call on which our code failed.
 
-        An error of the plain graph is the caller's: it comes out as it is, and the next call is tried again. Without
-        one the failure is ours, and the graph stays plain.
+        If the plain graph raises too, the error is the caller's: it is passed on, and the next call is tried again.
+        Otherwise the failure is ours, and the graph stays plain.
         """
         with _restored_on_error(args):
             outputs = self.gm.forward(*args)
@@ -50,7 +50,7 @@ class _Graph:
 
 @contextmanager
 def _restored_on_error(args: Sequence[Any]) -> Iterator[None]:
-    """Keep packed caches packed through a plain graph that raises: it makes those dense that it writes to."""
+    """Keep packed caches packed if a plain graph raises: its writes make them dense."""
     handles = [x for x in args if isinstance(x, Handle) and x.cell is not None]
     before = [handle.store for handle in handles]
     try:
@@ -62,12 +62,12 @@ def _restored_on_error(args: Sequence[Any]) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocator failed; the plain graph needs more memory still."""
+    """Whether an allocator failed; the plain graph would need even more memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class FailedGraph(_Graph):
-    """A graph that our passes failed on."""
+    """A graph on which our passes failed."""
 
     def __init__(self, backend: Backend, gm: GraphModule, error: Exception) -> None:
         super().__init__(backend, gm)
@@ -78,13 +78,13 @@ class FailedGraph(_Graph):
 
 
 class Key(NamedTuple):
-    """What the program of a call depends on, beside the graph.
+    """What the program of a call depends on, besides the graph.
 
     Attributes:
-        packed: the inputs that are read packed.
+        packed: the inputs read packed.
         given_up: how many layers were given up so far.
-        prompt_only: whether first calls on fixed caches read their own rows only.
-        windows_apart: whether the windows of growing caches of one length differ.
+        prompt_only: whether first calls on caches of fixed size read only their own rows.
+        windows_apart: whether growing caches of equal length have different windows.
     """
 
     packed: frozenset[int]
@@ -114,7 +114,7 @@ class CompiledGraph(_Graph):
         self.packed_inputs = PackedInputs(sites)
         self.programs: dict[Key, Program] = {}
         self.frame = frame if any(site.attention.path.startswith(frame) for site in sites) else ""
-        self.layers: set[str] = set()  # the modules that the graph has served; layers of one kind share it
+        self.layers: set[str] = set()  # the modules served so far; layers of one kind share a graph
         self.latest: Key | None = None  # the program that ran last
         backend.graphs.add(self)
 
@@ -140,7 +140,7 @@ class CompiledGraph(_Graph):
             return self._run(args)
 
     def _give_up_rings(self, args: Sequence[Any]) -> None:
-        """Caches whose positions turn out to begin again while all rows are read: dense from now on."""
+        """Make caches dense for good: their positions restart while all rows are read."""
         why = Refused(Reason.UNKNOWN_WINDOW, "its rows are written again while those behind are read")
         rings = [site for site in self.sites if site.fixed and site.past is not None]
         for handle in (args[i] for site in rings for i in site.past or ()):
@@ -172,14 +172,14 @@ class CompiledGraph(_Graph):
         return outputs
 
     def _run_again(self, args: Sequence[Any]) -> tuple[Any, ...] | None:
-        """The outputs, if the call is a step like the last one."""
+        """The outputs, if the call is a step like the last one; else None."""
         if self.latest is None or self.latest.given_up != len(self.backend.given_up):
             return None
         program = self.programs.get(self.latest)
         return None if program is None else program.run_again(args)
 
     def _record_layer(self) -> None:
-        """Note which layer this call is of: after graph breaks, layers of one kind share a graph."""
+        """Record the layer of this call: after graph breaks, layers of one kind share a graph."""
         frame: FrameType | None = sys._getframe()
         while frame is not None and not (path := self.backend.innermost_module(frame.f_locals)):
             frame = frame.f_back
@@ -208,6 +208,6 @@ class CompiledGraph(_Graph):
         return Program(self.normalized, rewritten, config, self.own, self.starts)
 
     def _is_wanted(self, site: CachedAttention, packed: frozenset[int]) -> bool:
-        """Whether a layer is to be rewritten: it was not given up, or what it reads is packed already."""
+        """Whether to rewrite a layer: it was not given up, or its past is already packed."""
         is_packed = site.past is not None and packed.issuperset(site.past)
         return is_packed or site.attention.path not in self.backend.given_up

@@ -1,9 +1,9 @@
-"""Lowering: from a rewritten graph to something that runs. Inductor through ``compile_fx``, or op by op.
+"""Lowering: make a rewritten graph runnable, with Inductor through ``compile_fx`` or op by op.
 
-Inductor is called directly, with fake inputs under a shape environment of the graph's own: sizes that the caller's
-graph holds dynamic, and the capacities of growing stores, are symbols there. Whatever Inductor then assumes of them is
-one Python expression, checked before each call; everything else is fixed by the caller's guards. Layers are compiled
-once, see :mod:`.regions`.
+Inductor is called directly, with fake inputs in a shape environment of the graph's own. The dynamic sizes of the
+caller's graph and the capacities of growing stores are symbols there. Inductor's assumptions about them form one Python
+expression, checked before each call. The caller's guards fix everything else. Layers are compiled once, see
+:mod:`.regions`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WITH_WEIGHTS = {aten.linear.default, aten.mm.default, aten.addmm.default}
 
 
 class CompilationFailed(Exception):
-    """Nothing has run yet; ``error`` is what went wrong."""
+    """Compilation raised ``error``; nothing has run yet."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -45,9 +45,9 @@ class CompilationFailed(Exception):
 class Dims:
     """Which sizes of an input vary between calls: the axes of a tensor, or (``number``) the value itself.
 
-    ``strided``: how the tensor lies in memory may vary as well.
-    ``named`` tells for a contiguous tensor what its varying sizes are, or of a number what it is; those of one name are
-    one symbol where they are equal, as the stores' sizes and lengths are.
+    ``strided``: the strides of the tensor may vary as well.
+    ``named`` gives a name to a number, or to each varying size of a contiguous tensor. Sizes with the same name and
+    value share one symbol, such as the sizes and lengths of the stores.
     """
 
     varying: tuple[int, ...] = ()
@@ -71,7 +71,7 @@ Getter = Callable[[Sequence[Any]], int]
 
 @dataclass
 class _Variant:
-    """One compilation: valid for sizes equal to the ``fixed`` ones and while ``guards`` holds for the others."""
+    """One compilation: valid if the ``fixed`` sizes are equal and ``guards`` holds for the others."""
 
     run: Callable[..., Any]
     fixed: Sequence[tuple[Getter, int]]
@@ -89,7 +89,7 @@ class _Variant:
 
 
 class Inductor:
-    """Compiles on the first call with Inductor, and again only when a varying size leaves what was assumed of it."""
+    """Compiles with Inductor on the first call, and again only when a varying size breaks an assumption."""
 
     def __init__(self, graph_module: GraphModule, dims: Sequence[Dims], options: Mapping[str, Any]) -> None:
         self.graph_module, self.dims, self.options = graph_module, dims, dict(options)
@@ -106,7 +106,7 @@ class Inductor:
         return self.variants[0].run(*args)
 
     def is_compiled_for(self, args: Sequence[Any]) -> bool:
-        """Whether a call with ``args`` runs what was compiled before."""
+        """Whether a call with ``args`` needs no compilation."""
         return any(variant.accepts(args) for variant in self.variants)
 
     def _compile(self, args: Sequence[Any]) -> _Variant:
@@ -132,11 +132,11 @@ class Inductor:
 
 
 def suited(graph_module: GraphModule) -> dict[str, Any]:
-    """Options of Inductor's that suit a graph, where the user has chosen none.
+    """Inductor options that suit a graph; the user's options override them.
 
-    Products of one row, as in steps of one sequence, only read their weights: on a GPU Inductor's own kernels do that
-    at full speed once they are tuned, in one launch with what follows; cuBLAS takes two. Torch before 2.13 forgets in
-    a second process how kernels of its static launcher were tuned.
+    Products of one row, as in steps of one sequence, are bound by reading the weights. On a GPU, Inductor's own kernels
+    read them at full speed once tuned, in one launch with the following operations; cuBLAS takes two launches. Before
+    torch 2.13, a second process loses the tuning of kernels of the static launcher.
     """
     products = [node.meta.get("val") for node in graph_module.graph.nodes if node.target in _WITH_WEIGHTS]
     one_row = [x is not None and x.is_cuda and all(size == 1 for size in x.shape[:-1]) for x in products]
@@ -146,7 +146,7 @@ def suited(graph_module: GraphModule) -> dict[str, Any]:
 
 
 def _varying(fakes: Sequence[Any], dims: Sequence[Dims]) -> list[tuple[Getter, int | SymInt]]:
-    """How to read each number that varies off the inputs, and the symbol (or, of sizes 0 and 1, value) it has."""
+    """For each varying number: how to read it from the inputs, and its symbol (for sizes 0 and 1, its value)."""
     found: list[tuple[Getter, int | SymInt]] = []
     for i, (fake, d) in enumerate(zip(fakes, dims, strict=True)):
         if d.number:
@@ -172,7 +172,7 @@ def _stride_at(i: int, axis: int) -> Getter:
 
 
 def _guards(shape_env: ShapeEnv, symbols: Sequence[Any]) -> CodeType | None:
-    """What Inductor assumed of the varying sizes, compiled: it is evaluated before every call."""
+    """Inductor's assumptions about the varying sizes, compiled for evaluation before every call."""
     if not symbols:
         return None
     text = shape_env.produce_guards_expression(placeholders=symbols, ignore_static=False)
@@ -188,7 +188,7 @@ class _Fakes:
         self.named: dict[Any, Any] = {}
 
     def make(self, args: Sequence[Any], dims: Sequence[Dims]) -> list[Any]:
-        """One for each input."""
+        """A fake for each input."""
         return [self._one(arg, d, f"input_{i}") for i, (arg, d) in enumerate(zip(args, dims, strict=True))]
 
     def _one(self, arg: Any, d: Dims, name: str) -> Any:
@@ -198,7 +198,7 @@ class _Fakes:
             return arg
         if d.named:
             return self._with_named_sizes(arg, d)
-        if is_traceable_wrapper_subclass(arg):  # quantized or sharded weights; of what varies, each size is compiled
+        if is_traceable_wrapper_subclass(arg):  # quantized or sharded weights: each size is compiled for
             return self.mode.from_tensor(arg.detach(), static_shapes=True)
         sizes = [DimDynamic.DYNAMIC if axis in d.varying else DimDynamic.STATIC for axis in range(arg.dim())]
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
@@ -213,7 +213,7 @@ class _Fakes:
             return torch.empty(shape, dtype=arg.dtype, device=arg.device)
 
     def _shared(self, kind: str, value: int, name: str) -> SymInt | int:
-        """One symbol for all numbers of a kind that are equal; that they stay so is guarded."""
+        """One symbol for all equal numbers of a kind; a guard checks that they stay equal."""
         if (kind, value) not in self.named:
             self.named[kind, value] = self._symbol(value, name)
         return self.named[kind, value]

@@ -1,8 +1,8 @@
-"""First calls whose keys stay behind as the very tensors that came in: a later call that joins them packs them.
+"""First calls whose keys and values stay the caller's own tensors: a later call packs them.
 
-Where a graph break parts projection and attention, no graph shows that the keys are a cache. The attention's graph
-notes what its call chooses for their rows; the tensors stay the caller's. A later call whose past they are takes them
-up.
+If a graph break separates projection and attention, no graph shows that the keys are a cache. The attention's graph
+then notes its choice for their rows, and the tensors stay the caller's. A later call with these tensors as its past
+packs them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from think_compile.passes.rewrite.plan import Chosen
 
 
 class _Note(NamedTuple):
-    """What was chosen for the rows of a tensor, how they are to be stored, and the tensor's version then."""
+    """The choice for a tensor's rows, the side that will store them, and the tensor's version at that time."""
 
     chosen: State
     side: Side
@@ -34,18 +34,18 @@ class _Note(NamedTuple):
 
 
 class Pending:
-    """What first calls chose, by keys and values, for as long as those live and nobody writes to them."""
+    """The choices of first calls, by key or value tensor; valid while the tensor lives and is not written to."""
 
     def __init__(self) -> None:
         self.notes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def note(self, what: Chosen, tensor: Tensor, chosen: State) -> None:
-        """Remember what a first call chose for ``tensor``."""
+        """Record a first call's choice for ``tensor``."""
         if not isinstance(tensor, Handle):
             self.notes[tensor] = _Note(chosen, what.format.side(what.of), _version(tensor))
 
     def take_up(self, args: Sequence[Any], sites: Sequence[CachedAttention], format_of: FormatOf) -> Sequence[Any]:
-        """``args`` with handles for pasts that a first call noted a choice for."""
+        """``args``, with handles for pasts with a recorded choice."""
         if not self.notes:
             return args
         taken = list(args)

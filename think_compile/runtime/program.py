@@ -1,4 +1,4 @@
-"""A rewritten graph at run time: unpack handles, run the lowered graph, pack what it leaves into handles."""
+"""Run a rewritten graph: unpack the handles, run the lowered graph, pack its outputs into handles."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ Note = Callable[[plan.Chosen, Tensor, dict[str, Tensor]], None]
 
 
 class CacheFull(ValueError, IndexError):
-    """A call would write beyond the end of a cache of fixed size; it was not run."""
+    """A call would write beyond the end of a cache of fixed size; the call was not run."""
 
 
 class BeginsAgain(Exception):
-    """A full cache of fixed size would be written again while rows after the new ones are read; nothing was run."""
+    """A call would overwrite rows of a full cache of fixed size and read the rows after them; nothing was run."""
 
 
 class Program:
@@ -49,7 +49,7 @@ class Program:
         own: frozenset[int] = frozenset(),
         starts: Callable[..., Any] | None = None,
     ) -> None:
-        """``own``: the inputs that are the model's parameters and buffers; ``starts``: of :func:`.find_starts`."""
+        """``own``: the inputs that are the model's parameters and buffers; ``starts``: from :func:`.find_starts`."""
         self.rewritten = rewritten
         placeholders = normalized.placeholders
         self.written = frozenset(normalized.written)
@@ -73,7 +73,7 @@ class Program:
         self.repeated: Repeated | None = None
 
     def run(self, args: Sequence[Any], replace: Replace, note: Note) -> tuple[Any, ...]:
-        """The caller's outputs for the caller's inputs; ``note`` takes what is chosen of keys that stay as they are."""
+        """The caller's outputs for the caller's inputs; ``note`` takes the choices for tensors that stay dense."""
         counts = {index: number(args) for index, number in self.new_tokens}
         with allocating():
             self._take_room(args)
@@ -91,7 +91,7 @@ class Program:
             return tuple(made.output(what) for what in self.rewritten.outputs)
 
     def run_again(self, args: Sequence[Any]) -> tuple[Any, ...] | None:
-        """As :meth:`run`, if its last call was replayed and this one is like it; None: it is not, and nothing ran."""
+        """As :meth:`run`, if the last call was replayed and this one matches it; otherwise None, and nothing ran."""
         values = None if self.repeated is None else self.repeated.values(args)
         if self.repeated is None or values is None or not self._has_rows_in_place(args):
             return None
@@ -101,7 +101,7 @@ class Program:
             return tuple(made.output(what) for what in self.rewritten.outputs)
 
     def _found_by(self, args: Sequence[Any]) -> Repeated | None:
-        """What a replayed call found; None where a handle was read densely, or something else takes its place."""
+        """The record of the last replayed call; None: no replay, or a handle was read densely or replaced."""
         capture = None if self.replayed is None else self.replayed.latest
         if capture is None:
             return None
@@ -112,7 +112,7 @@ class Program:
         return Repeated(args, capture, passed, self.fetchers)
 
     def _put_rows_in_place(self, args: Sequence[Any], stores: Mapping[int, Any]) -> None:
-        """Have caches of fixed size in a circle, or each token in the row of its place, as the graph takes them."""
+        """Order the rows of caches of fixed size as the graph expects: rolling, or position p in row p."""
         for index, rolling in self.rewritten.sides:
             store = stores[index] if index in stores else args[index].store
             if rolling:
@@ -124,7 +124,7 @@ class Program:
         return all(args[what.index].store.rolling == what.rolling for what in self.rewritten.written)
 
     def _take_room(self, args: Sequence[Any]) -> None:
-        """Count the rows that a call writes into caches of fixed size; raises if they are more than there are."""
+        """Count the rows that a call writes into caches of fixed size; raises if they do not fit."""
         keys = [(args[index].store, number(args)) for index, number in self.written_rows]
         if any(store.written is None or store.written + n > store.rows.capacity for store, n in keys):
             self._ask_for_room(args, keys)
@@ -150,7 +150,7 @@ class Program:
             store.written = start
 
     def _replayed(self, lowered: Eager | Inductor, own: frozenset[int]) -> Replayed | None:
-        """Replays of the graph, if all it writes to are fixed caches in their places."""
+        """Replays of the graph, if it writes only to caches of fixed size, in place; else None."""
         new = (*self.rewritten.outputs, *(what for _, what in self.rewritten.replaced))
         stays = all(isinstance(what, plan.Returned | plan.Constant | plan.SameHandle) for what in new)
         in_their_places = self.rewritten.written and stays and not (self.rewritten.appended or self.rewritten.copied)
@@ -164,11 +164,11 @@ class Program:
         return Replayed(lowered, self.launched, [i for i, is_placed in enumerate(placed) if is_placed])
 
     def _is_long(self, args: Sequence[Any]) -> bool:
-        """Whether a call is a chunk of a prompt: launching it costs little, and keeping its memory much."""
+        """Whether a call is a chunk of a prompt: its launch costs little, and a capture would hold much memory."""
         return any(number(args) > MAX_STEP_QUERIES for _, number in self.written_rows)
 
     def _reserved(self, args: Sequence[Any], counts: dict[int, int]) -> dict[int, Any]:
-        """Stores with room for the call's tokens, which begin in the rows where the graph takes them to begin."""
+        """Stores with room for the call's tokens; their first token is in the row that the graph expects."""
         stores = {index: args[index].store.reserve(n) for index, n in counts.items()}
         moving = {i for group in self.bounded for i in group if len({stores[j].counters.oldest for j in group}) == 1}
         for index in stores.keys() - moving:
@@ -177,7 +177,7 @@ class Program:
         return stores
 
     def _fetcher(self, what: plan.Input) -> Fetch:
-        """How to get an input of the lowered graph from the caller's inputs and the reserved stores."""
+        """A function from the caller's inputs and the reserved stores to an input of the lowered graph."""
         if isinstance(what, plan.Passed):
             return _passed(what.index, what.index in self.written)
         if isinstance(what, plan.FromStore):
@@ -189,7 +189,7 @@ class Program:
         return lambda args, stores: getattr(stores[index].counters, name)
 
     def _number(self, size: Any) -> Callable[[Sequence[Any]], int]:
-        """The value of a size of the caller's graph, given the caller's inputs."""
+        """A function from the caller's inputs to the value of a size of the caller's graph."""
         if isinstance(size, int):
             return lambda args: size
         expr = size.node.expr
@@ -217,7 +217,7 @@ def _from_store(index: int, name: str) -> Fetch:
 
 
 def _dims(what: plan.Input, placeholders: Sequence[Any]) -> Dims:
-    """Which sizes of a lowered graph's input vary; sizes of one name that are equal are one symbol."""
+    """Which sizes of a lowered graph's input vary; equal sizes of one name share a symbol."""
     if isinstance(what, plan.Size):
         return Dims(number=True)
     if isinstance(what, plan.Counter):
@@ -235,7 +235,7 @@ def _dims(what: plan.Input, placeholders: Sequence[Any]) -> Dims:
 
 
 class _Made:
-    """Makes the caller's outputs; a cell made once serves every output that names it, in whatever layout."""
+    """Makes the caller's outputs; outputs on the same store share one cell, whatever their layouts."""
 
     def __init__(
         self,
@@ -277,11 +277,11 @@ class _Made:
 
 
 class Undone:
-    """Runs a lowered graph; one that fails midway leaves the windows of caches of fixed size as they were.
+    """Runs a lowered graph; if it fails midway, the windows of caches of fixed size are restored.
 
-    Made again, the call then sees the same whole rows in every layer, whether that had run before or not. Encoded rows
-    need no undoing: the call writes them again before they are read. Nor does a window after one token, which takes the
-    place of a row that has left the window.
+    A second attempt then sees the same whole rows in every layer, also in layers that ran the first time. Encoded rows
+    are not restored: the second attempt writes them before it reads them. The window is not restored after a single
+    token either: the token's row replaces a row that has left the window.
     """
 
     def __init__(self, lowered: Eager | Inductor, rewritten: plan.Rewritten) -> None:
@@ -306,9 +306,9 @@ class Undone:
 
 
 class PackedInputs:
-    """The inputs of a graph whose handles can be used packed in a call; the others are given to the graph densely.
+    """Finds the inputs of a graph whose handles a call can use packed; the graph gets the others densely.
 
-    Handles on caches of fixed size stay what they are from step to step: that they can be used is remembered.
+    Handles on caches of fixed size do not change from step to step, so a positive result is remembered for them.
     """
 
     def __init__(self, sites: Sequence[CachedAttention]) -> None:
@@ -316,12 +316,12 @@ class PackedInputs:
         self.known: dict[tuple[int, int], tuple[FormatOf, Known]] = {}
 
     def of(self, args: Sequence[Any], format_of: FormatOf) -> frozenset[int]:
-        """Their indices."""
+        """The indices of the usable inputs."""
         usable = [site for site in self.sites if self._usable(site, args, format_of)]
         return frozenset(index for site in usable for index in site.past or ())
 
     def windows_apart(self, args: Sequence[Any], packed: frozenset[int]) -> bool:
-        """Whether growing caches of one length have windows of several lengths, as their histories differ."""
+        """Whether growing caches of equal length have different windows, because their histories differ."""
         windows: dict[int, tuple[int, ...]] = {}
         for site in self.sites:
             if site.past is None or site.in_buffer or not packed.issuperset(site.past):
@@ -360,6 +360,6 @@ def _usable(site: CachedAttention, args: Sequence[Any], format_of: FormatOf) -> 
 
 
 def _lies_as(handle: Handle, tensor: CacheTensor) -> bool:
-    """Whether a handle's axes are what the graph takes them for."""
+    """Whether a handle has the layout that the graph expects."""
     assert handle.store is not None
     return same_layout(handle.axes, tensor.join.past_layout, handle.store.logical_shape)

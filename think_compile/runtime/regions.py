@@ -1,8 +1,8 @@
-"""Layers are compiled once: the repeated part of a graph becomes one piece of code that runs for each layer in turn.
+"""Compile layers once: the repeated part of a graph becomes one piece of code that runs for each layer in turn.
 
-The layers of a model differ in their weights and caches only, so their nodes come in the same order with the same
-operations, arguments and shapes. The longest such repetition is cut out where few values cross; what stands before and
-behind it is compiled apart. A graph without one is compiled as a whole.
+The layers of a model differ only in their weights and caches: their nodes have the same order, operations, arguments
+and shapes. The longest such repetition is cut out where few values cross. The parts before and after it are compiled
+separately. A graph without a repetition is compiled as a whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from think_compile.passes.prove.readers import PROJECTIONS
 
 log = logging.getLogger(__name__)
 
-SMALLEST = 8  # nodes of a layer that is worth a call of its own
+SMALLEST = 8  # nodes of a layer that is worth its own call
 
 Compile = Callable[[GraphModule, list[Any]], Callable[..., Sequence[Any]]]
 Values = dict[Node, Any]
@@ -34,7 +34,7 @@ Values = dict[Node, Any]
 def compile_by_regions(
     graph_module: GraphModule, fakes: Sequence[Any], mode: FakeTensorMode, compile_graph: Compile
 ) -> Callable[..., Sequence[Any]]:
-    """``graph_module`` compiled for these inputs, its repeated part only once."""
+    """Compile ``graph_module`` for these inputs, its repeated part only once."""
     try:
         values = _Propagation(graph_module, mode).values_for(fakes)
         _write_early(graph_module.graph, values)
@@ -51,14 +51,14 @@ def compile_by_regions(
 
 
 class _Propagation(Interpreter):
-    """What every node holds, as fake tensors."""
+    """Computes the values of all nodes as fake tensors."""
 
     def __init__(self, graph_module: GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
         self.mode = mode
 
     def values_for(self, fakes: Sequence[Any]) -> Values:
-        # some operations take symbolic sizes only in Python
+        # some operations accept symbolic sizes only in their Python versions
         with self.mode, torch.no_grad(), enable_python_dispatcher():
             self.run(*fakes)
         return self.env
@@ -72,7 +72,7 @@ class _Propagation(Interpreter):
 
 
 def _write_early(graph: Graph, values: Values) -> None:
-    """Move what the graph writes to its inputs from its end to right behind their last readers, into their layers."""
+    """Move writes to inputs from the end of the graph into the layers, each right after the last read of its target."""
     place = {node: i for i, node in enumerate(graph.nodes)}
     sharing: dict[int, list[Node]] = {}
     for node, value in values.items():
@@ -85,7 +85,7 @@ def _write_early(graph: Graph, values: Values) -> None:
 
 
 def _last_reader(write: Node, aliases: Sequence[Node], place: Mapping[Node, int]) -> Node:
-    """The node behind which a write changes nothing: behind all that see its target, and behind what is written."""
+    """The earliest node that a write may follow: after all earlier uses of its target and after the written value."""
     readers = [user for node in aliases for user in node.users]
     before = [node for node in (*aliases, *readers, *_arguments(write)) if place[node] < place[write]]
     return max(before, key=place.__getitem__)
@@ -100,7 +100,7 @@ def _storages(value: Any) -> set[int]:
 
 @dataclass(frozen=True)
 class _Cut:
-    """``count`` layers of ``period`` nodes each, from node ``start`` of the body on."""
+    """``count`` layers of ``period`` nodes each, starting at node ``start`` of the body."""
 
     start: int
     period: int
@@ -111,7 +111,7 @@ class _Cut:
         return self.start + self.period * self.count
 
     def layers(self, body: Sequence[Node]) -> list[list[Node]]:
-        """The nodes of each."""
+        """The nodes of each layer."""
         starts = range(self.start, self.end, self.period)
         return [list(body[at : at + self.period]) for at in starts]
 
@@ -121,7 +121,7 @@ def _body(graph: Graph) -> list[Node]:
 
 
 def _cut(graph: Graph, values: Values) -> _Cut | None:
-    """The best cut at which all layers are alike; None: there is none, or a part would leave autocast's regions."""
+    """The best cut into equal layers; None: there is none, or the graph has autocast regions."""
     if any(node.target in AUTOCAST for node in graph.nodes):
         return None
     body = _body(graph)
@@ -136,7 +136,7 @@ def _cut(graph: Graph, values: Values) -> _Cut | None:
 
 
 def _look(node: Node, values: Values) -> str:
-    """A node's operation, its arguments but for which tensors they are, and the result's shape."""
+    """A node's operation, its arguments (tensors by shape only), and the result's shape."""
     given = pytree.tree_map_only(Node, lambda arg: _shape(values[arg]), (node.args, node.kwargs))
     return f"{node.target} {given} {_shape(values[node])}"
 
@@ -148,7 +148,7 @@ def _shape(value: Any) -> str:
 
 
 def _repetition(numbers: Tensor) -> tuple[int, int, int] | None:
-    """(first, period, length) of the longest stretch of equal parts, by how many nodes need not be compiled again."""
+    """(first, period, length) of the stretch of equal parts that saves the most nodes from compilation."""
     best, saved = None, 0
     for period in range(SMALLEST, len(numbers) // 2 + 1):
         start, run = _longest_run(numbers[:-period] == numbers[period:])
@@ -168,7 +168,7 @@ def _longest_run(same: Tensor) -> tuple[int, int]:
 
 
 def _offsets(first: int, period: int, length: int) -> Iterator[_Cut]:
-    """The cuts of a stretch: at each node of a layer, with as many layers as fit."""
+    """The cuts of a stretch, one for each offset into a layer, with as many layers as fit."""
     for offset in range(period):
         count = (length - offset) // period
         if count >= 2:
@@ -176,7 +176,7 @@ def _offsets(first: int, period: int, length: int) -> Iterator[_Cut]:
 
 
 def _cost(cut: _Cut, body: Sequence[Node], place: Mapping[Node, int]) -> tuple[int, int, bool]:
-    """Layers that are lost, then values that cross from one layer to the next; of equal ones behind a product."""
+    """Rank by most layers, then by fewest values that cross to the next layer, then by a border after a projection."""
     border = cut.start + cut.period
     crossing = 0
     for node in body[cut.start : border]:
@@ -185,7 +185,7 @@ def _cost(cut: _Cut, body: Sequence[Node], place: Mapping[Node, int]) -> tuple[i
 
 
 def _slots(layers: list[list[Node]], values: Values) -> list[tuple[Node, ...]] | None:
-    """What each layer takes from outside, as a tuple of one node for each layer; None: the layers are not alike."""
+    """The outside inputs of the layers, each a tuple with one node per layer; None: the layers are not alike."""
     places = [{node: i for i, node in enumerate(layer)} for layer in layers]
     slots: dict[tuple[Node, ...], None] = {}
     for same in zip(*layers, strict=True):
@@ -204,7 +204,7 @@ def _arguments(node: Node) -> list[Node]:
 
 
 def _written_twice(slots: Iterable[tuple[Node, ...]]) -> bool:
-    """Whether a layer takes an input of the graph, which it may write to, in two places."""
+    """Whether a layer takes the same graph input, which it may write to, in two slots."""
     for layer in zip(*slots, strict=True):
         inputs = [node for node in layer if node.op == "placeholder"]
         if len(set(inputs)) < len(inputs):
@@ -217,7 +217,7 @@ def _written_twice(slots: Iterable[tuple[Node, ...]]) -> bool:
 
 @dataclass
 class _Step:
-    """One call: what it takes and leaves, by place among the values of a run, and what nobody needs from then on."""
+    """One call of a part. Its inputs, its outputs, and values unused after it, as places in a run's list of values."""
 
     run: Callable[..., Sequence[Any]]
     takes: list[int]
@@ -226,7 +226,7 @@ class _Step:
 
 
 class _Regional:
-    """The parts of a graph, each compiled, in running order."""
+    """The compiled parts of a graph, in running order."""
 
     def __init__(self, graph_module: GraphModule, cut: _Cut, values: Values, compile_graph: Compile) -> None:
         self.graph_module, self.values, self.compile_graph = graph_module, values, compile_graph
@@ -253,7 +253,7 @@ class _Regional:
         return [held[x] if is_node else x for x, is_node in zip(self.result, self.is_node, strict=True)]
 
     def _once(self, nodes: list[Node]) -> list[_Step]:
-        """A part that stands once."""
+        """A part that occurs once."""
         if not nodes:
             return []
         inside = set(nodes)
@@ -266,7 +266,7 @@ class _Regional:
         return self._compiled(layers, slots)
 
     def _compiled(self, layers: list[list[Node]], slots: list[tuple[Node, ...]]) -> list[_Step]:
-        """One graph for all ``layers``, which are alike, and a step for each."""
+        """One compiled graph for all ``layers``, which are alike, and a step for each."""
         known = {slot[0] for slot in slots}
         slots = slots + [tuple([number] * len(layers)) for number in self.numbers if number not in known]
         outputs = _left(layers)
@@ -285,7 +285,7 @@ class _Regional:
         return steps
 
     def _free(self) -> None:
-        """Have each value let go of by the step that is the last to take it."""
+        """Have each value released by the last step that takes it."""
         needed = set(self.returned)
         for step in reversed(self.steps):
             step.done = [i for i in dict.fromkeys((*step.takes, *step.leaves)) if i not in needed]
@@ -293,7 +293,7 @@ class _Regional:
 
 
 def _left(layers: list[list[Node]]) -> list[int]:
-    """Which nodes of a layer something outside of it reads, in any of the layers."""
+    """Indices of the nodes that are read outside their layer, in any of the layers."""
     found: set[int] = set()
     for layer in layers:
         inside = set(layer)

@@ -1,7 +1,7 @@
-"""A step like the last: what a replayed call found is remembered, so that the next one need only be compared with it.
+"""Repeated steps: a replayed call is recorded, so that the next call need only be compared with the record.
 
-Finding the handles that can be used, their stores and every input of the lowered graph takes the host longer than
-launching a captured graph. In a decode on fixed caches all of it stays the same from step to step.
+Finding the usable handles, their stores and all inputs of the lowered graph takes the host longer than launching a
+captured graph. In a decode on caches of fixed size, all of these stay the same from step to step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Fetch = Callable[[Sequence[Any], Mapping[int, Any]], Any]
 
 
 class Known:
-    """Handles, and the stores behind them, as a call found them; it keeps none alive."""
+    """The handles of a call and their stores, as weak references."""
 
     def __init__(self, handles: Sequence[Handle]) -> None:
         self.found = [
@@ -27,7 +27,7 @@ class Known:
         ]
 
     def are(self, given: Sequence[Any]) -> bool:
-        """Whether these are they; raises as :meth:`.handle.Handle.check_unwritten`."""
+        """True if ``given`` are the known handles on their known stores; raises as :meth:`.Handle.check_unwritten`."""
         for one, (handle, store) in zip(given, self.found, strict=True):
             known = handle()
             if known is None or one is not known or known.store is not store():
@@ -37,13 +37,13 @@ class Known:
 
 
 class Repeated:
-    """A replayed call, and how to tell that another may be replayed in the same way.
+    """A replayed call, and the check that a later call may use the same replay.
 
-    The stores of fixed caches are places: while a handle has the same store, its tensors lie where they lay.
+    A store of fixed size is written in place: while a handle keeps its store, the tensors keep their addresses.
     """
 
     def __init__(self, args: Sequence[Any], capture: Capture, passed: Mapping[int, int], fetchers: list[Fetch]) -> None:
-        """``passed``: for the inputs of the lowered graph that are the caller's own, which of ``args`` they are."""
+        """``passed``: input of the lowered graph -> index in ``args``, for inputs that are passed through."""
         self.capture = capture
         self.handles = [i for i, x in enumerate(args) if isinstance(x, Handle)]
         self.known = Known([args[i] for i in self.handles])
@@ -56,7 +56,7 @@ class Repeated:
         return list(map(Tensor.data_ptr, [args[i] for i in self.placed]))
 
     def values(self, args: Sequence[Any]) -> dict[int, Any] | None:
-        """The inputs that the capture takes copies of, by place; None: the call differs from the remembered one.
+        """The inputs that the capture copies, by position; None: the call differs from the recorded one.
 
         Raises as :meth:`.handle.Handle.check_unwritten`.
         """

@@ -1,4 +1,4 @@
-"""The call of a wrapped model in progress: its identity, its arguments, and the failures met on the way."""
+"""The call of a wrapped model in progress: its identity, its arguments, and its failures."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Running:
     """One call.
 
     Attributes:
-        warn: takes a warning, as text.
+        warn: issues a warning, given its text.
         arguments: the arguments of the call.
-        token: tells this call from others.
-        names: the local variables of the frame that Dynamo converts at the moment.
-        failures: the frames that run as they were written in this call, since Dynamo failed on them.
-        marked: the codes that Dynamo has decided, in this call, not to convert again.
+        token: identifies this call.
+        names: the local variables of the frame that Dynamo is converting.
+        failures: the frames that Dynamo failed on; they run as written in this call.
+        marked: the code objects that Dynamo decided in this call never to convert again.
     """
 
     warn: Callable[[str], None]

@@ -1,1 +1,1 @@
-"""Find attention in the normalized graph: stock operations, fused kernels, and softmaxes that are written out."""
+"""Find attention in the normalized graph: stock operations, fused kernels, and written-out softmaxes."""

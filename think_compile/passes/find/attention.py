@@ -1,7 +1,7 @@
-"""Pass 2: find the attention sites of a functional graph, by what the operation is, not by who wrote it.
+"""Pass 2: find the attention sites of a functional graph, by their operations and not by their authors.
 
-A site is torch's attention operation, that of flash-attn (:mod:`.flash`), or a region in which attention is written
-out (:mod:`.region`).
+A site is torch's attention operation, that of flash-attn (:mod:`.flash`), or a region of written-out attention
+(:mod:`.region`).
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class Attention:
 
     Attributes:
         node: the attention output [B, Hq, N, Dv].
-        operation: the operation that makes it; of a region its second product.
-        q, k, v: its operands [B, Hq, N, D], [B, Hq or H, S, D], [B, Hq or H, S, Dv]; of a region, those of its two
-            products, axes in any order.
+        operation: the operation that computes the output; of a region its second product.
+        q, k, v: its operands [B, Hq, N, D], [B, Hq or H, S, D], [B, Hq or H, S, Dv]; of a region the operands of the
+            two products, axes in any order.
         mask: bool (true attends) or float (added), broadcast to [B, Hq, N, S]; or None.
         scale: of q k^T; None is 1/sqrt(D).
-        is_causal: causal, the first query seeing the first key.
-        causal_to_end: causal, the last query seeing the last key.
+        is_causal: causal, aligned so that the first query sees the first key.
+        causal_to_end: causal, aligned so that the last query sees the last key.
         dropout: probability.
-        path: the module it stands in, as far as the trace tells.
-        region: of an attention that is written out, its parts; mask, scale and is_causal are then unset.
-        layout: how the axes of operands and result stand to [B, H, tokens, channels]; of a region unset.
-        unsupported: options of the operation that an attention to packed keys has not.
+        path: the module that contains it, as far as the trace tells.
+        region: the parts of a written-out attention; mask, scale and is_causal are then unset.
+        layout: how the axes of operands and result map to [B, H, tokens, channels]; of a region unset.
+        unsupported: options of the operation that attention to packed keys lacks.
     """
 
     node: Node
@@ -59,7 +59,7 @@ class Attention:
     unsupported: str = ""
 
     def reads_keys(self, reader: Node, read: Node) -> bool:
-        """Whether ``reader`` is where this attention reads its keys or values, and ``read`` is those."""
+        """Whether ``reader`` is an operation of this attention that reads ``read`` as its keys or values."""
         if self.region is None:
             return reader is self.operation and read is not self.q and read is not self.mask
         products = (self.region.logits, self.region.output)
@@ -136,7 +136,7 @@ def module_path(node: Node) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
-    path = path.replace(".__dict__['_modules']", "")  # how a module with a __getattr__ of its own is reached
-    path = re.sub(r"\._(?:modules|buffers|parameters)\['([^']*)'\]", r".\1", path)  # how older traces spell it
+    path = path.replace(".__dict__['_modules']", "")  # from a module with its own __getattr__
+    path = re.sub(r"\._(?:modules|buffers|parameters)\['([^']*)'\]", r".\1", path)  # the spelling of older traces
     path = re.sub(r"^[LG]\['[^']*'\]\.?", "", path)
     return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path).lstrip(".")

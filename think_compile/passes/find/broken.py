@@ -1,6 +1,6 @@
-"""Attention of which only a part is recognised: a graph break cuts it in two, or something is mixed within.
+"""Partly recognised attention: a graph break cuts it in two, or it mixes heads or tokens within.
 
-Part of pass 2. Such a layer cannot be rewritten, and is to be named all the same.
+Such a layer cannot be rewritten, but it is still reported by name.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from think_compile.passes.refusal import Reason
 
 
 def broken_attention(normalized: Normalized) -> list[tuple[Node, Reason]]:
-    """What the graph holds of such attentions, the softmax or the product with keys that are cached; one of a layer."""
+    """The recognised part of such attentions, one per layer: the softmax, or the product with cached keys."""
     products = [product for node in normalized.graph_module.graph.nodes if (product := product_of(node)) is not None]
     kept = {lay.walk_back(output)[0] for output in normalized.outputs if isinstance(output, Node)}
     found: dict[Any, tuple[Node, Reason]] = {}
-    followed: set[Node | None] = set()  # products with values whose product with the keys is named
+    followed: set[Node | None] = set()  # products with values, if the product with the keys is reported
     for product in products:
         if product.node in followed:
             continue
@@ -45,7 +45,7 @@ def _is_made_of_softmax(node: Node) -> bool:
 
 
 def _ahead(node: Node) -> Node | None:
-    """The softmax of this graph, or the next product of two tensors, that reads what is made of ``node``."""
+    """A softmax of this graph, or the next product of two tensors, that depends on ``node``; or None."""
     seen, ahead = {node}, [node]
     while ahead:
         for user in ahead.pop().users:
@@ -58,7 +58,7 @@ def _ahead(node: Node) -> Node | None:
 
 
 def _softmax_behind(node: Node) -> Node | None:
-    """The softmax whose probabilities ``node`` holds, dropout aside."""
+    """The softmax whose probabilities ``node`` holds, dropout aside, or None."""
     node, _ = lay.walk_back(node)
     if node.target in DROPOUTS:
         node, _ = lay.walk_back(node.args[0])

@@ -1,7 +1,7 @@
 """The attention operation of the flash-attn package, as an attention site.
 
-Part of pass 2. Its operands are [B, S, H, D], grouped heads need no repeating, and its causal mask is aligned to the
-end of the keys. Options that the packed attention has not are named in ``unsupported``.
+Its operands are [B, S, H, D], grouped heads need no repeating, and its causal mask is aligned to the end of the keys.
+``unsupported`` names the options that packed attention lacks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _SIGNATURE = inspect.signature(_arguments)
 
 
 def arguments_of(node: Node) -> dict[str, Any]:
-    """The fields of the attention that the call ``node`` is."""
+    """The fields of the attention site for the call ``node``."""
     bound = _SIGNATURE.bind(*node.args, **node.kwargs)
     found = _arguments(*bound.args, **bound.kwargs)
     result, others = _results(node)
@@ -62,7 +62,7 @@ def arguments_of(node: Node) -> dict[str, Any]:
 
 
 def _results(node: Node) -> tuple[Node, list[Node]]:
-    """What reads the operation's first result, the attention output, and what reads the others."""
+    """The node of the operation's first result, the attention output, and the readers of its other results."""
     outputs = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
     others = [user for user in node.users if user not in outputs and user.users]
     return (outputs[0] if len(outputs) == 1 else node), others

@@ -1,7 +1,7 @@
-"""The full module path of an attention, also where the trace began inside a module.
+"""The full module path of an attention, even if the trace began inside a module.
 
-Part of pass 2. After a graph break the trace knows a module only by its path from there, "attention" in every block.
-The parameters of the queries tell which block it is, or else the module whose code is compiled.
+After a graph break the trace knows a module only by its path from the break: "attention" in every block. The parameters
+of the queries tell the block; if they do not, the module whose code is compiled does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def with_full_path(site: Attention, parameters: Mapping[Node, str], frame: str) 
 
 
 def told_apart(sites: Sequence[Attention]) -> list[Attention]:
-    """The sites under names of their own: "path", "path#2", ... for the attentions of one module."""
+    """The sites under unique names: "path", "path#2", ... for the attentions of one module."""
     places: dict[str, list[Node]] = {}
     named = []
     for site in sites:
@@ -38,7 +38,7 @@ def told_apart(sites: Sequence[Attention]) -> list[Attention]:
 
 
 def full_path(path: str, node: Node, parameters: Mapping[Node, str]) -> str:
-    """The path in the model of what the trace calls ``path``, told by the parameter that made ``node``."""
+    """The path in the model of the trace's ``path``, told by the nearest parameter that ``node`` depends on."""
     name = _nearest_parameter(node, parameters)
     if name is None or name.startswith(f"{path}." if path else "."):
         return path
@@ -49,7 +49,7 @@ def full_path(path: str, node: Node, parameters: Mapping[Node, str]) -> str:
 
 
 def _nearest_parameter(node: Node, parameters: Mapping[Node, str]) -> str | None:
-    """The first parameter met on the way back from ``node``, nearer ones first."""
+    """The nearest parameter that ``node`` depends on, or None."""
     queue, seen = deque([node]), {node}
     while queue:
         node = queue.popleft()

@@ -1,7 +1,4 @@
-"""Products of two tensors that sum over one axis, in one form: ``matmul``, ``bmm``, ``baddbmm``, ``einsum``.
-
-Part of pass 2.
-"""
+"""Products of two tensors that sum over one axis, in one form: ``matmul``, ``bmm``, ``baddbmm``, ``einsum``."""
 
 from __future__ import annotations
 
@@ -21,8 +18,8 @@ class Product:
 
     Attributes:
         left, right: the operands.
-        contracted: the axis of each that is summed over.
-        out: for each axis of ``node``, the axes of left and right that it is (None: that operand has none).
+        contracted: the summed axis of each operand.
+        out: for each axis of ``node``, its axes in left and right (None: that operand lacks it).
         alpha, bias, beta: as in the formula.
     """
 
@@ -43,7 +40,7 @@ class Product:
 
 
 def product_of(node: Node) -> Product | None:
-    """``node`` as a product, or None if it is none, or one of another kind."""
+    """``node`` as a product, or None if it is not a product of this kind."""
     if node.op != "call_function" or node.target not in _READERS:
         return None
     return _READERS[node.target](node)
@@ -64,7 +61,7 @@ def _matmul(node: Node) -> Product | None:
 
 
 def _aligned(axis: int, rank: int, own_rank: int) -> Axis:
-    """The axis of an operand of ``own_rank`` that stands at ``axis`` of a broadcast result of ``rank``."""
+    """The axis of an operand of ``own_rank`` axes that is ``axis`` of a broadcast result of ``rank`` axes, or None."""
     own = axis - (rank - own_rank)
     return own if own >= 0 else None
 

@@ -1,7 +1,6 @@
-"""Attention written out: a product, anything, a softmax over one of its axes, anything, a product over that axis.
+"""Written-out attention: a product, a softmax over one of its axes, and a product that sums over that axis.
 
-Part of pass 2. Between the products everything is accepted and left alone; only what masks is looked at, since
-scoring leaves padding out.
+Operations between them are accepted and left alone. Only masks are examined, since scoring leaves padding out.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from think_compile.passes import layout as lay
 from think_compile.passes.find.product import Product, product_of
 
 aten = torch.ops.aten
-Order = tuple[tuple[tuple[int, int], ...], ...]  # of each axis the (axis, part) that it is made of, outermost first
+Order = tuple[tuple[tuple[int, int], ...], ...]  # for each axis its factors (axis, part), outermost first
 MASKED_BELOW = -1e3  # a fill of at most this hides a position
 
 
 @dataclass(frozen=True)
 class Masking:
-    """A tensor that hides positions, where it meets the logits.
+    """A tensor that hides positions, and the logits that it masks.
 
     Attributes:
         mask: the tensor; broadcast to the shape of ``at``.
         kind: "add" (float, added), "allow" or "block" (bool).
         at: the masked logits.
-        axes: which axes of the product, or parts of them, the axes of ``at`` are.
+        axes: the axes of ``at``, as axes of the product or parts of them.
     """
 
     mask: Node
@@ -40,15 +39,15 @@ class Masking:
 
 @dataclass(frozen=True)
 class Region:
-    """An attention that is written out.
+    """A written-out attention.
 
     Attributes:
         softmax: the softmax.
         logits: the product of queries (left) and keys (right).
         token_axis: the axis of the logits along which the softmax runs: the keys' tokens.
         output: the product of probabilities (left) and values (right).
-        masks: what hides positions, in order.
-        axes: which axes of ``logits``, or parts of them, the axes of the probabilities are, as they enter ``output``.
+        masks: the maskings of the logits, in order.
+        axes: the axes of the probabilities that enter ``output``, as axes of ``logits`` or parts of them.
         dropout: probability.
     """
 
@@ -63,17 +62,17 @@ class Region:
 
 @dataclass(frozen=True)
 class _Step:
-    """A tensor that was made of the product, and how its axes stand."""
+    """A tensor that is made from the product, and its axes."""
 
     node: Node
     axes: lay.Axes
     masks: tuple[Masking, ...] = ()
     softmax: Node | None = None
-    token_axis: int | None = None  # the axis of the product over which it was normalized
+    token_axis: int | None = None  # the axis of the product along which the softmax runs
     dropout: float = 0.0
 
     def axis_of(self, dim: int) -> int | None:
-        """The axis of the product that axis ``dim`` is, if it is one whole."""
+        """The axis of the product that equals axis ``dim``, if it is one whole axis."""
         atoms = [atom for atom in self.axes[dim % len(self.axes)] if atom.axis is not None]
         return atoms[0].axis if len(atoms) == 1 and not atoms[0].part else None
 
@@ -89,7 +88,7 @@ def find_regions(graph: Graph) -> list[Region]:
 
 
 def _regions_from(product: Product) -> Iterator[Region]:
-    """Follow what is made of a product, through a softmax, to the products that sum over its axis."""
+    """Follow a product through a softmax to the products that sum over the softmax's axis."""
     shape = product.node.meta["val"].shape
     todo, seen = [_Step(product.node, lay.source_axes(shape))], {product.node}
     while todo:
@@ -115,7 +114,7 @@ def _is_batched(product: Product) -> bool:
 
 
 def _oriented(product: Product, token_axis: int) -> Product | None:
-    """The product with the operand on the right that has the softmax's axis and the other has not: the keys."""
+    """The product with the keys on the right: only they have the softmax's axis. None if both or neither have it."""
     left, right = product.out[token_axis]
     if (left is None) == (right is None):
         return None
@@ -135,7 +134,7 @@ def _output(user: Node, step: _Step) -> Product | None:
 
 
 def _after(user: Node, step: _Step) -> _Step | None:
-    """What ``user`` makes of a step, or None where it leaves the region."""
+    """The step after ``user``, or None if ``user`` is not part of the region."""
     if user.op != "call_function" or not isinstance(user.meta.get("val"), torch.Tensor):
         return None
     if user.target in SOFTMAXES:
@@ -168,7 +167,7 @@ def _dims(reduction: Node) -> list[int]:
 
 
 def _is_sum_of(node: Any, summed: Node) -> bool:
-    """Whether ``node`` is the sum along one axis of ``summed``, an exponential: the softmax written out."""
+    """Whether ``node`` is the sum along one axis of ``summed``, an exponential: a written-out softmax."""
     if not isinstance(node, Node):
         return False
     node, _ = lay.walk_back(node)
@@ -180,7 +179,7 @@ def _is_sum_of(node: Any, summed: Node) -> bool:
 
 
 def _less_its_logsumexp(node: Node) -> int | None:
-    """The axis of the logsumexp that ``node`` is less by, if it is: the softmax written out in another way."""
+    """The axis of the logsumexp in ``x - logsumexp(x)``, or None: another way to write a softmax."""
     if node.target is not aten.sub.Tensor or not isinstance(node.args[1], Node):
         return None
     total, _ = lay.walk_back(node.args[1])
@@ -198,10 +197,10 @@ def _moved(user: Node, step: _Step) -> _Step | None:
 
 
 def _lengthened(user: Node, step: _Step) -> _Step | None:
-    """More columns (attention sinks), or a part of them again: the axis stays what it is."""
+    """A cat with more columns (attention sinks), or a slice of columns: the axis keeps its meaning."""
     dim = lay.slice_bounds(user)[0] if user.target is aten.slice.Tensor else _cat_dim(user)
     if user.target is aten.cat.default and user.args[0][0] is not step.node:
-        return None  # the columns would no longer be the tokens' own
+        return None  # columns would no longer match the tokens
     if lay.value_of(lay.slice_bounds(user)[1]) != 0 and user.target is aten.slice.Tensor:
         return None
     if dim % len(step.axes) != len(step.axes) - 1 or step.axis_of(dim) is None:
@@ -214,7 +213,7 @@ def _cat_dim(node: Node) -> int:
 
 
 def _pointwise(user: Node, step: _Step) -> _Step | None:
-    """An operation number by number, possibly with other tensors that are broadcast."""
+    """A pointwise operation, possibly with other, broadcast tensors."""
     is_dropout = user.target in DROPOUTS
     if not (is_dropout or _name(user) in _CHOICES or torch.Tag.pointwise in getattr(user.target, "tags", ())):
         return None

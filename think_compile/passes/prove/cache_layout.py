@@ -1,6 +1,6 @@
-"""The layout of a cache tensor, from how its axes meet an attention; and of a tensor that was made of it.
+"""The layout of a cache tensor, derived from its use in an attention; and the layout of a tensor made from it.
 
-Part of pass 3. Layouts are those of :mod:`think_compile.cache.canonical`.
+Layouts are those of :mod:`think_compile.cache.canonical`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _Piece = tuple[lay.Atom, tuple[int, ...]]
 
 
 def source_layout(axes: lay.Axes, roles: Layout, shape: Sequence[Any]) -> Layout:
-    """The layout of a source of ``shape``, given the ``axes`` of a tensor made of it, whose layout is ``roles``.
+    """The layout of a source of ``shape``, given the ``axes`` and the layout ``roles`` of a tensor made from it.
 
     Raises:
-        Refused: an axis of the source takes no part, or a canonical one is not one piece of it.
+        Refused: an axis of the source is not used, or a canonical axis is not one piece of the source.
     """
     pieces: dict[int | None, list[_Piece]] = {axis: [] for axis in range(len(shape))}
     for atoms, role in zip(axes, roles, strict=True):
@@ -29,7 +29,7 @@ def source_layout(axes: lay.Axes, roles: Layout, shape: Sequence[Any]) -> Layout
 
 
 def _assigned(atoms: Sequence[lay.Atom], role: tuple[int, ...]) -> Iterator[_Piece]:
-    """Which canonical axes the atoms of one axis are; only heads may be repeated."""
+    """The atoms of one axis with their canonical axes; only heads may be repeated."""
     own = [atom for atom in atoms if atom.axis is not None]
     repeated = any(atom.axis is None and not lay.same_size(atom.size, 1) for atom in atoms)
     if len(own) > len(role):
@@ -43,7 +43,7 @@ def _assigned(atoms: Sequence[lay.Atom], role: tuple[int, ...]) -> Iterator[_Pie
 
 
 def _joined(pieces: list[_Piece]) -> tuple[int, ...]:
-    """The canonical axes of one axis of the source, which must be all there."""
+    """The canonical axes of one source axis; its pieces must cover the whole axis."""
     pieces = sorted(pieces, key=lambda piece: lay.place(piece[0].part))
     roles = tuple(axis for _, role in pieces for axis in role)
     if pieces and sum(0.5 ** len(lay.place(atom.part)) for atom, _ in pieces) != 1:
@@ -58,7 +58,7 @@ def _not_one_axis(role: Sequence[int]) -> Refused:
 
 
 def _with_unit_axes(layout: list[tuple[int, ...]], shape: Sequence[Any]) -> Layout:
-    """Axes of size one, which may have been dropped or merged on the way, take what is missing."""
+    """Assign missing canonical axes to source axes of size one, which views may have dropped or merged."""
     present = [axis for axes in layout for axis in axes]
     missing = [axis for axis in AXES if axis not in present]
     for i, size in enumerate(shape):
@@ -72,7 +72,7 @@ def _with_unit_axes(layout: list[tuple[int, ...]], shape: Sequence[Any]) -> Layo
 
 
 def derived_layout(axes: lay.Axes, layout: Layout, shape: Sequence[Any]) -> Layout:
-    """The layout of a tensor with ``axes``, made of one in ``layout`` whose canonical shape is ``shape``.
+    """The layout of a tensor with ``axes`` that is made from a tensor in ``layout`` of canonical shape ``shape``.
 
     Raises:
         Refused: it holds copies, or its axes cut across canonical ones.
@@ -94,7 +94,7 @@ def _own(axes: lay.Axes) -> Iterator[lay.Atom]:
 
 
 def _roles_of(atom: lay.Atom, parts: list[int], layout: Layout, shape: Sequence[Any]) -> tuple[int, ...]:
-    """The canonical axes of one atom of an axis that falls into ``parts``."""
+    """The canonical axes of one atom of a source axis that is split into ``parts``."""
     assert atom.axis is not None
     roles = layout[atom.axis]
     if len(parts) == 1:
@@ -106,7 +106,7 @@ def _roles_of(atom: lay.Atom, parts: list[int], layout: Layout, shape: Sequence[
 
 
 def same_layout(a: Layout | None, b: Layout | None, shape: Sequence[int]) -> bool:
-    """Whether two layouts of one tensor differ in axes of size one at most."""
+    """Whether two layouts of one tensor are equal up to axes of size one."""
 
     def real(layout: Layout) -> list[tuple[int, ...]]:
         return [tuple(axis for axis in axes if shape[axis] != 1) for axes in layout]

@@ -1,7 +1,4 @@
-"""What of a cache tensor leaves the graph: which outputs hold it, how many of its tokens, and in which buffers.
-
-Part of pass 3.
-"""
+"""How a cache tensor leaves the graph: which outputs hold it, how many of its tokens, and in which buffers."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ aten = torch.ops.aten
 def outputs_holding(
     normalized: Normalized, root: Node, layout: Layout, shape: tuple[Any, ...]
 ) -> tuple[dict[int, Layout], Suffix | None, dict[int, Node]]:
-    """The graph outputs that are ``root``, or its last tokens, with their layouts; those tokens; buffers they fill."""
+    """The outputs that hold ``root`` or its last tokens, with their layouts; those tokens; buffers that they fill."""
     held, kept = {}, []
     buffers: dict[int, Node] = {}
     for index, output in enumerate(normalized.outputs):
@@ -45,7 +42,7 @@ def outputs_holding(
 
 
 def _way_to(root: Node, output: Node) -> tuple[list[Node] | None, Node | None]:
-    """The layout operations from ``root`` to ``output``, if it is made of that, and the slice among them."""
+    """The layout operations from ``root`` to ``output`` (None: no such path), and the slice among them (None: none)."""
     source, chain = lay.walk_back(output, stop=root)
     if source is root:
         return chain, None
@@ -71,7 +68,7 @@ def fills(
     outputs: dict[int, Layout],
     buffers: dict[int, Node],
 ) -> bool:
-    """Whether what a call keeps is all of one buffer: the past's own, or of a first call any of that size."""
+    """Whether the kept tokens fill a whole buffer: the past's own, or in a first call any buffer of that size."""
     kept = root.meta["val"].shape[token_axis(layout)] if window.kept is None else window.kept
     for output, buffer in buffers.items():
         own = normalized.written[output] if output < len(normalized.written) else None

@@ -1,7 +1,4 @@
-"""How a cache tensor came to be: joined from its past and the call's new rows by ``cat``, or by a write at positions.
-
-Part of pass 3.
-"""
+"""How a cache tensor is joined from its past and the call's new rows: by ``cat``, or by a write at positions."""
 
 from __future__ import annotations
 
@@ -25,18 +22,18 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Join:
-    """How a cache tensor came to be.
+    """How a cache tensor is joined.
 
     Attributes:
-        past: index of the graph input that holds the past; None: there is none yet.
+        past: index of the graph input that holds the past; None: there is no past yet.
         past_layout: the layout of the past input.
-        new: the call's own rows, axes as the joined tensor's; None: the joined tensor is all new.
-        blank: fixed: there is no past, and rows that are not written hold nothing: zeros, or what no one has set.
-        fixed: whether the rows were written into a tensor of fixed size.
+        new: the call's own rows, with the axes of the joined tensor; None: the whole joined tensor is new.
+        blank: fixed: there is no past, and unwritten rows are zeros or uninitialized.
+        fixed: whether the rows are written into a tensor of fixed size.
         start: fixed: first position written, an int or int node, or the node of all positions [N].
         consecutive: fixed: the positions are known to be start, start + 1, ...
-        past_suffix: what of the past is joined; None: all of it, whatever its length.
-        past_prefix: how many of the past's first rows are joined, the others being empty; None: all.
+        past_suffix: the last tokens of the past, if only they are joined; None: all, whatever the past's length.
+        past_prefix: number of the past's first rows that are joined, if the other rows are empty; None: all.
     """
 
     past: int | None = None
@@ -51,9 +48,9 @@ class Join:
 
 
 def join_of(normalized: Normalized, root: Node, layout: Layout) -> Join:
-    """How ``root``, in ``layout``, was joined along its tokens; raises :class:`Refused` if that is not understood."""
+    """The join of ``root``, in ``layout``, along its tokens; raises :class:`Refused` if it is not understood."""
     if root.target in WRITES and (write := WRITES[root.target](root)) and CHANNEL in layout[write.dim % len(layout)]:
-        raise Refused(Reason.CHANNEL_MIXING, where(root))  # keys put together of parts, as latent attention does
+        raise Refused(Reason.CHANNEL_MIXING, where(root))  # keys assembled from parts, as in latent attention
     if root.target is aten.cat.default:
         return _join_of_cat(normalized, root, layout)
     if root.target in WRITES:
@@ -67,7 +64,7 @@ def join_of(normalized: Normalized, root: Node, layout: Layout) -> Join:
 def _join_of_cat(normalized: Normalized, root: Node, layout: Layout) -> Join:
     dim = root.args[1] if len(root.args) > 1 else root.kwargs.get("dim", 0)
     if dim % len(layout) != token_axis(layout):
-        return Join()  # it makes the keys (as rotary embeddings do), it does not join them to a past
+        return Join()  # it builds the keys, as in rotary embeddings; it is no join with a past
     parts = [part for part in root.args[0] if not lay.same_size(part.meta["val"].numel(), 0)]
     if len(parts) == 1:
         return Join()
@@ -88,7 +85,7 @@ def _along(cut: Node, dim: int) -> bool:
 
 
 def _past_input(normalized: Normalized, node: Node, layout: Layout) -> tuple[int, Layout, Suffix | None] | None:
-    """The graph input behind a join's past, its layout, and which tokens of it are joined; ``layout`` is the join's."""
+    """The index and layout of the input that is a join's past, and its joined suffix; ``layout`` is the join's."""
     source, chain = lay.walk_back(node)
     before: list[Node] = []
     cut = source if is_suffix(source) else None
@@ -155,7 +152,7 @@ def _index_put(node: Node) -> _Write | None:
 def _slice_scatter(node: Node) -> _Write | None:
     base, new = node.args[:2]
     dim, start, _, step = lay.slice_bounds(node, first=2)
-    if new.target is aten.copy.default:  # the rows as they are written
+    if new.target is aten.copy.default:  # look through the copy at the written rows
         new = lay.layout_input(new) or new
     if step != 1 or new.meta["val"].dim() != base.meta["val"].dim():
         return None
@@ -193,7 +190,7 @@ _ARANGES = {aten.arange.default, aten.arange.start}
 
 
 def _is_consecutive(index: Node) -> bool:
-    """Whether an index tensor is an ``arange``, moved by one number."""
+    """Whether an index tensor is an ``arange``, possibly plus one number, or a single position."""
     if lay.same_size(index.meta["val"].numel(), 1):
         return True
     source, chain = lay.walk_back(index)
@@ -210,7 +207,7 @@ def _is_consecutive(index: Node) -> bool:
 
 
 def _wraps(start: Any) -> Node | None:
-    """The operation that makes positions begin again at the end of a buffer, as a remainder does, if there is one."""
+    """The operation that wraps positions around at the end of a buffer (a remainder, say), or None."""
     todo, seen = [start] if isinstance(start, Node) else [], set[Node]()
     while todo:
         node = todo.pop()
@@ -230,7 +227,7 @@ def _is_many(node: Node) -> bool:
 
 
 def same_positions(a: Join, b: Join) -> bool:
-    """Whether two writes go to the same positions: the same node, number, or nodes computed alike."""
+    """Whether two writes go to the same positions: the same number, the same node, or nodes computed alike."""
     return _alike(a.start, b.start)
 
 

@@ -2,7 +2,7 @@
 
 A cache tensor is *joined* from its past and the call's new rows: by ``cat`` along the tokens (growing) or by a
 write at positions (fixed). It is *confirmed* when the joined tensor leaves the graph, returned or written back.
-What it is called and who holds it does not matter.
+Its name and its owner do not matter.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ class CacheTensor:
 
     Attributes:
         root: the joined tensor.
-        layout: how its axes stand to the canonical ones.
+        layout: the canonical axes that each of its axes holds.
         shape: its canonical shape [B, H, S, D].
-        join: how it was joined.
+        join: how it is joined.
         outputs: indices of the graph outputs that hold it, with the layout of each.
-        extent: how many positions the attention reads.
-        chain: the operations between ``root`` and the attention, in running order.
-        interleaved: whether query heads are dealt out to the KV heads in turn, instead of in blocks of neighbours.
-        window: of a cache that is not joined, read or kept as a whole, what is.
-        filling: whether it is a window that is kept in a buffer of fixed size, which it fills.
-        read_elsewhere: whether something besides attention reads it too; of values, which are stored whole.
+        extent: number of positions that the attention reads.
+        chain: the operations between ``root`` and the attention, in execution order.
+        interleaved: whether query head i reads KV head i % H; if not, neighbouring query heads share a KV head.
+        window: the tokens that are joined, read and kept; None: all.
+        filling: whether it is a window that fills a buffer of fixed size.
+        read_elsewhere: whether operations other than attention also read it (values only: keys are then refused).
     """
 
     root: Node
@@ -79,7 +79,7 @@ class CacheTensor:
 
     @property
     def scales(self) -> list[Node]:
-        """The operations behind the cache that multiply it by one number."""
+        """The operations of ``chain`` that multiply or divide by one number."""
         return [node for node in self.chain if lay.layout_input(node) is None and lay.scaled_input(node) is not None]
 
     def size(self, axis: int) -> Any:
@@ -91,7 +91,7 @@ class CacheTensor:
 class CachedAttention:
     """An attention whose keys and values are proven to be a cache.
 
-    ``queries`` tells of a written-out attention how its queries and logits lie.
+    ``queries``: the layout of queries and logits of a written-out attention; else None.
     """
 
     attention: Attention
@@ -113,21 +113,21 @@ class CachedAttention:
 
     @property
     def in_buffer(self) -> bool:
-        """Whether what is stored has a fixed size: a cache of fixed size, or a window that fills a buffer."""
+        """Whether the stored cache has a fixed size: a cache of fixed size, or a window that fills a buffer."""
         return self.fixed or self.filling
 
     @property
     def query_tokens(self) -> Any:
-        """Queries of the call, N."""
+        """Number of queries of the call, N."""
         return self._query_shape()[2]
 
     @property
     def query_heads(self) -> int:
-        """Query heads, Hq."""
+        """Number of query heads, Hq."""
         return int(self._query_shape()[1])
 
     def is_canonical(self, shape: Sequence[Any], axes: Order) -> bool:
-        """Whether logits of this shape, the product's own up to views, are [B, Hq, N, *] as they stand."""
+        """Whether logits of ``shape``, with the product's ``axes`` up to views, already are [B, Hq, N, *]."""
         assert self.queries is not None
         in_order = self.queries.logits == tuple(range(len(self.queries.logits)))
         in_order = in_order and to_product_order(axes) == tuple(range(len(axes)))
@@ -152,10 +152,11 @@ class CachedAttention:
 
 @dataclass
 class Findings:
-    """What the pass found.
+    """The findings of the pass.
 
-    ``pending`` attentions read keys and values that come into the graph whole, as the queries do, and do not leave it:
-    a first call's, if a later call joins those very tensors. They are left as they are, and count as refused too.
+    Keys and values of ``pending`` attentions enter the graph whole, as the queries do, and do not leave it. The call is
+    a first call if a later call joins these very tensors. Such attentions are left as they are; ``refused`` lists them
+    too.
     """
 
     cached: list[CachedAttention] = field(default_factory=list)
@@ -163,16 +164,16 @@ class Findings:
     refused: list[tuple[Attention, Refused]] = field(default_factory=list)
 
     def refuse(self, wanted: Callable[[CachedAttention], bool], why: Refused) -> None:
-        """Leave those proven caches alone for which ``wanted`` holds."""
+        """Move the proven caches for which ``wanted`` holds to ``refused``."""
         asked = [(site, wanted(site)) for site in self.cached]
         self.cached = [site for site, is_wanted in asked if not is_wanted]
         self.refused += [(site.attention, why) for site, is_wanted in asked if is_wanted]
 
 
 def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than: int | None = None) -> Findings:
-    """Sort the attention sites into those with a proven cache and those to be left alone.
+    """Prove or refuse the cache of each attention site.
 
-    Bounded caches count if their window is larger than ``larger_than`` tokens (None: not at all).
+    Bounded caches are accepted if their window is larger than ``larger_than`` tokens (None: never).
     """
     findings = Findings()
     with observed("kv_cache", normalized.graph_module.graph) as count:
@@ -196,14 +197,14 @@ def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than:
 
 
 def _named(normalized: Normalized, site: Attention, refused: Refused) -> Refused:
-    """Mixed channels by their more telling name, if what is cached is projected before it is keys."""
+    """Refuse with ``LATENT``, which says more, if the keys are projected from a cached tensor."""
     may_be = refused.reason in (Reason.CHANNEL_MIXING, Reason.NOT_CACHED)
     is_latent = may_be and made_of_cache(normalized, site.k, projected=True)
     return Refused(Reason.LATENT, refused.detail) if is_latent else refused
 
 
 def _refuse_cross_attention(normalized: Normalized, findings: Findings) -> None:
-    """Keys that no past tells to be those of the queries' own sequence, and that are made of other tokens."""
+    """Refuse attentions without a past whose keys lack tokens that their queries depend on."""
     tokens = tokens_of(normalized.graph_module.graph)
     for c in (*findings.cached, *findings.pending):
         if c.past is None and is_cross_attention(c.attention.q, c.attention.k, tokens):
@@ -214,7 +215,7 @@ def _refuse_cross_attention(normalized: Normalized, findings: Findings) -> None:
 
 
 def _settle_readings(findings: Findings) -> None:
-    """Of several readings of one softmax as an attention, the proven one counts; two that are proven are none."""
+    """Keep one reading per softmax: the proven one, else one refusal. Several proven readings are ambiguous."""
     ambiguous = [c for many in _by_softmax(findings.cached, lambda c: c.attention) if len(many) > 1 for c in many]
     findings.cached = [c for c in findings.cached if c not in ambiguous]
     refused = [(c.attention, Refused(Reason.AMBIGUOUS, where(c.attention.node))) for c in ambiguous]
@@ -275,7 +276,7 @@ def _whole(normalized: Normalized, root: Node) -> Refused:
 
 
 def _keys(normalized: Normalized, site: Attention, sites: Sequence[Attention]) -> CacheTensor:
-    """The key cache; behind it the keys may have been multiplied by one number."""
+    """The key cache. The model may multiply the cached keys by one number before it reads them."""
     arrange = _arranger(site, key_axes)
     try:
         return _cache_tensor(normalized, sites, site, site.k, arrange)
@@ -292,7 +293,7 @@ def _keys(normalized: Normalized, site: Attention, sites: Sequence[Attention]) -
 
 
 def _arranger(site: Attention, arrange: Callable[[Region, lay.Axes], lay.Axes]) -> Callable[[lay.Axes], lay.Axes]:
-    """Brings an operand's axes into the order [B, H, S, D]."""
+    """A function that brings an operand's axes into the order [B, H, S, D]."""
     region = site.region
     if region is not None:
         return lambda axes: arrange(region, axes)
@@ -300,7 +301,7 @@ def _arranger(site: Attention, arrange: Callable[[Region, lay.Axes], lay.Axes]) 
 
 
 def _new_tokens(tensor: CacheTensor) -> Any:
-    """How many tokens a call brings."""
+    """Number of new tokens of the call."""
     new = tensor.root if tensor.join.new is None else tensor.join.new
     return new.meta["val"].shape[token_axis(tensor.layout)]
 
@@ -328,7 +329,7 @@ def _check_pair(site: CachedAttention) -> None:
 
 
 def _groups_heads(site: Attention) -> bool:
-    """Whether several neighbouring query heads of a stock attention read one head of the keys that it is given."""
+    """Whether neighbouring query heads of a stock attention share a head of its key operand."""
     head = site.layout.index((HEAD,))
     return not lay.same_size(site.q.meta["val"].shape[head], site.k.meta["val"].shape[head])
 
@@ -380,7 +381,7 @@ def _canonical_shape(axes: lay.Axes, tokens: Any) -> tuple[Any, ...]:
 
 
 def _is_interleaved(head: list[lay.Atom], heads: Any, operand: Node) -> bool:
-    """Whether all heads are repeated as a whole, so that a head does not stand beside its copies."""
+    """Whether the heads are repeated as a block (0 1 0 1), not each beside its copies (0 0 1 1)."""
     real = [atom for atom in head if atom.axis is not None or not lay.same_size(atom.size, 1)]
     if lay.same_size(heads, 1) or not real or real[0].axis is not None:
         return False

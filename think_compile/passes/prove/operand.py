@@ -1,7 +1,4 @@
-"""From an attention's operand back to the tensor that a cache was joined to, through views and slices.
-
-Part of pass 3.
-"""
+"""Walk from an attention's operand back to the joined cache tensor, through views and slices."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ aten = torch.ops.aten
 
 
 def root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None]:
-    """The joined tensor behind an operand, the layout operations between, and the slice that reads a prefix."""
+    """The joined tensor of an operand, the layout operations between them, and the slice that reads a prefix."""
     root, chain = lay.walk_back(operand, scaled=scaled)
     if root.target is not aten.slice.Tensor:
         return root, chain, None
@@ -36,7 +33,7 @@ def root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None]
 def behind_suffix(
     root: Node, chain: list[Node], arrange: Callable[[lay.Axes], lay.Axes], scaled: bool
 ) -> tuple[Node, list[Node], Suffix | None]:
-    """The same behind a slice that leaves an attention the last tokens only, and what that leaves."""
+    """If ``root`` is a slice of the last tokens: its source, the longer chain, the suffix. Else: no change, None."""
     if not is_suffix(root):
         return root, chain, None
     shape = root.meta["val"].shape
@@ -54,9 +51,9 @@ def behind_suffix(
 def laid_out(
     root: Node, chain: list[Node], arrange: Callable[[lay.Axes], lay.Axes]
 ) -> tuple[Node, list[Node], lay.Axes, Layout]:
-    """The first tensor from the root on whose axes can be told apart, what follows, its axes as [B, H, S, D], layout.
+    """The first tensor from ``root`` on with a known layout; the chain after it; the axes [B, H, S, D]; the layout.
 
-    Keys fresh from a projection of all tokens at once [B*S, H*D] have a token axis only behind a view that splits it.
+    Keys that are projected for all tokens at once, [B*S, H*D], have a token axis only after a view splits B*S.
     """
     shape = root.meta["val"].shape
     try:
@@ -69,7 +66,7 @@ def laid_out(
 
 
 def extent_read(root: Node, axis: int, chain: list[Node], prefix: Node | None) -> Any:
-    """How many positions are read: all of the joined tensor's, or up to the end of a slice along the tokens."""
+    """Number of positions that are read: all of the joined tensor, or the end of the slice ``prefix``."""
     shape = root.meta["val"].shape
     if prefix is None:
         return shape[axis]

@@ -1,7 +1,4 @@
-"""Who reads a cache: attentions, which all must be rewritten together, and nobody else.
-
-Part of pass 3.
-"""
+"""The readers of a cache: only attentions may read it, and all of them are rewritten together."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ _LOOKS_AT_SHAPE = {
 
 
 def _readers(node: Node) -> Iterator[tuple[Node, Node]]:
-    """(reader, what it reads) of a tensor through layout operations; who only looks at shape or dtype is left out."""
+    """Pairs (reader, tensor read), through layout operations; readers of only shape or dtype are left out."""
     for user in node.users:
         if user.target in _LOOKS_AT_SHAPE or (user.target is aten.type_as.default and user.args[0] is not node):
             continue
@@ -44,14 +41,14 @@ def _readers(node: Node) -> Iterator[tuple[Node, Node]]:
 
 
 def _uses(root: Node) -> Iterator[tuple[Node, Node]]:
-    """The readers of a cache, also through one slice, other than the graph's output."""
+    """The readers of a cache, also through one slice, except the graph's output."""
     for reader, read in _readers(root):
         uses = _readers(reader) if reader.target is aten.slice.Tensor else [(reader, read)]
         yield from (use for use in uses if use[0].op != "output")
 
 
 def other_reader(root: Node, sites: Sequence[Attention]) -> Node | None:
-    """Something besides the attentions ``sites`` that reads a cache."""
+    """A reader of a cache other than the attentions ``sites``, or None."""
     return next(
         (reader for reader, read in _uses(root) if not any(site.reads_keys(reader, read) for site in sites)), None
     )
@@ -76,14 +73,14 @@ PROJECTIONS = {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
-    torch.nn.functional.linear,  # with weights of a class of their own
+    torch.nn.functional.linear,  # with weights of a tensor subclass
     torch.matmul,
 }
 _ATTENDS = {aten.scaled_dot_product_attention.default, *SOFTMAXES}
 
 
 def made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:
-    """What ``node`` is made of, number by number; what a projection makes is new, unless asked to see through it."""
+    """The ancestors of ``node``, back to attentions and projections; ``projected``: also through projections."""
     todo, seen = [node], {node}
     while todo:
         node = todo.pop()
@@ -97,21 +94,21 @@ def made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:
 
 
 def comes_from_outside(q: Node) -> bool:
-    """Whether queries are projected in another graph, as in a call that a graph break cuts before its attention.
+    """Whether queries are projected in another graph, as when a graph break precedes the attention.
 
-    Keys that come into the graph whole beside them are the same call's. Queries of this graph's own may attend to an
-    encoder's keys.
+    Keys that enter the graph whole beside such queries belong to the same call. Queries that this graph projects may
+    attend to an encoder's keys.
     """
     return all(node.target not in PROJECTIONS for node in (q, *made_of(q)))
 
 
 def reads_any(site: Attention, inputs: set[Node]) -> bool:
-    """Whether the keys or values of an attention are made of one of these."""
+    """Whether the keys or values of an attention depend on one of ``inputs``."""
     return any(source in inputs for operand in (site.k, site.v) for source in (operand, *made_of(operand)))
 
 
 def made_of_cache(normalized: Normalized, node: Node, *, projected: bool = False) -> bool:
-    """Whether ``node`` is made, number by number, of a tensor that leaves the graph: what is cached, and changed after.
+    """Whether ``node`` depends on a tensor that leaves the graph: a cache that is changed before it is read.
 
     Tensors of fewer than three axes (positions, masks) are no caches. ``projected``: also through projections.
     """
@@ -123,7 +120,7 @@ def made_of_cache(normalized: Normalized, node: Node, *, projected: bool = False
 
 
 def refuse_half_read(cached: list[CachedAttention], refused: list[tuple[Attention, Refused]]) -> None:
-    """Attentions that share a cache are rewritten together or not at all: move what cannot be to ``refused``."""
+    """Move attentions to ``refused`` if not all readers of their cache can be rewritten together."""
     while bad := [site for site in cached if not _fits_all(site, cached, refused)]:
         for site in bad:
             cached.remove(site)

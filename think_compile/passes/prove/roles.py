@@ -1,7 +1,7 @@
 """Which axes of a written-out attention are batch, heads, tokens and channels.
 
-Part of pass 3. The two products say it: keys and queries share the batch and head axes, the softmax runs along the
-keys' tokens, the channels are summed over.
+The two products tell: keys and queries share the batch and head axes, the softmax runs along the keys' tokens, and the
+channels are summed over.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from think_compile.passes.refusal import Reason, Refused, where
 
 @dataclass(frozen=True)
 class QueryLayout:
-    """How a product's queries and logits become [B, Hq, N, D] and [B, Hq, N, S], and back.
+    """The permutations between a product's queries and logits and [B, Hq, N, D] and [B, Hq, N, S].
 
     Attributes:
         queries: permutation of the query operand: batch and head axes, N, D.
@@ -30,7 +30,7 @@ class QueryLayout:
 
 
 def key_axes(region: Region, axes: lay.Axes) -> lay.Axes:
-    """The axes [B, H, S, D] of the key operand, whose own are ``axes``."""
+    """The ``axes`` of the key operand in the order [B, H, S, D]."""
     product = region.logits
     token = product.out[region.token_axis][1]
     assert token is not None
@@ -38,7 +38,7 @@ def key_axes(region: Region, axes: lay.Axes) -> lay.Axes:
 
 
 def value_axes(region: Region, axes: lay.Axes) -> lay.Axes:
-    """The axes [B, H, S, Dv] of the value operand, whose own are ``axes``."""
+    """The ``axes`` of the value operand in the order [B, H, S, Dv]."""
     product = region.output
     own = [right for left, right in product.out if left is None]
     if len(own) != 1 or own[0] is None:
@@ -47,20 +47,20 @@ def value_axes(region: Region, axes: lay.Axes) -> lay.Axes:
 
 
 def _arranged(product: Product, axes: lay.Axes, token: int, channel: int) -> lay.Axes:
-    """[B, H, S, D] of the right operand; batch and heads from the axes that it shares with the left one."""
+    """The right operand's axes as [B, H, S, D]; it shares batch and heads with the left operand."""
     shared: list[lay.Atom] = []
     for left, right in product.out:
         if right is not None and right not in (token, channel):
             shared += _shared_atoms(product, axes, left, right)
     own = [i for i, atom in enumerate(shared) if atom.axis is not None]
-    if len(own) not in (1, 2):  # one: batch and heads together, each of whose rows is a sequence of one head
+    if len(own) not in (1, 2):  # one: batch and heads merged; each row is a sequence of one head
         raise Refused(Reason.UNKNOWN_LAYOUT, f"batch and heads are not two axes at {where(product.node)}")
     batch, heads = [*shared[: own[0] + 1]], shared[own[0] + 1 :]
     return [batch, heads, axes[token], axes[channel]]
 
 
 def _shared_atoms(product: Product, axes: lay.Axes, left: int | None, right: int) -> list[lay.Atom]:
-    """The atoms of an axis of both operands; one that is broadcast repeats the heads."""
+    """The atoms of an axis that both operands have; a broadcast axis of the keys repeats the heads."""
     if left is None:
         raise Refused(Reason.UNKNOWN_LAYOUT, f"the queries lack an axis of the keys at {where(product.node)}")
     size, wanted = product.right.meta["val"].shape[right], product.left.meta["val"].shape[left]
@@ -72,7 +72,7 @@ def _shared_atoms(product: Product, axes: lay.Axes, left: int | None, right: int
 
 
 def query_layout(region: Region, n_new: Any) -> QueryLayout:
-    """The layout of queries and logits; ``n_new`` tells the queries' token axis from a group's."""
+    """The layout of queries and logits; the size ``n_new`` tells the queries' token axis from a group axis."""
     product = region.logits
     rows = [i for i, (_, right) in enumerate(product.out) if right is None]
     sizes = product.node.meta["val"].shape
@@ -88,27 +88,27 @@ def query_layout(region: Region, n_new: Any) -> QueryLayout:
 
 
 def _heads_lead(product: Product, others: Sequence[int]) -> bool:
-    """Whether axes of the queries alone (groups) stand behind all that the keys have."""
+    """Whether the axes that only the queries have (groups) come after all axes of the keys."""
     alone = [product.out[i][1] is None for i in others]
     return alone == sorted(alone)
 
 
 def to_product_order(axes: Order) -> tuple[int, ...] | None:
-    """The permutation that brings axes which were moved, split or merged back into the product's order, if one can."""
+    """The permutation that restores the product's order of moved, split or merged axes; None if there is none."""
     if any(part > 2 for atoms in axes for _, part in atoms):
-        return None  # split again and again
+        return None  # split more than once
     order = sorted(range(len(axes)), key=lambda i: axes[i][:1] or ((-1, 0),))
     flat = [atom for i in order for atom in axes[i]]
     return tuple(order) if flat == sorted(flat) else None
 
 
 def usable_masks(region: Region) -> list[Masking]:
-    """The maskings that can be read in the product's own axes."""
+    """The maskings that can be expressed in the product's own axes."""
     logits, token = region.logits.node.meta["val"], region.token_axis
     return [m for m in region.masks if to_product_order(m.axes) is not None and _as_many(m, logits.shape[token], token)]
 
 
 def _as_many(masking: Masking, size: Any, token: int) -> bool:
-    """Whether the masked logits have as many columns as the product: no sink is among them yet."""
+    """Whether the masked logits have as many columns as the product, so that no sink is among them yet."""
     dims = [dim for dim, axes in enumerate(masking.axes) if (token, 0) in axes]
     return len(dims) == 1 and lay.same_size(masking.at.meta["val"].shape[dims[0]], size)

@@ -1,7 +1,7 @@
 """Whether the queries and keys of an attention come from one sequence of tokens.
 
-Part of pass 3. When an encoder and a decoder are given equally many tokens, the sizes do not tell cross-attention from
-self-attention; the embedded tokens that the two are made of do.
+If an encoder and a decoder get equally many tokens, sizes do not tell cross-attention from self-attention. The embedded
+tokens that queries and keys depend on do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def tokens_of(graph: Graph) -> dict[Node, frozenset[Node]]:
-    """For each node the tokens, as they enter embeddings, that it depends on."""
+    """For each node, the embedded tokens (inputs of embeddings) that it depends on."""
     found: dict[Node, frozenset[Node]] = {}
     for node in graph.nodes:
         tokens = _embedded(node)
@@ -29,11 +29,11 @@ def tokens_of(graph: Graph) -> dict[Node, frozenset[Node]]:
 def _embedded(node: Node) -> Any:
     if node.target is aten.embedding.default:
         return node.args[1]
-    if node.target is torch.nn.functional.embedding:  # of weights of a class of their own
+    if node.target is torch.nn.functional.embedding:  # with weights of a tensor subclass
         return node.args[0] if node.args else node.kwargs["input"]
     return None
 
 
 def is_cross_attention(q: Node, k: Node, tokens: dict[Node, frozenset[Node]]) -> bool:
-    """Whether the queries are made of tokens of which the keys know nothing."""
+    """Whether the queries depend on tokens that the keys do not depend on."""
     return not tokens[q] <= tokens[k]

@@ -1,6 +1,6 @@
 """Bounded caches: how many of the latest tokens a layer joins, reads and keeps.
 
-Part of pass 3. All of them are suffixes along the tokens: a slice from somewhere to the end.
+All three are suffixes along the tokens: slices that run to the end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ aten = lay.aten
 
 @dataclass(frozen=True)
 class Suffix:
-    """The last ``size`` tokens (None: all in this call), never more than ``bound``, that the slice ``cut`` leaves."""
+    """The last ``size`` tokens (None: all in this call) that the slice ``cut`` keeps; never more than ``bound``."""
 
     size: Any
     bound: int | None
@@ -28,14 +28,14 @@ class Suffix:
 
 @dataclass(frozen=True)
 class Window:
-    """What a layer does with a cache that it does not keep, or read, as a whole.
+    """The latest tokens that a layer joins, reads and keeps.
 
     Attributes:
-        joined: how many of the past's last tokens are joined with the call's; None: all.
-        read: how many of the last joined tokens the attention reads; None: all.
-        kept: how many of the last joined tokens leave the graph; None: all.
-        bound: most tokens of the past that a later call can read, as far as the graph tells.
-        cut: a slice that bounds it.
+        joined: number of the past's last tokens that are joined with the call's; None: all.
+        read: number of the last joined tokens that the attention reads; None: all.
+        kept: number of the last joined tokens that leave the graph; None: all.
+        bound: upper bound of the past tokens that a later call can read; None: the graph does not tell.
+        cut: a slice that bounds the cache.
     """
 
     joined: Any
@@ -50,7 +50,7 @@ class Window:
 
 
 def window_of(joined: Suffix | None, read: Suffix | None, kept: Suffix | None) -> Window | None:
-    """The window that these suffixes make; None: there are none."""
+    """The window of these suffixes; None if there are none."""
     found = [suffix for suffix in (joined, read, kept) if suffix is not None]
     if not found:
         return None
@@ -60,7 +60,7 @@ def window_of(joined: Suffix | None, read: Suffix | None, kept: Suffix | None) -
 
 
 def agree(a: Window | None, b: Window | None) -> bool:
-    """Whether two windows are cut alike."""
+    """Whether two windows have equal sizes."""
     if a is None or b is None:
         return a is b
     pairs = zip(a.sizes, b.sizes, strict=True)
@@ -86,7 +86,7 @@ def is_prefix(node: Node) -> bool:
 
 
 def suffix_along(node: Node, before: Sequence[Node], source: Node, axis: int) -> Suffix | None:
-    """What slice ``node`` leaves of ``source``'s ``axis``, from which ``before`` leads to it; None: another slice."""
+    """The suffix of ``source``'s ``axis`` that slice ``node`` keeps after chain ``before``; None: another slice."""
     if not is_suffix(node):
         return None
     dim, start, _, _ = lay.slice_bounds(node)
@@ -99,13 +99,13 @@ def suffix_along(node: Node, before: Sequence[Node], source: Node, axis: int) ->
 def _suffix(node: Node, dim: int, start: object) -> Suffix:
     size = node.meta["val"].shape[dim]
     bound = size if isinstance(size, int) else None
-    if isinstance(start, int) and start < 0:  # also while there are fewer tokens than that
+    if isinstance(start, int) and start < 0:  # the bound holds even while there are fewer tokens
         bound = -start
     return Suffix(None if lay.same_size(size, node.args[0].meta["val"].shape[dim]) else size, bound, node)
 
 
 def check_window(window: Window | None, larger_than: int | None) -> None:
-    """Raise unless there is no window, or windows of more than ``larger_than`` tokens are wanted (None: none are)."""
+    """Refuse a window that is known to hold at most ``larger_than`` tokens (None: any window)."""
     if window is None:
         return
     if larger_than is None:

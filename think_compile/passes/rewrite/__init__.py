@@ -1,1 +1,1 @@
-"""Rewrite a graph: first calls store what they leave, later calls attend to what is stored."""
+"""Rewrite a graph: first calls store their caches, later calls attend to the stored caches."""

@@ -1,13 +1,11 @@
-"""How far a later call would write into a cache of fixed size, asked when it may be too far.
+"""Check where a later call would write into a cache of fixed size, whenever its rows may not suffice.
 
-On a GPU a write behind the end of a buffer is found too late, if at all. How many tokens a cache holds is known to the
-device only; the runtime counts the tokens that calls bring, and asks the model's own positions when the count leaves
-no room. (A call that leaves rows out is not foreseen: to find it, each would have to wait for the device.)
+On a GPU, a write beyond the end of a buffer is found too late, if at all. Only the device knows how many tokens a cache
+holds. So the runtime counts the tokens of the calls. When the count leaves no room, it computes the model's own
+positions. (A call that skips rows is not detected: to detect it, every call would have to wait for the device.)
 
-A full cache that is written from an earlier row again is rewound, if the rows behind are no longer read; otherwise it
-is written in a circle, and its rows do not stand in the order of their tokens.
-
-Part of pass 4.
+A full cache that is written from an earlier row again is rewound if the rows after the written ones are no longer read.
+Otherwise it is a rolling buffer, and its rows are not in the order of their tokens.
 """
 
 from __future__ import annotations
@@ -27,10 +25,10 @@ _Writes = tuple[Any, Any, Any]
 
 
 def find_starts(normalized: Normalized, sites: Sequence[CachedAttention]) -> GraphModule | None:
-    """A graph of the caller's inputs that tells two things of a call; None: they are not known.
+    """A graph of the caller's inputs that answers two questions about a call; None: the answers are unknown.
 
-    The highest row at which it begins to write, and whether it reads rows behind those that it writes. (Of an attention
-    that is written out the second is not known, and taken for no.)
+    What is the highest row at which it begins to write? Does it read rows after those that it writes? (For a
+    written-out attention the second answer is unknown, and no is assumed.)
     """
     fixed = [site for site in sites if site.fixed and site.past is not None]
     starts = list(dict.fromkeys(site.keys.join.start for site in fixed))
@@ -48,16 +46,16 @@ def find_starts(normalized: Normalized, sites: Sequence[CachedAttention]) -> Gra
 
         return question(normalized, [*starts, *(mask for mask, _, _ in masked)], ask)
 
-    return asked(list(hiding)) or asked([])  # masks that cost too much are not looked at
+    return asked(list(hiding)) or asked([])  # without masks, if computing them costs too much
 
 
 def _writes(site: CachedAttention, read: Any) -> _Writes:
-    """What tells the rows that an attention reads, and those that its call writes: the first, and how many."""
+    """``read``, which tells the rows that an attention reads; and the call's first written row and number of rows."""
     return read, site.keys.join.start, site.query_tokens
 
 
 def _has_column_for_each(site: CachedAttention) -> bool:
-    """Whether a stock attention, of a known number of queries, has a mask with a column for each row that it reads."""
+    """Whether a stock attention with a known number of queries has a mask with a column for each row that it reads."""
     mask = site.attention.mask
     if site.attention.region is not None or mask is None or not isinstance(site.query_tokens, int):
         return False
@@ -65,7 +63,7 @@ def _has_column_for_each(site: CachedAttention) -> bool:
 
 
 def _reads_all(site: CachedAttention) -> bool:
-    """Whether a stock attention is known to read rows behind its own, hiding none."""
+    """Whether a stock attention without a mask is known to read rows after its call's own."""
     attention = site.attention
     if attention.region is not None or attention.mask is not None or attention.is_causal or attention.causal_to_end:
         return False

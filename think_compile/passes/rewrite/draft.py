@@ -1,4 +1,4 @@
-"""A graph that is being rewritten: its inputs, and the nodes that every rewritten attention needs."""
+"""A graph during its rewriting: its inputs, and the nodes that every rewritten attention needs."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from think_compile.passes.prove.roles import to_product_order, usable_masks
 from think_compile.passes.rewrite.plan import Counter, FromStore, Input, Passed, Size
 
 aten = torch.ops.aten
-FormatOf = Callable[[int, int], CacheFormat]  # of a layer, by the widths of keys and values
+FormatOf = Callable[[int, int], CacheFormat]  # a layer's format, by the widths of keys and values
 
 
 class Draft:
-    """A copy of the graph, what is known of its inputs so far, and the nodes that are asked for by role."""
+    """A copy of the graph, its inputs so far, and methods that make nodes by their role."""
 
     def __init__(self, normalized: Normalized, format_of: FormatOf, windows_apart: bool = False) -> None:
-        """``windows_apart``: whether growing caches of one length may have windows of several lengths."""
+        """``windows_apart``: whether growing caches of equal length may have windows of different lengths."""
         self.normalized, self.format_of, self.windows_apart = normalized, format_of, windows_apart
         self.graph = Graph()
         self.map: dict[Node, Node] = {}
@@ -48,16 +48,16 @@ class Draft:
         self.graph.output(result)
         self.caller_inputs = self.graph.find_nodes(op="placeholder")
         self.inputs: dict[Node, Input] = {n: Passed(i) for i, n in enumerate(self.caller_inputs)}
-        self.parts: dict[tuple[int, str], Node] = {}  # of stores: (input, name) -> the new graph's input
-        self.window_starts: dict[Any, Node] = {}  # (start, window's rule) -> the input for where windows begin
+        self.parts: dict[tuple[int, str], Node] = {}  # (input index, part's name) -> the new graph's input
+        self.window_starts: dict[Any, Node] = {}  # (start, window's rule) -> the input with the window's start
         self.starts: dict[tuple[int, int], tuple[Any, Any]] = {}  # past -> (first row, next free row)
-        self.sizes: dict[Any, Node] = {}  # expressions of sizes -> the inputs that carry them
-        self.firsts: dict[Any, tuple[Node, Node]] = {}  # length of bounded pasts -> (first row, next free row)
+        self.sizes: dict[Any, Node] = {}  # size expression -> the input that carries it
+        self.firsts: dict[Any, tuple[Node, Node]] = {}  # length of a bounded past -> (first row, next free row)
 
     # ------------------------------------------------------------------------------------------------ nodes
 
     def at(self, node: Any) -> Any:
-        """What stands for the caller's ``node`` now; anything else as it is."""
+        """The current node for the caller's ``node``; any other argument unchanged."""
         return self.map[node] if isinstance(node, Node) else node
 
     def input(self, name: str, what: Input) -> Node:
@@ -69,7 +69,7 @@ class Draft:
         return node
 
     def canonical(self, node: Node, tensor: CacheTensor) -> Node:
-        """``node``, whose axes are the cache tensor's, as [B, H, S, D]."""
+        """``node``, which has the axes of ``tensor``, as [B, H, S, D]."""
         if tensor.layout == CANONICAL:
             return node
         _, heads, _, width = tensor.shape
@@ -77,22 +77,22 @@ class Draft:
 
     @contextmanager
     def after(self, node: Node) -> Iterator[None]:
-        """Nodes are made after ``node``, in the order in which they are asked for."""
-        with self.graph.inserting_after(node):  # which reverses the order: hence nodes are put before an anchor
+        """Put new nodes after ``node``, in the order of their creation."""
+        with self.graph.inserting_after(node):  # this reverses the order, so insert before an anchor
             anchor = self.graph.call_function(operator.getitem, ((), 0))
         with self.graph.inserting_before(anchor):
             yield
         self.graph.erase_node(anchor)
 
     def replace(self, node: Node, new: Node) -> None:
-        """``new`` in the place of the caller's ``node``; a later layer may read it as it stands, as its queries say."""
+        """Replace the caller's ``node`` by ``new``, also for later layers that read it (as their queries, say)."""
         old = self.at(node)
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
         self.map[node] = new
 
     def queries(self, site: CachedAttention, k: Node) -> Node:
-        """The queries [B, Hq, N, D], multiplied by what the model multiplies its cached keys by."""
+        """The queries [B, Hq, N, D], scaled as the model scales its cached keys."""
         q = self.at(site.attention.q)
         if site.queries is not None:
             q = self.graph.call_function(written_out.canonical_queries, (q, site.queries.queries, k))
@@ -104,13 +104,13 @@ class Draft:
         return self._together(site, q)
 
     def _together(self, site: CachedAttention, x: Any) -> Any:
-        """``x`` [B, Hq, *, *], the query heads of a KV head together."""
+        """``x`` [B, Hq, *, *], with the query heads of a KV head together."""
         if not site.keys.interleaved or x is None:
             return x
         return self.graph.call_function(arrange.heads_together, (x, int(site.keys.size(HEAD))))
 
     def interleaved(self, site: CachedAttention, x: Node) -> Node:
-        """``x`` [B, Hq, *, *], the query heads in the order that the model has them in."""
+        """``x`` [B, Hq, *, *], with the query heads in the model's order."""
         if not site.keys.interleaved:
             return x
         return self.graph.call_function(arrange.heads_interleaved, (x, int(site.keys.size(HEAD))))
@@ -118,7 +118,7 @@ class Draft:
     # ------------------------------------------------------------------------------------------------ masks
 
     def mask(self, site: CachedAttention, k: Node) -> Any:
-        """What hides positions, broadcast to [B, Hq, N, S]: of a written-out attention all of it, as one bool."""
+        """The mask, broadcast to [B, Hq, N, S]; of a written-out attention all masks, as one bool tensor."""
         return self._together(site, self._mask(site, k))
 
     def _mask(self, site: CachedAttention, k: Node) -> Any:
@@ -146,7 +146,7 @@ class Draft:
     # ----------------------------------------------------------------------------------------- stores and spans
 
     def format(self, site: CachedAttention) -> CacheFormat:
-        """How the layer's cache is stored."""
+        """The format of the layer's cache."""
         return self.format_of(int(site.keys.size(CHANNEL)), int(site.values.size(CHANNEL)))
 
     def stored(self, site: CachedAttention, of: str, start: Any) -> Stored:
@@ -168,7 +168,7 @@ class Draft:
         return self.parts[index, part.name]
 
     def _varying(self, site: CachedAttention, part: Part) -> tuple[int, ...]:
-        """The axes of a part that vary: batch and heads as the caller's graph says, and what grows."""
+        """The axes of dynamic size of a part: batch and heads if dynamic in the caller's graph, and growing axes."""
         rows = self._buffer_rows(site) if site.filling else site.keys.size(TOKEN)
         varying = {
             BATCH_SIZE: isinstance(site.keys.size(BATCH), torch.SymInt),
@@ -179,7 +179,7 @@ class Draft:
         return tuple(axis for axis, size in enumerate(part.shape) if isinstance(size, str) and varying[size])
 
     def _window_start(self, start: Any, index: int, side: Side) -> Node:
-        """The input for where a growing cache's window begins.
+        """The input with the start of a growing cache's window.
 
         Layers of equal length share it, unless their histories differ.
         """
@@ -192,7 +192,7 @@ class Draft:
         return self.window_starts[key]
 
     def span(self, site: CachedAttention, new: Node, *, joined: bool = False) -> Span:
-        """Where a later call with rows ``new`` reads and writes; ``joined``: all that it joins, read or not."""
+        """The span of a later call with rows ``new``; ``joined``: with all joined rows, also unread ones."""
         if site.fixed:
             columns = site.keys.size(TOKEN) if joined else site.keys.extent
             return Span(self._fixed_start(site, new), 0, self.number(columns))
@@ -212,7 +212,7 @@ class Draft:
         return span._replace(oldest=oldest, columns=read)
 
     def start(self, site: CachedAttention) -> Any:
-        """The first position of a call on a cache of fixed size: a 0-d tensor, or a number if it is one."""
+        """The first position of a call on a cache of fixed size: a 0-d tensor or a number."""
         join = site.keys.join
         start = self.at(join.start)
         if isinstance(join.start, Node) and isinstance(join.start.meta["val"], torch.Tensor):
@@ -226,20 +226,20 @@ class Draft:
         return self.graph.call_function(arrange.device_start, (start, new))
 
     def _tokens(self, site: CachedAttention, new: Node) -> Any:
-        """How many tokens a call brings."""
+        """Number of new tokens of the call."""
         if isinstance(site.query_tokens, int):
             return site.query_tokens
         return self.graph.call_function(aten.sym_size.int, (new, TOKEN))
 
     def sum(self, a: Any, b: Any, operation: Callable[[Any, Any], Any] = operator.add) -> Any:
-        """Of numbers or nodes."""
+        """``operation`` on numbers or nodes."""
         if isinstance(b, int) and b == 0:
             return a
         known = not (isinstance(a, Node) or isinstance(b, Node))
         return operation(a, b) if known else self.graph.call_function(operation, (a, b))
 
     def _growing_start(self, site: CachedAttention) -> tuple[Any, Any]:
-        """(first new position, lowest position that is joined) of a growing cache."""
+        """(first new position, lowest joined position) of a growing cache."""
         assert site.past is not None
         if site.past not in self.starts:
             length = self.past_length(site)
@@ -255,7 +255,7 @@ class Draft:
         return self.caller_inputs[site.past[0]].meta["val"].shape[token_axis(layout)]
 
     def _joined_rows(self, site: CachedAttention) -> tuple[Any, Any]:
-        """Of a buffer in a circle: how many of its tokens there are, and the first of them that a call joins."""
+        """Of a rolling buffer: how many of its tokens there are, and the first that a call joins."""
         join = site.keys.join
         if join.past_prefix is not None:
             return self.number(join.past_prefix), 0
@@ -265,7 +265,7 @@ class Draft:
         return rows, self.sum(rows, self.number(join.past_suffix.size), operator.sub)
 
     def _bounded(self, length: Any, past: tuple[int, int]) -> tuple[Node, Node]:
-        """(first row, next free row) of bounded caches, whose past holds ``length`` tokens."""
+        """(first row, next free row) of bounded caches with a past of ``length`` tokens."""
         if length not in self.firsts:
             first = self.input(f"oldest_{past[0]}", Counter((), "oldest"))
             with self.graph.inserting_after(self.graph.find_nodes(op="placeholder")[-1]):
@@ -287,7 +287,7 @@ class Draft:
         raise RuntimeError(f"no input of the graph carries the size {size}")
 
     def number(self, size: Any) -> Any:
-        """Any size of the caller's graph as an argument; None stays what it is."""
+        """Any size of the caller's graph as an argument; None stays None."""
         if size is None:
             return None
         try:

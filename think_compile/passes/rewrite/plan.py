@@ -1,4 +1,4 @@
-"""What a rewritten graph takes and leaves: where its inputs are found, and how the caller's outputs are made."""
+"""The inputs and outputs of a rewritten graph: where it finds its inputs, and how the caller's outputs are made."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Passed:
 
 @dataclass(frozen=True)
 class FromStore:
-    """A part of the store behind the handle at input ``index``; ``varying``: axes whose size is dynamic."""
+    """A part of the store of the handle at input ``index``; ``varying``: axes of dynamic size."""
 
     index: int
     part: Part
@@ -40,7 +40,7 @@ class Counter:
 
 @dataclass(frozen=True)
 class Size:
-    """A number that follows from sizes of the caller's inputs."""
+    """A number that is computed from sizes of the caller's inputs."""
 
     size: Any
 
@@ -60,19 +60,19 @@ class Returned:
 
 @dataclass(frozen=True)
 class Constant:
-    """A value that is no tensor of the graph."""
+    """A constant value of the caller's graph."""
 
     value: Any
 
 
-Positions = tuple[tuple[str, int], ...]  # of the outputs of the new graph that hold the parts of a side, by name
+Positions = tuple[tuple[str, int], ...]  # part's name and its output of the new graph, for a side
 
 
 @dataclass(frozen=True)
 class NewStore:
-    """A cache of ``length`` tokens, the "keys" or "values" of a format, of parts that the graph leaves.
+    """A new cache of ``length`` tokens, the "keys" or "values" of a format, made of the graph's outputs.
 
-    ``dtype`` is the model's; ``written``: of fixed size how many rows hold tokens, if that is known.
+    ``dtype`` is the model's. ``written``: the number of rows that hold tokens in a cache of fixed size, if known.
     """
 
     of: str
@@ -88,7 +88,7 @@ class NewStore:
 
 @dataclass(frozen=True)
 class GrownStore:
-    """The handle at input ``index`` with the call's tokens after its own, and new parts in the place of old ones.
+    """The cache of the handle at input ``index``, with the call's tokens appended and some parts replaced.
 
     A bounded cache keeps the last ``length`` tokens.
     """
@@ -101,7 +101,7 @@ class GrownStore:
 
 @dataclass(frozen=True)
 class SameHandle:
-    """The handle at input ``index``, whose store the call has written."""
+    """The handle at input ``index``; the call has written to its store."""
 
     index: int
 
@@ -118,7 +118,7 @@ Output = Returned | Constant | NewStore | GrownStore | SameHandle | CopiedHandle
 
 @dataclass(frozen=True)
 class Written:
-    """A cache of fixed size that a call writes ``tokens`` rows of; of one in a circle all rows then hold tokens."""
+    """A cache of fixed size to which a call writes ``tokens`` rows; then all rows of a rolling buffer hold tokens."""
 
     index: int
     tokens: Any
@@ -127,7 +127,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a call chooses for the rows of the tensor at input ``index``, which stays as it is."""
+    """The choice of a call for the rows of the tensor at input ``index``; the tensor stays unchanged."""
 
     index: int
     of: str
@@ -143,12 +143,12 @@ class Rewritten:
         graph_module: the new graph.
         inputs: one for each of its placeholders.
         outputs: one for each of the caller's own outputs.
-        replaced: (input index, its new content): caches that were dense and are handles from now on.
-        appended: inputs whose growing handles take the call's new tokens, with the size that tells how many.
+        replaced: (input index, its new content): dense caches that become handles.
+        appended: (input index, number of new tokens): growing handles to which the call appends.
         copied: inputs whose handles of fixed size are written on a copy, since the model does not write to them.
-        written: the caches of fixed size that a call writes to; the keys of each layer stand for both sides.
-        chosen: keys and values that stay dense, and what a later call is to know of them.
-        sides: (input index, whether rows stand in a circle) of all handles of fixed size that are read packed.
+        written: the caches of fixed size to which a call writes; the keys of each layer stand for both sides.
+        chosen: the choices for keys and values that stay dense, for a later call.
+        sides: (input index, whether the buffer is rolling) of all handles of fixed size that are read packed.
     """
 
     graph_module: GraphModule

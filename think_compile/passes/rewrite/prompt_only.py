@@ -1,10 +1,8 @@
-"""First calls on a cache of fixed size that the graph itself makes: need more than the call's own rows be read?
+"""First calls on a cache of fixed size that the graph itself makes: do the call's own rows suffice?
 
-Such a cache begins without a token, and a first call's attention reads all its rows, trusting a mask to hide those
-that it has not written. Where that is so, attending to the call's own rows is the same, and the dense cache need never
-exist. Whether it is so is asked before each such call, of the very mask and positions that the model computes.
-
-Part of pass 4.
+Such a cache begins empty. The attention of a first call reads all its rows and relies on a mask to hide the unwritten
+ones. If the mask does so, attending to the call's own rows gives the same result, and the dense cache is never made.
+This is checked before each such call, with the mask and positions that the model computes.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ _SDPA = aten.scaled_dot_product_attention.default
 
 
 class PromptOnly:
-    """The caches of a graph that may be read by their own rows only, and the question whether they may this time."""
+    """The caches for which a first call's own rows may suffice, and the check whether they do this time."""
 
     def __init__(self, sites: Sequence[CachedAttention], ask: Callable[..., Any]) -> None:
         self.roots = frozenset(site.keys.root for site in sites)
@@ -39,7 +37,7 @@ class PromptOnly:
 
 
 def find_prompt_only(normalized: Normalized, sites: Sequence[CachedAttention]) -> PromptOnly | None:
-    """The caches of ``sites`` of which own rows may suffice; None: there is none."""
+    """The caches of ``sites`` for which own rows may suffice; None: there is none, or the check costs too much."""
     eligible = [site for site in sites if _is_eligible(site)]
     refused = {site.keys.root for site in sites if not _is_eligible(site)}
     eligible = [site for site in eligible if site.keys.root not in refused]
@@ -51,10 +49,10 @@ def find_prompt_only(normalized: Normalized, sites: Sequence[CachedAttention]) -
 
 
 def passes_heads_once(site: CachedAttention) -> bool | None:
-    """Whether the keys reach the attention with their own heads, for groups of neighbouring query heads (enable_gqa).
+    """Whether the attention gets each KV head once, for a group of neighbouring query heads (enable_gqa).
 
-    False: with a copy for each query head, side by side. None: the query heads are dealt out in another way, as which
-    :func:`think_compile.kernels.arrange.attend_prompt` does not attend.
+    False: it gets a copy for each query head, side by side. None: the heads are interleaved, which
+    :func:`think_compile.kernels.arrange.attend_prompt` does not support.
     """
     if site.keys.interleaved:
         return None
@@ -62,7 +60,7 @@ def passes_heads_once(site: CachedAttention) -> bool | None:
 
 
 def _is_eligible(site: CachedAttention) -> bool:
-    """A stock attention to a new cache, whose mask has a column for each row of it."""
+    """Whether a site is a stock attention to a new cache, causal or with a mask column for each row of the cache."""
     attention = site.attention
     if not site.fixed or site.past is not None or attention.operation.target is not _SDPA:
         return False
@@ -79,20 +77,20 @@ def _is_eligible(site: CachedAttention) -> bool:
 
 
 def _own(site: CachedAttention) -> Any:
-    """How many rows the call writes."""
+    """Number of rows that the call writes."""
     new, layout = site.keys.join.new, site.keys.layout
     assert new is not None
     return new.meta["val"].shape[next(i for i, group in enumerate(layout) if TOKEN in group)]
 
 
 def _is_plain(tensor: CacheTensor) -> bool:
-    """Whether the rows reach the attention as they are cached, and the others hold nothing."""
+    """Whether the attention reads the rows as they are cached, and unwritten rows are blank."""
     values = {node.meta["val"].dtype for node in (tensor.root, *tensor.chain)}
     return len(values) == 1 and not tensor.scales and tensor.join.blank
 
 
 def _all_hold(graph: Graph, at: Callable[[Any], Any], sites: Sequence[CachedAttention]) -> Node:
-    """The answer for all sites at once."""
+    """One answer for all sites."""
     starts = dict.fromkeys((site.keys.join.start, site.keys.join.consecutive) for site in sites)
     masks = dict.fromkeys(site.attention.mask for site in sites if site.attention.mask is not None)
     asked = [graph.call_function(answers.begins_at_first_row, (at(start), known)) for start, known in starts]

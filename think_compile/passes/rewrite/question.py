@@ -1,7 +1,4 @@
-"""Small graphs that answer a question about a call before it runs: a part of the model's own, computed once more.
-
-Part of pass 4.
-"""
+"""Small graphs that answer a question about a call before it runs, from a part of the model's graph."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from think_compile.passes.normalize import Normalized
 from think_compile.passes.prove.readers import PROJECTIONS
 
 aten = torch.ops.aten
-MAX_NODES = 300  # of a mask's computation, which is run once more
+MAX_NODES = 300  # of a mask's computation, which then runs twice
 _COSTLY = {
     *PROJECTIONS,
     aten.baddbmm.default,
@@ -40,9 +37,9 @@ def _ancestors(nodes: Sequence[Any]) -> set[Node]:
 def question(
     normalized: Normalized, about: Sequence[Any], ask: Callable[[Graph, Callable[[Any], Any]], Node]
 ) -> GraphModule | None:
-    """A graph of the caller's inputs, with all that the nodes ``about`` are made of; None: that costs too much.
+    """A graph that computes the nodes ``about`` from the caller's inputs; None: that costs too much.
 
-    ``ask`` adds the answer, given what stands for a node of the caller's graph.
+    ``ask`` adds the answer to it, given a function from nodes of the caller's graph to their copies.
     """
     nodes = _ancestors(about)
     if len(nodes) > MAX_NODES or any(node.target in _COSTLY for node in nodes):

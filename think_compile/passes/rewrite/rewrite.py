@@ -1,8 +1,7 @@
-"""The rewriting: first calls keep their attention and store what they leave; later calls attend to what is stored.
+"""The rewriting: first calls keep their attention and store their caches; later calls attend to the stored caches.
 
-The result tells for each input of the new graph where the runtime finds it, and for each output of the caller's
-graph how the runtime makes it. A graph is rewritten on a copy, once with its handles packed and, if ever needed,
-once with them dense.
+The result tells where the runtime finds each input of the new graph, and how it makes each output of the caller's
+graph. Each rewriting works on a copy of the graph, for one choice of the handles that are packed; the others are dense.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from think_compile.passes.rewrite.prompt_only import passes_heads_once
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
-_WRITE = {CacheFormat.step, CacheFormat.append, CacheFormat.join_values}  # they write in place
+_WRITE = {CacheFormat.step, CacheFormat.append, CacheFormat.join_values}  # these write in place
 SIDES = ("keys", "values")
 
 
@@ -56,9 +55,9 @@ def rewrite(
 ) -> Rewritten:
     """Rewrite ``sites``.
 
-    ``packed`` are the inputs that hold handles with packed stores, ``prompt_only`` the key caches of which a first call
-    needs to read its own rows only; ``windows_apart`` as in :class:`.draft.Draft`. For ``pending`` attentions the first
-    call's choice is made, and nothing else is done.
+    ``packed``: inputs with handles on packed stores. ``prompt_only``: key caches of which a first call reads only its
+    own rows. ``windows_apart``: as in :class:`.draft.Draft`. ``pending``: attentions for which only the first call's
+    choice is made.
     """
     with observed("rewrite", normalized.graph_module.graph) as count:
         rewriter = _Rewriter(normalized, packed, format_of, prompt_only, windows_apart)
@@ -69,7 +68,7 @@ def rewrite(
 
 
 class _Rewriter(Draft):
-    """One rewriting, and what is known of its outputs so far."""
+    """One rewriting, and its outputs so far."""
 
     def __init__(
         self,
@@ -90,7 +89,7 @@ class _Rewriter(Draft):
         self.sides: list[tuple[int, bool]] = []
 
     def choose(self, pending: Sequence[CachedAttention]) -> None:
-        """After untouched attentions, whose keys and values stay what they are: make the first call's choice."""
+        """Make the first call's choice, after the attentions; they, their keys and their values stay unchanged."""
         for readers in _by_cache(pending):
             site, format = readers[0], self.format(readers[0])
             with self.after(self.at(readers[-1].attention.node)):
@@ -127,13 +126,13 @@ class _Rewriter(Draft):
         return len(self.results) - 1
 
     def _results(self, states: Node, side: int, names: Sequence[str]) -> Positions:
-        """Outputs for the parts ``names`` of one of two sides, in that order."""
+        """Add outputs for the parts ``names`` of one of two sides, in that order."""
         state = self.graph.call_function(operator.getitem, (states, side))
         parts = [(name, self.graph.call_function(operator.getitem, (state, name))) for name in names]
         return tuple((name, self._result(part)) for name, part in parts)
 
     def _joined_queries(self, readers: Sequence[CachedAttention], k: Node) -> Node:
-        """The queries of all attentions that read one cache, as one of larger groups."""
+        """The queries of all attentions to one cache, as those of one attention with larger groups."""
         queries = [self.queries(site, k) for site in readers]
         if len(queries) == 1:
             return queries[0]
@@ -142,7 +141,7 @@ class _Rewriter(Draft):
     # ------------------------------------------------------------------------------------------- first calls
 
     def _first_call(self, readers: Sequence[CachedAttention]) -> None:
-        """After the untouched attentions: store what the call leaves of keys and values."""
+        """Store the keys and values that the call keeps, after its unchanged attentions."""
         site = readers[0]
         with self.after(self.at(readers[-1].attention.node)):
             k = self.canonical(self.at(site.keys.root), site.keys)
@@ -159,7 +158,7 @@ class _Rewriter(Draft):
         return Prompt(None, read, kept, self.number(_length_kept(site.keys)) if site.filling else None)
 
     def _first_call_of_prompt(self, readers: Sequence[CachedAttention]) -> None:
-        """In the place of the attentions: the same to the call's own rows. They are all that is stored."""
+        """Replace the attentions by attentions to the call's own rows; only these rows are stored."""
         site = readers[0]
         for reader in readers:
             with self.graph.inserting_before(self.at(reader.attention.node)):
@@ -175,7 +174,7 @@ class _Rewriter(Draft):
             self._keep(site, call, Prompt(capacity=self.number(site.keys.size(TOKEN))), site.query_tokens)
 
     def _keep(self, site: CachedAttention, call: Call, prompt: Prompt, written: Any = None) -> None:
-        """What a first call stores becomes the caches that the caller takes; ``written``: rows of tokens, if known."""
+        """Make the caller's caches from the stores of a first call; ``written``: rows that hold tokens, if known."""
         format = self.format(site)
         stored = self.graph.call_function(format.first_call, (call, prompt))
         for i, (of, tensor) in enumerate(zip(SIDES, (site.keys, site.values), strict=True)):
@@ -189,7 +188,7 @@ class _Rewriter(Draft):
     # ------------------------------------------------------------------------------------------- later calls
 
     def _later_call(self, readers: Sequence[CachedAttention]) -> None:
-        """Attend to what is stored; then append to it."""
+        """Attend to the stored cache; then append to it."""
         site = readers[0]
         is_written_out = any(reader.attention.region is not None for reader in readers)
         if site.values.read_elsewhere or is_written_out:
@@ -210,7 +209,7 @@ class _Rewriter(Draft):
         return self.canonical(self.at(tensor.join.new), tensor)
 
     def _arguments(self, site: CachedAttention) -> tuple[Any, ...]:
-        """The arguments of a later call's attention, which stands where nodes are made now."""
+        """The arguments of a later call's attention, made at the current insertion point."""
         k_new, v_new = self._new_rows(site.keys), self._new_rows(site.values)
         span, attention = self.span(site, k_new), site.attention
         mask = self._causal_to_end(site, k_new, span) if attention.causal_to_end else self.mask(site, k_new)
@@ -223,7 +222,7 @@ class _Rewriter(Draft):
         return self.graph.call_function(arrange.causal_to_end, (k_new, span.columns))
 
     def _step(self, site: CachedAttention) -> tuple[Positions, Positions]:
-        """In the place of the only attention to a cache: attend and append."""
+        """Replace the only attention to a cache: attend and append."""
         with self.graph.inserting_before(self.at(site.attention.node)):
             step = self.graph.call_function(self.format(site).step, self._arguments(site))
             out, left = (self.graph.call_function(operator.getitem, (step, i)) for i in range(2))
@@ -233,28 +232,28 @@ class _Rewriter(Draft):
         return positions
 
     def _attend(self, site: CachedAttention) -> None:
-        """In the place of one of several attentions to a cache."""
+        """Replace one of several attentions to a cache."""
         with self.graph.inserting_before(self.at(site.attention.node)):
             out = self.graph.call_function(self.format(site).attend, self._arguments(site))
             out = self._as_attention(site, out)
         self.replace(site.attention.node, out)
 
     def _as_attention(self, site: CachedAttention, out: Node) -> Node:
-        """A result [B, Hq, N, Dv] as the attention's own lies."""
+        """A result [B, Hq, N, Dv] in the layout of the attention's own."""
         out = self.interleaved(site, out)
         if site.attention.layout != CANONICAL:
             out = self.graph.call_function(from_canonical, (out, site.attention.layout))
         return self._as(out, site.attention.node)
 
     def _as(self, out: Node, old: Node) -> Node:
-        """``out`` as ``old`` lies in memory, which later views rely on."""
+        """``out`` with the memory order of ``old``, on which later views rely."""
         value = old.meta["val"]
         out = self.graph.call_function(arrange.laid_out, (out, stride_order(value)))
         out.meta["val"] = value
         return out
 
     def _attend_written_out(self, site: CachedAttention) -> None:
-        """The product with the keys becomes one with the stored ones."""
+        """Replace the product with the keys by one with the stored keys."""
         region = site.attention.region
         assert region is not None
         with self.graph.inserting_before(self.at(region.logits.node)):
@@ -274,13 +273,13 @@ class _Rewriter(Draft):
         return self._as(self.graph.call_function(written_out.as_product, arguments), product.node)
 
     def _join_values(self, site: CachedAttention) -> Positions:
-        """Where the model joins its values: append the new ones, and go on with all of them."""
+        """Replace the model's join of its values: append the new ones, and continue with all of them."""
         tensor = site.values
         root = self.at(tensor.root)
         for node in arranged(tensor.root):
-            if node.target in _VIEWS:  # of a buffer with room to grow, a view may have to copy
+            if node.target in _VIEWS:  # a view of a buffer with spare rows may have to copy
                 self.at(node).target = aten.reshape.default
-            if node.target is aten.copy.default:  # would bring back the tensor that is written over
+            if node.target is aten.copy.default:  # it would bring back the overwritten tensor
                 self.at(node).replace_all_uses_with(self.at(node).args[1])
         with self.graph.inserting_before(root):
             new = self._new_rows(tensor)
@@ -295,7 +294,7 @@ class _Rewriter(Draft):
         return left
 
     def _append(self, readers: Sequence[CachedAttention], *, with_values: bool) -> tuple[Positions, Positions]:
-        """After all attentions to a cache."""
+        """Append the new rows, after all attentions to a cache."""
         site = readers[0]
         k_new, v_new = self._new_rows(site.keys), self._new_rows(site.values)
         call = Call(self._joined_queries(readers, k_new), k_new, v_new, self.mask(site, k_new))
@@ -305,7 +304,7 @@ class _Rewriter(Draft):
         return self._left(site, self.graph.call_function(self.format(site).append, arguments), with_values)
 
     def _replaced(self, site: CachedAttention, of: str) -> list[str]:
-        """The parts in whose place a call leaves new tensors: of growing caches."""
+        """The parts that a call replaces by new tensors: only growing caches have them."""
         parts = self.format(site).side(of).parts(fixed=site.in_buffer)
         return [] if site.in_buffer else [part.name for part in parts if part.replaced]
 
@@ -314,7 +313,7 @@ class _Rewriter(Draft):
         return keys, self._results(left, 1, self._replaced(site, "values") if with_values else [])
 
     def _leave(self, site: CachedAttention, keys_left: Positions, values_left: Positions) -> None:
-        """The caller takes the caches that the call has written."""
+        """Give the caller the caches that the call has written."""
         assert site.past is not None
         for of, tensor, index, left in zip(
             SIDES, (site.keys, site.values), site.past, (keys_left, values_left), strict=True
@@ -352,7 +351,7 @@ class _Rewriter(Draft):
         return outputs, replaced
 
     def _finish_written(self, value: Node, index: int, position: int, replaced: list[tuple[int, Output]]) -> None:
-        """The new value of a written input: stored already, a new store, or copied back as the model wrote it."""
+        """Treat the new value of a written input: stored already, a new store, or copied back as the model wrote it."""
         made = self.made.get(position)
         if made is None:
             self.graph.call_function(aten.copy_.default, (self.caller_inputs[index], value))
@@ -365,7 +364,7 @@ class _Rewriter(Draft):
         return Returned(self._result(value)) if isinstance(value, Node) else Constant(value)
 
     def _drop_unused(self) -> None:
-        """Drop dead nodes, then inputs that nothing reads: above all the handles' own, of which no value exists."""
+        """Drop dead nodes, then unread inputs: above all the packed handles, which have no dense value."""
         self.graph.eliminate_dead_code(is_impure_node=_must_stay)
         for index in self.packed:
             self._forget_shape_readers(self.caller_inputs[index], index)
@@ -382,7 +381,7 @@ class _Rewriter(Draft):
 
 
 def _length_kept(tensor: CacheTensor) -> Any:
-    """How many tokens a call leaves in a growing cache, or in a window's buffer."""
+    """Number of tokens that a call leaves in a growing cache, or in a window's buffer."""
     kept = None if tensor.window is None else tensor.window.kept
     return tensor.size(TOKEN) if kept is None else kept
 
@@ -396,7 +395,7 @@ def _must_stay(node: Node) -> bool:
 
 
 def _by_cache(sites: Sequence[CachedAttention]) -> list[list[CachedAttention]]:
-    """The sites, those that read one cache together, in graph order."""
+    """The sites in graph order, grouped by the cache that they read."""
     groups: dict[Node, list[CachedAttention]] = {}
     for site in sites:
         groups.setdefault(site.keys.root, []).append(site)
