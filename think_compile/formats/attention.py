@@ -7,13 +7,14 @@ Softmax does not depend on order, so no rows are moved: the mask's columns are g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from think_compile.cache.state import Call, Span, State, Stored
+from think_compile.cache.state import Call, Length, Span, State, Stored
 from think_compile.formats.ring import ring_positions
 from think_compile.kernels.calls import PAIRS, PairKernels, scale_of
 
@@ -47,23 +48,42 @@ class Places(NamedTuple):
     sizes: tuple[int, int, int]
 
 
-def _places(span: Span, capacity: int, tail: int, n_new: int, device: torch.device) -> Places:
-    """The segments of a call; ``tail``: number of positions before the call that may have whole rows."""
-    begin = span.start - tail
+class Tail(NamedTuple):
+    """The positions before a call that may have whole rows.
+
+    Attributes:
+        size: number of them, the rows of the largest ring.
+        begin: below this position all rows of all sides are encoded.
+        is_whole: whether each ring holds all rows from there on: so if only one side has a ring.
+    """
+
+    size: int
+    begin: Length
+    is_whole: bool
+
+
+def _tail(sides: Sequence[tuple[Side, Stored]], start: Length) -> Tail:
+    rings = [(stored.state["ring"].shape[2], stored.window_start) for side, stored in sides if side.has_ring]
+    if len(rings) != 1:
+        size = max((rows for rows, _ in rings), default=0)
+        return Tail(size, start - size, is_whole=False)
+    size, begin = rings[0]
+    assert begin is not None
+    return Tail(size, torch.minimum(begin, torch.as_tensor(start)) if isinstance(begin, Tensor) else begin, True)
+
+
+def _places(span: Span, capacity: int, tail: Tail, n_new: int, device: torch.device) -> Places:
+    """The segments of a call."""
     if span.rolling:
         body = ring_positions(span.start, capacity, device)
-        body_counts = (body >= span.oldest) & (body < begin)
+        body_counts = (body >= span.oldest) & (body < tail.begin)
     else:
         body = span.oldest + torch.arange(span.columns, device=device)
-        body_counts = (body < begin) | (body >= span.start + n_new)
-    after = begin + torch.arange(tail + n_new, device=device)
-    positions = torch.cat([body, after])
-    return Places(positions, torch.cat([body_counts, after >= span.oldest]), (body.shape[0], tail, n_new))
-
-
-def _tail(sides: list[tuple[Side, Stored]]) -> int:
-    """The rows of the largest ring."""
-    return max((stored.state["ring"].shape[2] for side, stored in sides if side.has_ring), default=0)
+        body_counts = (body < tail.begin) | (body >= span.start + n_new)
+    after = span.start - tail.size + torch.arange(tail.size + n_new, device=device)
+    after_counts = (after >= tail.begin) & (after >= span.oldest)
+    sizes = body.shape[0], tail.size, n_new
+    return Places(torch.cat([body, after]), torch.cat([body_counts, after_counts]), sizes)
 
 
 def _rows_at(side: Side, state: State, index: Tensor | slice) -> State:
@@ -80,8 +100,11 @@ def _body(side: Side, stored: Stored, span: Span) -> State:
     return _rows_at(side, stored.state, slice(span.oldest, span.oldest + span.columns))
 
 
-def _tail_rows(side: Side, stored: Stored, positions: Tensor, span: Span) -> Tensor:
+def _tail_rows(side: Side, stored: Stored, positions: Tensor, span: Span, tail: Tail) -> Tensor:
     """[B, H, tail, W]: the rows at ``positions``, whole inside the window, decoded outside."""
+    if side.has_ring and tail.is_whole:
+        ring = stored.state["ring"]
+        return torch.where((positions >= tail.begin)[:, None], ring.index_select(2, positions % ring.shape[2]), 0)
     at = positions % side.capacity(stored.state) if span.rolling else positions.clamp(min=0)
     encoded = side.decoded(_rows_at(side, stored.state, at))
     if not side.has_ring:
@@ -97,16 +120,17 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _logits(side: Side, q: Tensor, k: Tensor, keys: Stored, span: Span, places: Places) -> Tensor:
-    """[B, Hq, N, M]: unscaled products with the rows of all segments."""
+def _logits(side: Side, q: Tensor, k: Tensor, keys: Stored, span: Span, tail: Tail) -> tuple[Tensor, Places]:
+    """[B, Hq, N, M], products with the rows of all segments; and where these stand."""
     heads, n_new = k.shape[1], q.shape[2]
+    places = _places(span, side.capacity(keys.state), tail, n_new, q.device)
     grouped = wide(q).unflatten(1, (heads, -1)).flatten(2, 3)  # [B, H, G*N, D]
     products = [side.codec.scores(grouped, _body(side, keys, span))]
-    if places.sizes[1]:
+    if tail.size:
         positions = places.positions.split(places.sizes)[1]
-        products.append(grouped @ wide(_tail_rows(side, keys, positions, span)).mT)
+        products.append(grouped @ wide(_tail_rows(side, keys, positions, span, tail)).mT)
     products.append(grouped @ wide(k).mT)
-    return torch.cat(products, -1).unflatten(2, (-1, n_new)).flatten(1, 2)
+    return torch.cat(products, -1).unflatten(2, (-1, n_new)).flatten(1, 2), places
 
 
 def _masked(logits: Tensor, call: Call, span: Span, places: Places) -> Tensor:
@@ -122,29 +146,27 @@ def _masked(logits: Tensor, call: Call, span: Span, places: Places) -> Tensor:
             counts = counts & mask
         else:
             logits = logits + mask
-    return logits.masked_fill(~counts, float("-inf"))
+    return logits.masked_fill_(~counts, float("-inf"))
 
 
 def narrow(call: Call, keys: Stored, values: Stored, span: Span, sides: tuple[Side, Side]) -> Tensor:
     """Attention by products with the stored rows, [B, Hq, N, Dv] in q's dtype."""
     (keys_side, values_side), n_new = sides, call.q.shape[2]
-    tail = _tail([(keys_side, keys), (values_side, values)])
-    places = _places(span, keys_side.capacity(keys.state), tail, n_new, call.q.device)
-    logits = _logits(keys_side, call.q, call.k, keys, span, places) * scale_of(call)
+    tail = _tail([(keys_side, keys), (values_side, values)], span.start)
+    logits, places = _logits(keys_side, wide(call.q) * scale_of(call), call.k, keys, span, tail)
     probabilities = torch._safe_softmax(_masked(logits, call, span, places), -1)
     grouped = probabilities.unflatten(1, (call.k.shape[1], -1)).flatten(2, 3)  # [B, H, G*N, M]
     body, after, own = grouped.split(places.sizes, -1)
     encoded = values_side.decoded(_body(values_side, values, span))
     out = body @ wide(encoded) + own @ wide(call.v)
-    if tail:
-        out = out + after @ wide(_tail_rows(values_side, values, places.positions.split(places.sizes)[1], span))
+    if tail.size:
+        out = out + after @ wide(_tail_rows(values_side, values, places.positions.split(places.sizes)[1], span, tail))
     return out.unflatten(2, (-1, n_new)).flatten(1, 2).to(call.q.dtype)
 
 
 def logits_in_order(side: Side, q: Tensor, k: Tensor, keys: Stored, span: Span) -> Tensor:
     """[B, Hq, N, columns]: the products in order of position, for attention written out as separate operations."""
-    places = _places(span, side.capacity(keys.state), _tail([(side, keys)]), q.shape[2], q.device)
-    logits = _logits(side, q, k, keys, span, places)
+    logits, places = _logits(side, q, k, keys, span, _tail([(side, keys)], span.start))
     columns = torch.where(places.counts, places.positions - span.oldest, span.columns)  # others: an extra column
     ordered = logits.new_zeros(*logits.shape[:-1], span.columns + 1).index_copy(-1, columns, logits)
     return ordered[..., : span.columns]

@@ -83,7 +83,6 @@ class NewStore:
     layout: Layout
     dtype: Any
     written: Any = None
-    rolling: bool = False
 
 
 @dataclass(frozen=True)
