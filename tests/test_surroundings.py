@@ -8,6 +8,7 @@ import torch
 import torch.utils._pytree as pytree
 from compare import Rules, Trio, tokens
 from models import OWN, PastDecoder, causal_mask, own
+from torch import nn
 
 from think_compile import report, think_compile
 from think_compile.cache.handle import Handle
@@ -297,3 +298,33 @@ def test_hooks_that_come_and_go_between_calls_are_honoured():
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(results[0][0][0], results[0][1][0])
+
+
+class Tempered(nn.Module):
+    """One layer with a growing cache, and a float that scales its queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(16, 3 * 16)
+
+    def forward(self, x, past=None, temperature=1.0):
+        q, k, v = self.project(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            k, v = (torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True))
+        out = nn.functional.scaled_dot_product_attention(q * temperature, k, v, is_causal=past is None)
+        return out, (k, v)
+
+
+@torch.no_grad()
+def test_a_float_argument_that_varies():
+    """Dynamo would make an input of it, whose value no trace knows."""
+    model = Tempered()
+    ours = think_compile(copy.deepcopy(model), 0.0, recent=3, channel_multiple=1, lowering="eager")
+    got = expected = None
+    for i, temperature in enumerate((0.5, 0.7, 0.9, 1.1)):
+        x = torch.randn(1, 1 if i else 8, 16)
+        out, got = ours(x, got, temperature)
+        wanted, expected = model(x, expected, temperature)
+        torch.testing.assert_close(out, wanted)
+        assert all(isinstance(tensor, Handle) for tensor in got)
+    assert len(report(ours).rewritten) == 1 and not report(ours).refused

@@ -94,6 +94,7 @@ def compiled_call(model: nn.Module, backend: Backend) -> Callable[..., Any]:
         "accumulated_recompile_limit": accumulated,
         "suppress_errors": False,
         "skip_nnmodule_hook_guards": False,  # hooks may come and go between calls
+        "specialize_float": True,  # a float that varied would become a tensor whose value no trace knows
     }
 
     def call(*args: Any) -> Any:
