@@ -218,6 +218,37 @@ def test_what_caches_do_to_a_growing_store(form):
 
 
 @EVERY
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_cropped_token_leaves_nothing_behind(form, n):
+    """Not even NaN, in the rows that the next tokens take."""
+    sides = begun(form, 12)
+    bad = torch.full((B, H, 4, D), torch.nan).double()
+    after = [(store.append(bad).crop(12), simulated) for store, simulated in sides]
+    del sides
+    out, expected, after = called(form, after, n, 12)
+    torch.testing.assert_close(out, expected)
+    for store, simulated in after:
+        assert torch.equal(store.dense(), simulated.dense())
+
+
+@EVERY
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_rewound_token_leaves_nothing_behind(form, n):
+    """As above, in a cache of fixed size."""
+    if not form.keys.encodes_later:
+        return  # see test_a_cache_of_fixed_size_is_rewound
+    (keys, k_sim), (values, v_sim) = begun(form, 12, SIZE)
+    q, _, _ = draw(n)
+    bad = torch.full((B, H, n, D), torch.nan).double()
+    mask, span = F.pad(causal(n, 12 + n), (0, SIZE - 12 - n)), Span(torch.tensor(12), 0, SIZE)
+    form.step(Call(q, bad, bad, mask), keys.stored(), values.stored(), span)
+    for simulated in (k_sim, v_sim):  # the window has moved, and does not come back
+        simulated.window_start = min(12, simulated.side.window_start(12 + n))
+    out, expected, _ = called(form, [(keys, k_sim), (values, v_sim)], n, 12, start=12)
+    torch.testing.assert_close(out, expected)
+
+
+@EVERY
 @pytest.mark.parametrize("size", [None, SIZE])
 def test_to_another_dtype(form, size):
     for store, _ in begun(form, 9, size):

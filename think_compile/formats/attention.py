@@ -150,14 +150,21 @@ def _masked(logits: Tensor, call: Call, span: Span, places: Places) -> Tensor:
 
 
 def narrow(call: Call, keys: Stored, values: Stored, span: Span, sides: tuple[Side, Side]) -> Tensor:
-    """Attention by products with the stored rows, [B, Hq, N, Dv] in q's dtype."""
+    """Attention by products with the stored rows, [B, Hq, N, Dv] in q's dtype.
+
+    The call's values are written to their rows at once: a cropped token may have left NaN there, and 0 * NaN is NaN.
+    """
     (keys_side, values_side), n_new = sides, call.q.shape[2]
+    if not span.rolling:
+        values_side.write_rows(call.v, values.state, span)
     tail = _tail([(keys_side, keys), (values_side, values)], span.start)
     logits, places = _logits(keys_side, wide(call.q) * scale_of(call), call.k, keys, span, tail)
     probabilities = torch._safe_softmax(_masked(logits, call, span, places), -1)
     grouped = probabilities.unflatten(1, (call.k.shape[1], -1)).flatten(2, 3)  # [B, H, G*N, M]
     body, after, own = grouped.split(places.sizes, -1)
     encoded = values_side.decoded(_body(values_side, values, span))
+    if span.rolling:  # rows of the past are still read where the new ones will stand
+        encoded = encoded.masked_fill(~places.counts[: places.sizes[0], None], 0)
     out = body @ wide(encoded) + own @ wide(call.v)
     if tail.size:
         out = out + after @ wide(_tail_rows(values_side, values, places.positions.split(places.sizes)[1], span, tail))
