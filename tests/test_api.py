@@ -492,7 +492,10 @@ def explode(*args, **kwargs):
     raise ZeroDivisionError("made up")
 
 
-@pytest.mark.parametrize("place", PLACES)
+OFTEN = {"normalize", "rewrite", "later call", "handles"}  # the others fail in the same two places of the backend
+
+
+@pytest.mark.parametrize("place", [p if p in OFTEN else pytest.param(p, marks=pytest.mark.slow) for p in PLACES])
 def test_an_internal_failure_costs_no_tokens(place, monkeypatch):
     monkeypatch.setenv("THINK_COMPILE_FALLBACK", "1")
     monkeypatch.setattr(PLACES[place], explode)

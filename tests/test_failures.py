@@ -12,7 +12,7 @@ from transformers import StaticCache
 
 from think_compile import ThinkWarning, report, think_compile
 from think_compile.cache.handle import Handle
-from think_compile.formats import base
+from think_compile.formats import side
 from think_compile.passes.refusal import Reason
 from think_compile.runtime.program import CacheFull
 
@@ -156,7 +156,7 @@ def failing(monkeypatch):
     """``failing.at(error)``: appending to the ring of the second layer raises that, once."""
 
     class Failing:
-        plain, error, layer = staticmethod(base.advanced), None, 0
+        plain, error, layer = staticmethod(side.advanced), None, 0
 
         def at(self, error):
             self.error, self.layer = error, 0
@@ -169,7 +169,7 @@ def failing(monkeypatch):
             return self.plain(*args)
 
     fails = Failing()
-    monkeypatch.setattr(base, "advanced", fails)
+    monkeypatch.setattr(side, "advanced", fails)
     return fails
 
 

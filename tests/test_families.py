@@ -123,10 +123,13 @@ def test_eager(name, setting):
     assert report(trio.model).graphs == setting.graphs + (sliding_layers(name) > 0)
 
 
-STATIC = [("llama", s) for s in ("half", "left", "right", "zero", "short")] + [("qwen3", "left"), ("qwen3", "most")]
+STATIC = [
+    *(pytest.param("llama", s, id=f"llama-{s}") for s in ("left", "right", "zero", "short")),
+    *(pytest.param("qwen3", s, id=f"qwen3-{s}", marks=pytest.mark.slow) for s in ("left", "most")),
+]
 
 
-@pytest.mark.parametrize(("name", "setting"), STATIC, ids=["-".join(case) for case in STATIC])
+@pytest.mark.parametrize(("name", "setting"), STATIC)
 @torch.no_grad()
 def test_static(name, setting):
     setting = SETTINGS[setting]
@@ -180,9 +183,8 @@ def life(trio: Trio, batch: int) -> None:
     trio.check_caches()
 
 
-@pytest.mark.parametrize(
-    "lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)  # compiles nine graphs
+@pytest.mark.slow  # nine graphs, for a mixture of what others try one by one
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
 @torch.no_grad()
 def test_a_life(lowering):
     trio = Trio(lowering=lowering)
@@ -232,7 +234,7 @@ def test_inductor_in_low_precision(dtype):
 # --------------------------------------------------------------------------------- handles in calls of no graph of ours
 
 
-@pytest.mark.parametrize("prune_generated", [True, False])
+@pytest.mark.parametrize("prune_generated", [True, pytest.param(False, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_packed_cache_read_op_by_op(prune_generated):
     """The model called as it is on a packed cache, as torch does beyond its recompile limit: same logits."""

@@ -113,7 +113,7 @@ def test_prompt_lookup(rules, monkeypatch):
     assert any(n < 0 for n in crops)
 
 
-@RATIOS
+@MOSTLY_PRUNED
 @pytest.mark.parametrize("side", ["none", "left"])
 def test_static_cache(rules, side):
     ours = assert_same_tokens(rules, tokens(2, 24), padding(side, 2, 24), cache_implementation="static")
@@ -233,7 +233,7 @@ def test_without_a_cache():
     assert torch.equal(generate(ours, ids, use_cache=False), generate(model, ids, use_cache=False))
 
 
-@RATIOS
+@MOSTLY_PRUNED
 def test_prompt_shorter_than_the_windows(rules):
     wide, model = Rules(rules.ratio, recent=8, observe=16), hugging_face("llama")
     ours, expected = compiled(model, wide), reference(model, wide)
@@ -250,7 +250,9 @@ def test_multi_token_calls():
     Trio().run(tokens(2, 40), [20, 7, 1, 3, 1, 8])
 
 
-@pytest.mark.parametrize("sides", [["none"], ["left", "right"]], ids=["plain", "padded"])
+@pytest.mark.parametrize(
+    "sides", [pytest.param(["none"], id="plain", marks=pytest.mark.slow), pytest.param(["left", "right"], id="padded")]
+)
 @torch.no_grad()
 def test_chunked_prefill_by_hand(sides):
     trio = Trio()
@@ -334,7 +336,7 @@ def join(cache, other):
             a.oracle_state.kept = torch.cat([a.oracle_state.kept, b.oracle_state.kept])
 
 
-@pytest.mark.parametrize("name", ["tuple_cat", "bshd_cat"])
+@pytest.mark.parametrize("name", [pytest.param("tuple_cat", marks=pytest.mark.slow), "bshd_cat"])
 @torch.no_grad()
 def test_an_older_tuple_is_a_branch(name):
     """Nothing is copied: a tuple from some calls ago is simply used again, more than once."""
@@ -425,6 +427,7 @@ def test_two_conversations_on_one_model():
     trio.check_caches()
 
 
+@pytest.mark.slow  # 18 s; other tests have two models in one process by the way
 @torch.no_grad()
 def test_two_models_in_one_process():
     first = Trio("llama", Rules(0.5))

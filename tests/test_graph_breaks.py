@@ -74,7 +74,7 @@ def decoder(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.5])
+@pytest.mark.parametrize("ratio", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 @pytest.mark.parametrize("attention", [BrokenBehindTheProjection, JoinedToNothing])
 @torch.no_grad()
 def test_a_first_call_in_two_graphs(decoder, attention, ratio):

@@ -53,8 +53,16 @@ def test_no_repetition(numbers):
 
 # ----------------------------------------------------------------------------------------- models, part by part
 
-MODELS = ["llama", "gemma3_deep", "buffer_index_put"]
-MORE = ["gpt2", "mixtral", "falcon", "gpt_neox", "tuple_cat", "bshd_cat"]  # their layers repeat as those above: slow
+MODELS = ["llama", "buffer_index_put"]
+MORE = [
+    "gemma3_deep",
+    "gpt2",
+    "mixtral",
+    "falcon",
+    "gpt_neox",
+    "tuple_cat",
+    "bshd_cat",
+]  # their layers repeat as those above: slow
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def test_generated_tokens_left_whole(cache):
     follow(Style(product="bmm", cache=cache), rules=Rules(prune_generated=False))
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(style=STYLES, side=st.sampled_from(["none", "left", "right"]))
 @torch.no_grad()
 def test_choices_together(style, side):

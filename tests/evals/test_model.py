@@ -54,8 +54,11 @@ CUT = {"batch_size": 5, "max_length": 24}
 
 @pytest.mark.parametrize(
     ("method", "sizes"),
-    [(DENSE, CUT), (DENSE, {"batch_size": 1}), (PRUNED | {"ratio": 0}, CUT)],
-    ids=["dense, batched and cut", "dense", "ratio 0"],
+    [
+        pytest.param(DENSE, CUT, id="dense, batched and cut", marks=pytest.mark.slow),
+        pytest.param(DENSE, {"batch_size": 1}, id="dense"),
+        pytest.param(PRUNED | {"ratio": 0}, CUT, id="ratio 0"),
+    ],
 )
 def test_without_pruning_loglikelihoods_are_those_of_the_harness(method, sizes):
     """Several choices of a context, padding on both sides, contexts that are cut or too short to hold back from."""

@@ -337,6 +337,7 @@ def test_without_the_harness_the_extra_is_named(name, monkeypatch):
     assert_one_sentence(command(name, *arguments), "pip install 'think-compile[eval]'")
 
 
+@pytest.mark.slow  # the harness reads all of its tasks
 @pytest.mark.usefixtures("harness_logging")
 def test_the_harness_knows_our_model_and_finds_tasks_of_both(tiny, paths, tmp_path):
     """Its own command line, with our folder of tasks and one of the user's."""

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from think_compile.cache.state import Call, Span, Stored
 from think_compile.formats import attention
-from think_compile.formats.base import CacheFormat, Side, append_rows
+from think_compile.formats.base import CacheFormat, Side
 from think_compile.formats.ring import ring_of
+from think_compile.formats.side import append_rows
 from think_compile.formats.think import Channels, narrow_rows
 from think_compile.formats.whole import Whole
 
@@ -183,7 +184,9 @@ def test_dense(recent):
     for columns in (11, 14):
         expected = F.pad(past.dense, (0, 0, 0, columns - 11))
         for length in (11, torch.tensor(11)):
-            got = past.format.keys.dense(past.stored(isinstance(length, torch.Tensor))[0], 0, length, columns)
+            got = attention.dense(
+                past.format.keys, past.stored(isinstance(length, torch.Tensor))[0], 0, length, columns
+            )
             assert torch.equal(got, expected)
 
 

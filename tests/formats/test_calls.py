@@ -119,7 +119,7 @@ def test_growing(calls, recent, padding):
             keys |= left
         length += n
         window_start = max(window_start, form.keys.window_start(length))
-        dense = form.keys.dense(Stored(keys, window_start), 0, length, length)
+        dense = attention.dense(form.keys, Stored(keys, window_start), 0, length, length)
         torch.testing.assert_close(dense, simulation.dense())
         assert window_start == length - sum(simulation.whole)
 
@@ -153,7 +153,9 @@ class Fixed:
         return self.stored[0][COUNTERS].tolist()
 
     def dense(self, length):
-        return self.format.keys.dense(self.sides()[0], 0, self.stored[0][COUNTERS][1], self.size)[:, :, :length]
+        return attention.dense(self.format.keys, self.sides()[0], 0, self.stored[0][COUNTERS][1], self.size)[
+            :, :, :length
+        ]
 
 
 def follow(fixed, simulation, calls, marks=None):

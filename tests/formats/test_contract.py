@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from contract import FORMATS, HQ, B, D, H, begun, draw
 from oracle import assert_close_to
 
-from think_compile.cache.state import COUNTERS, Call, Span
+from think_compile.cache.state import COUNTERS, Call, Prompt, Span, Stored
 from think_compile.formats import attention
 from think_compile.formats.seen import Seen
 
@@ -143,24 +143,18 @@ def test_a_cache_of_fixed_size_begins_again(form):
     q, k, v = draw(7)
     mask = F.pad(causal(7, 7), (0, SIZE - 7))
     form.step(Call(q, k, v, mask), *(store.stored() for store in stores), Span(torch.tensor(0), 0, SIZE))
-    fresh = form.first_call(Call(q, k, v), _prompt(SIZE))
+    fresh = form.first_call(Call(q, k, v), Prompt(capacity=SIZE))
     for store, state in zip(stores, fresh, strict=True):
         names = [part.name for part in store.side.parts(fixed=True) if not (part.is_rows or part.replaced)]
         assert all(torch.equal(store.own[name], state[name]) for name in names)
         if COUNTERS in state:
             assert torch.equal(store.own[COUNTERS], state[COUNTERS])
-        assert torch.equal(store.dense()[:, :, :7], store.side.dense(_stored(state), 0, 7, 7).to(store.dtype))
-
-
-def _prompt(size):
-    from think_compile.cache.state import Prompt
-
-    return Prompt(capacity=size)
+        assert torch.equal(
+            store.dense()[:, :, :7], attention.dense(store.side, _stored(state), 0, 7, 7).to(store.dtype)
+        )
 
 
 def _stored(state):
-    from think_compile.cache.state import Stored
-
     return Stored(state, state[COUNTERS][0] if COUNTERS in state else None)
 
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from think_compile.cache.state import State
-
-if TYPE_CHECKING:
-    from think_compile.cache.store import Store
 
 
 def allocating() -> AbstractContextManager[Any]:
@@ -40,7 +37,7 @@ class Rows:
 
     def __init__(self, parts: State) -> None:
         self.parts = parts
-        self.owners: weakref.WeakSet[Store] = weakref.WeakSet()
+        self.owners: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"parts": self.parts}
@@ -52,7 +49,7 @@ class Rows:
     def capacity(self) -> int:
         return next(iter(self.parts.values())).shape[2]
 
-    def free_above(self, length: int, owner: Store) -> bool:
+    def free_above(self, length: int, owner: object) -> bool:
         """Whether no store but ``owner`` uses rows from ``length`` on."""
         return all(other is owner or other.end <= length for other in self.owners)
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from think_compile.cache.rows import Rows
 from think_compile.cache.state import COUNTERS, LENGTH, OLDEST, WINDOW_START, Span, State, Stored, capacity_for
-from think_compile.formats.base import Side
+from think_compile.formats import attention
 from think_compile.formats.ring import advanced, ring_positions
+from think_compile.formats.side import Side
 
 
 class Counters(NamedTuple):
@@ -184,11 +185,13 @@ class Packed(Store):
 
     def dense(self) -> Tensor:
         if self.counters is not None:
-            return self.side.dense(self.stored(), self.counters.oldest, self.end, self.length).to(self.dtype)
+            return attention.dense(self.side, self.stored(), self.counters.oldest, self.end, self.length).to(self.dtype)
         counters = self.own.get(COUNTERS)
         length = self.length if counters is None else counters[LENGTH]
         oldest = counters[OLDEST] if self.rolling and counters is not None else 0
-        return self.side.dense(self.stored(), oldest, length, self.length, rolling=self.rolling).to(self.dtype)
+        return attention.dense(self.side, self.stored(), oldest, length, self.length, rolling=self.rolling).to(
+            self.dtype
+        )
 
     def map_batch(self, f: Callable[[Tensor], Tensor]) -> Packed:
         own = {name: x.clone() if name == COUNTERS else f(x) for name, x in self.own.items()}

@@ -8,7 +8,7 @@ Softmax does not depend on order, so no rows are moved: the mask's columns are g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,8 @@ from torch import Tensor
 
 from think_compile.cache.state import Call, Length, Span, State, Stored
 from think_compile.formats.ring import ring_positions
+from think_compile.formats.side import Codec, Side
 from think_compile.kernels.calls import PAIRS, PairKernels, scale_of
-
-if TYPE_CHECKING:
-    from think_compile.formats.base import Codec, Side
 
 # A call of up to this many new tokens multiplies with the stored rows. A longer call is bound by arithmetic, not by
 # reading the cache, and uses stock attention over decoded rows.
@@ -207,6 +205,11 @@ def in_order(side: Side, stored: Stored, new: Tensor | None, span: Span) -> Tens
         return base.clone()
     columns = torch.where(torch.cat(counts), torch.cat(later) - span.oldest, span.columns)
     return F.pad(base, (0, 0, 0, 1)).index_copy(2, columns, torch.cat(rows, 2))[:, :, : span.columns]
+
+
+def dense(side: Side, stored: Stored, oldest: Length, length: Length, columns: int, *, rolling: bool = False) -> Tensor:
+    """[B, H, columns, W]: positions from ``oldest`` on, as the next call sees them; ``length`` is where tokens end."""
+    return in_order(side, stored, None, Span(length, oldest, columns, rolling))
 
 
 def decoded(call: Call, keys: Stored, values: Stored, span: Span, sides: tuple[Side, Side]) -> Tensor:

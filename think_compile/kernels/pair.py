@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 from torch import Tensor
@@ -13,23 +13,13 @@ from think_compile.kernels import attend_template, store_template
 from think_compile.kernels.channels import CHANNELS
 from think_compile.kernels.codecs import DeviceCodec, sizes_of
 from think_compile.kernels.merge import merge_shares
-from think_compile.kernels.shares import Given, device_of_launch, launch_shares, traced
+from think_compile.kernels.shares import Given, Kernels, device_of_launch, launch_shares, traced
 from think_compile.kernels.specialise import specialised
 from think_compile.kernels.whole import WHOLE
 
 CODECS = {codec.name: codec for codec in (CHANNELS, WHOLE)}
 # Lengths change with each token and must not compile a new kernel variant each time.
 _LENGTHS = ["window_start", "start", "first", "extent", "splits", "whole_splits"]
-
-
-class Kernels(NamedTuple):
-    """The compiled kernels of a pair of codecs."""
-
-    keys: DeviceCodec
-    values: DeviceCodec
-    attend_share: Any
-    append_key: Any
-    finish_step: Any
 
 
 @functools.cache

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
-from think_compile.kernels.codecs import parts_of
+from think_compile.kernels.codecs import DeviceCodec, parts_of
 from think_compile.kernels.launch import Launch
-
-if TYPE_CHECKING:
-    from think_compile.kernels.pair import Kernels
 
 _LOG2E = 1.4426950408889634
 WHOLE_SHARE = 128  # positions with whole rows per program, about
+
+
+class Kernels(NamedTuple):
+    """The compiled kernels of a pair of codecs."""
+
+    keys: DeviceCodec
+    values: DeviceCodec
+    attend_share: Any
+    append_key: Any
+    finish_step: Any
 
 
 class Given(NamedTuple):
