@@ -449,7 +449,7 @@ def test_batches_of_different_sizes_one_after_the_other():
 
 
 PRECISIONS = [
-    pytest.param(PLAIN, torch.bfloat16, id="ratio0-torch.bfloat16"),
+    pytest.param(PLAIN, torch.bfloat16, id="ratio0-torch.bfloat16", marks=pytest.mark.slow),
     pytest.param(PLAIN, torch.float16, id="ratio0-torch.float16", marks=pytest.mark.slow),
     pytest.param(PLAIN, torch.float32, id="ratio0-torch.float32", marks=pytest.mark.slow),
     pytest.param(PRUNED, torch.bfloat16, id="ratio0.5-torch.bfloat16"),

@@ -39,7 +39,7 @@ def often(cases, *places):
     return [case if i in places else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
 
 
-@pytest.mark.parametrize("kind", often(KINDS, 0, 3), ids=str)
+@pytest.mark.parametrize("kind", often(KINDS, 3), ids=str)
 @torch.no_grad()
 def test_each_cut(kind):
     follow(register(kind), FILLING, OVERRUN, LONG, side="left")
@@ -106,8 +106,9 @@ def test_a_past_cut_before_it_is_joined_is_not_told_from_a_growing_one_by_its_fi
 
 @pytest.mark.parametrize(
     ("calls", "side"),
-    [pytest.param([18, *[1] * 7, 5, 1], "left", marks=pytest.mark.slow), ([40, 1, 1, 30, 1], "none")],
+    [([18, *[1] * 7, 5, 1], "left"), ([40, 1, 1, 30, 1], "none")],
 )
+@pytest.mark.slow  # models with both kinds of layers run in test_families
 @torch.no_grad()
 def test_beside_full_layers(calls, side):
     """Gemma 3: layers with a window of 24 and full ones in one graph, whose lengths are equal while it fills."""
@@ -218,7 +219,7 @@ EXACTLY_FULL = [24, 1, 1, 3, 24, 1]
     [
         (FULL_BY_STEPS, True),
         pytest.param(FULL_AT_ONCE, True, marks=pytest.mark.slow),
-        (OVERRUN_LATER, False),
+        pytest.param(OVERRUN_LATER, False, marks=pytest.mark.slow),
         pytest.param(EXACTLY_FULL, True, marks=pytest.mark.slow),
         pytest.param(FULL_AT_ONCE, False, marks=pytest.mark.slow),
     ],
