@@ -438,6 +438,7 @@ def test_two_models_in_one_process():
             trio.run(tokens(2, new), [new])
 
 
+@pytest.mark.slow  # test_lower counts the compilations of batches of several sizes
 @torch.no_grad()
 def test_batches_of_different_sizes_one_after_the_other():
     trio = Trio()
