@@ -369,6 +369,9 @@ def test_a_buffer_in_a_circle_and_back(recent):
     for store in (key, value):
         before = store.dense()
         store.unroll()
-        assert not store.rolling and store.own["counters"][2] == 0
+        assert not store.rolling and all(counters[2] == 0 for name, counters in store.own.items() if name == "counters")
         assert torch.equal(store.dense(), before)
+        assert sorted(store.state) == sorted(part.name for part in store.side.parts(fixed=True))
+        assert torch.equal(store.to(store.device, torch.float64).dense(), before.double())
+        assert torch.equal(store.map_batch(lambda x: x[:1]).dense(), before[:1])
     assert torch.equal(value.rows.parts["rows"], v[:, :, -size:])

@@ -8,6 +8,7 @@ like the buffer that it replaces. The side's list of parts names the tensors and
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ class Counters(NamedTuple):
     length: int
 
 
-class Store:
+class Store(ABC):
     """The interface of all stores. ``length`` is the number of readable rows: tokens, or the size of a buffer."""
 
     rows: Rows
@@ -53,9 +54,9 @@ class Store:
         return self.length
 
     @property
+    @abstractmethod
     def width(self) -> int:
         """Channels of the logical tensor."""
-        raise NotImplementedError
 
     @property
     def grows(self) -> bool:
@@ -71,17 +72,17 @@ class Store:
         """The tensors that hold memory."""
         yield from self.rows.parts.values()
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """The logical tensor [B, H, length, W]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def map_batch(self, f: Callable[[Tensor], Tensor]) -> Store:
         """A new store with ``f`` applied to every tensor with a batch axis (axis 0)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to(self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool = False) -> Store:
         """A copy on another device or in another dtype; indices and lengths keep theirs."""
-        raise NotImplementedError
 
     @property
     def logical_shape(self) -> tuple[int, int, int, int]:
@@ -194,7 +195,8 @@ class Packed(Store):
         )
 
     def map_batch(self, f: Callable[[Tensor], Tensor]) -> Packed:
-        own = {name: x.clone() if name == COUNTERS else f(x) for name, x in self.own.items()}
+        with_batch = {part.name for part in self._parts if part.has_batch}
+        own = {name: f(x) if name in with_batch else x.clone() for name, x in self.own.items()}
         return replace(self, rows=self.rows.map(f), own=own)
 
     def to(self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool = False) -> Packed:
@@ -224,7 +226,8 @@ class Packed(Store):
         for name, tensor in self.state.items():
             if name not in chosen:
                 tensor.zero_()
-        self.written, self.rolling = 0, False
+        self.written = 0
+        self._stop_rolling()
 
     def roll(self) -> None:
         """Become a rolling buffer."""
@@ -247,7 +250,13 @@ class Packed(Store):
             at = (counters[OLDEST] + torch.arange(self._ring_rows, device=self.device)) % self._ring_rows
             ring.copy_(ring.index_select(2, at))
         counters.copy_((counters - counters[OLDEST]).clamp(min=0))
+        self._stop_rolling()
+
+    def _stop_rolling(self) -> None:
+        """Drop the counters that only a rolling buffer needs: the parts of a store are those of its side."""
         self.rolling = False
+        if not self.side.has_ring:
+            self.own = {name: x for name, x in self.own.items() if name != COUNTERS}
 
     # ---------------------------------------------------------------------------------------------- growing
 
