@@ -1,1 +1,1 @@
-"""Benchmarks: every statement about speed or memory is a row that one of these wrote. Run ``python -m benchmarks``."""
+"""Benchmarks: the source of every statement about speed or memory. Run ``python -m benchmarks``."""

@@ -17,7 +17,7 @@ Out = Annotated[Path, typer.Option(help="where the rows are kept")]
 
 
 def _keep(name: str, rows: Iterable[dict[str, Any]], folder: Path, device: str = "cuda") -> None:
-    """Print each row as it comes; what is there is kept even if a later row fails."""
+    """Print each row as it comes, and save it even if a later row fails."""
     console, kept = Console(width=160), []
     try:
         for row in rows:
@@ -53,7 +53,7 @@ def decode(
     ] = None,
     baselines: Annotated[bool, typer.Option(help="also what users run today")] = True,
 ) -> None:
-    """A decode step through the wrapped model, beside Hugging Face's caches and the floor that bytes set."""
+    """A decode step through the wrapped model, beside Hugging Face's caches and the floor set by the bytes to read."""
     from benchmarks import decode
 
     settings = tuple(decode.Setting(*map(int, text.split("x"))) for text in setting or []) or decode.SETTINGS
@@ -94,7 +94,7 @@ def compile_time(
     small: Annotated[bool, typer.Option(help="narrow layers, which take as long to compile")] = False,
     cache: Annotated[list[str] | None, typer.Option(help="fixed or growing; by default both")] = None,
 ) -> None:
-    """How long compiling takes, with empty caches on disk and with full ones."""
+    """Compile time, with empty caches on disk and with full ones."""
     from benchmarks import compile_time
 
     _keep(f"compile_{device}", compile_time.run(layers, device, small, cache or compile_time.CACHES), out, device)
@@ -110,7 +110,7 @@ def profile(setting: Annotated[str, typer.Argument(help="BATCHxCONTEXT")] = "1x8
 
 @app.command()
 def plot() -> None:
-    """Draw benchmarks/results/decode.svg from all that ``decode`` kept."""
+    """Draw benchmarks/results/decode.svg from all results of ``decode``."""
     from benchmarks.plot import draw
 
     typer.echo(draw())

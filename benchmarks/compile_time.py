@@ -1,6 +1,6 @@
-"""Seconds until a wrapped model has answered a prompt and three steps: compiling, in a fresh process.
+"""Seconds for a prompt and three steps in a fresh process: mostly compile time.
 
-Each way runs twice in processes of its own: with empty caches on disk, and again with what the first left there.
+Each way runs twice, in processes of its own: with empty caches on disk, and again with the caches of the first run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROMPT, STEPS = 64, 3
 def run(
     layers: int = 32, device: str = "cuda", small: bool = False, caches: Sequence[str] = CACHES
 ) -> Iterator[dict[str, Any]]:
-    """The rows; ``small``: a model of narrow layers, which take as long to compile."""
+    """The rows. ``small``: a model of narrow layers, which take as long to compile."""
     for cache in caches:
         for way in WAYS:
             with tempfile.TemporaryDirectory() as folder:

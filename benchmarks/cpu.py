@@ -1,7 +1,7 @@
 """Milliseconds of a decode step on a CPU: the wrapped model, compiled by Inductor, and the plain model, compiled.
 
-The shape of SmolLM2-135M, float32, random weights; both behind a real prefill of the same prompt. Before anything is
-timed, steps behind pruned caches are compared with the plain model's over what these caches stand for.
+The shape of SmolLM2-135M, float32, random weights; both after a real prefill of the same prompt. Before anything is
+timed, steps on pruned caches are compared with the plain model's on the dense equivalents of these caches.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def smollm(layers: int = 30) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def run(context: int = 4096, layers: int = 30) -> Iterator[dict[str, Any]]:
-    """The check, then a row for each way; times of steps in turn, so that what else runs falls on all alike."""
+    """The check, then a row for each way. The ways take turns step by step, so that other load affects all alike."""
     torch.manual_seed(0)
     model = smollm(layers)
     yield {"check": "error over the plain model's in fp32", "ratio": check(model)}

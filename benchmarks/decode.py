@@ -1,7 +1,7 @@
 """Milliseconds of a decode step through the real wrapped model, beside what users run today.
 
-A step takes the token that the step before chose, on the device; ``ms`` is a step of a run of many, as a server that
-streams would see it, ``ms_synchronized`` one of a loop that waits for each token, as ``generate`` does.
+A step takes the token chosen by the step before, on the device. ``ms`` is the time per step in a long run, as in a
+streaming server; ``ms_synchronized`` is the time per step in a loop that waits for each token, as ``generate`` does.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Row:
 
 
 def timed(way: str, setting: Setting, model: Any, cache: Any) -> Row:
-    """Time the decode steps of a model behind a cache."""
+    """Time the decode steps of a model on a cache."""
     torch.cuda.reset_peak_memory_stats()
     tokens = torch.zeros(setting.batch, 1, dtype=torch.long, device="cuda")
     begin = time.perf_counter()
@@ -71,7 +71,7 @@ def _rounded(*numbers: float) -> list[float]:
 
 
 def _run(model: Any, tokens: Any, cache: Any, *, synchronize: bool) -> float:
-    """Milliseconds of a step, the mean of a run."""
+    """Milliseconds per step, the mean of a run."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
     for _ in range(STEPS):
@@ -85,7 +85,7 @@ def _run(model: Any, tokens: Any, cache: Any, *, synchronize: bool) -> float:
 @functools.cache
 @torch.no_grad()
 def check(ratio: float = 0.5, tokens: int = 2048, steps: int = 4) -> float:
-    """The wrapped model's error in bf16, in units of the plain one's; raises where it is no rounding."""
+    """The wrapped model's error in bf16, in units of the plain one's; raises if it exceeds rounding."""
     torch._dynamo.reset()
     plain = models.llama(2, vocabulary=4096)
     exact = copy.deepcopy(plain).float()
@@ -144,7 +144,7 @@ def compiled_static(model: Any, setting: Setting) -> Row:
 
 
 def quantized(model: Any, setting: Setting) -> Row:
-    """Hugging Face's cache of 4 bits, which holds less and is unpacked whole in each step."""
+    """Hugging Face's 4-bit cache: smaller, but unpacked completely in each step."""
     from transformers import QuantizedCache
 
     cache = QuantizedCache(backend="quanto", config=model.config)
@@ -152,13 +152,13 @@ def quantized(model: Any, setting: Setting) -> Row:
     return timed("HF QuantizedCache (quanto, 4 bits), eager", setting, model, cache)
 
 
-UNTUNED = wrapped(0.5, coordinate_descent_tuning=False)  # products of one row are then left to cuBLAS
+UNTUNED = wrapped(0.5, coordinate_descent_tuning=False)  # cuBLAS then runs the products of one row
 OURS: tuple[Way, ...] = (wrapped(0.5), wrapped(0.0), UNTUNED)
 BASELINES: tuple[Way, ...] = (compiled_static, eager_growing, quantized)
 
 
 def floors(model: Any, setting: Setting, bandwidth: float) -> list[dict[str, Any]]:
-    """What reading weights and cache once takes."""
+    """The time to read weights and cache once."""
     kept = ThinkConfig(0.5).kept_channels(model.config.head_dim)
     rows = []
     for way, channels in (("bytes floor, ratio 0.5", kept), ("bytes floor, dense", None)):
@@ -170,10 +170,10 @@ def floors(model: Any, setting: Setting, bandwidth: float) -> list[dict[str, Any
 
 
 def run(setting: Setting, ways: tuple[Way, ...] = OURS + BASELINES) -> Iterator[dict[str, Any]]:
-    """The rows, as they are measured; the first is the check."""
+    """The rows, as they are measured. The first is the check."""
     yield {"check": "error over the plain model's in bf16", "ratio": check()}
     bandwidth = read_bandwidth()
-    _release()  # the weights shall lie as in a process that checked nothing
+    _release()  # so that the weights get the same addresses as without a check
     model = models.llama()
     yield from floors(model, setting, bandwidth)
     for way in ways:
@@ -190,7 +190,7 @@ def _release() -> None:
 
 
 def _measured(way: Way, model: Any, setting: Setting) -> dict[str, Any]:
-    """The row; of what users run today also that it cannot run here."""
+    """The row; for today's alternatives, also the reason if they cannot run here."""
     try:
         return asdict(way(model, setting))
     except (ImportError, torch.OutOfMemoryError) as error:

@@ -35,7 +35,7 @@ SHAPES = (
 
 
 def check(shape: Shape) -> None:
-    """Raise unless the kernel's error against fp64 is what the reference's in the same dtype is, a few times over."""
+    """Raise if the kernel's error against fp64 is more than a few times that of the reference in the same dtype."""
     given = arguments(replace(shape, batch=1, tokens=3000))
     sides = Side(Channels(shape.kept, 32), shape.d, RECENT), Side(Whole(), shape.dv)
     got, same = KERNELS.attend(*given), narrow(*given, sides)
@@ -80,7 +80,7 @@ def _flex() -> Attention:
 
 @functools.cache
 def _all_blocks(queries: int, tokens: int, device: str) -> BlockMask:
-    """A mask that hides nothing: without one all keys are one block, which is not shared among programs."""
+    """A mask that hides nothing. Without one, all keys are a single block, which programs cannot share."""
     return create_block_mask(lambda b, h, q, kv: kv >= 0, None, None, queries, tokens, device)
 
 
@@ -92,7 +92,7 @@ DENSE: dict[str, Callable[[], Attention]] = {
 
 
 def dense_us(shape: Shape) -> dict[str, float]:
-    """Microseconds of each dense attention over whole keys; the masks of the shapes are left out."""
+    """Microseconds of each dense attention over whole keys, without the shapes' masks."""
 
     def make(tokens: int, width: int) -> Any:
         return torch.randn(shape.batch, shape.heads, tokens, width, device="cuda", dtype=shape.dtype)
@@ -114,7 +114,7 @@ def run(shapes: tuple[Shape, ...] = SHAPES) -> Iterator[dict[str, Any]]:
     bandwidth = read_bandwidth()
     for shape in shapes:
         check(shape)
-        torch._dynamo.reset()  # flex_attention is compiled for each shape, and Dynamo counts
+        torch._dynamo.reset()  # flex_attention compiles once per shape, and Dynamo's limit counts these compilations
         dense, us = dense_us(shape), pruned_us(shape)
         row = {name: value for name, value in vars(shape).items() if name != "dtype"}
         row |= {"us": round(us, 1), "dense_us": dense, "of_best_dense": round(us / min(dense.values()), 3)}

@@ -1,7 +1,7 @@
-"""How things are timed here, and the rows in which results are kept.
+"""Timing, and the rows of results.
 
-Device work is timed as replays of a captured CUDA graph, so that launches cost what they cost in a captured decode,
-over several copies of the inputs that together do not fit the device's cache.
+Device work is timed as replays of a captured CUDA graph, so that launches cost as much as in a captured decode. The
+replays read several copies of the inputs, which together exceed the device's cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-CACHE_BYTES = 128 * 2**20  # inputs of a timed run together take more: an H100 caches 50 MiB
+CACHE_BYTES = 128 * 2**20  # the inputs of a timed run exceed this together: an H100 caches 50 MiB
 
 
 def versions() -> dict[str, str]:
@@ -34,14 +34,14 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device | str) -> str:
-    """What the results call the device."""
+    """The device's name in the results."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def save(name: str, rows: Sequence[dict[str, Any]], device: torch.device | str, folder: Path = RESULTS) -> Path:
-    """Write the rows of one benchmark, with what they were measured on."""
+    """Write the rows of one benchmark, with the device and versions."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     head = {
@@ -69,17 +69,17 @@ def write_groups(path: Path, head: dict[str, Any], groups: Mapping[str, Sequence
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What :func:`save` wrote."""
+    """The rows written by :func:`save`."""
     return json.loads(path.read_text())
 
 
 def copies_for(n_bytes: int) -> int:
-    """How many copies of inputs of ``n_bytes`` are read in turn, so that none is still in the cache."""
+    """The number of copies of inputs of ``n_bytes`` to read in turn, so that none is still in the cache."""
     return max(1, min(64, -(-CACHE_BYTES // max(1, n_bytes)) + 1)) if n_bytes < CACHE_BYTES else 1
 
 
 def captured_ms(calls: Sequence[Callable[[], Any]], repeats: int = 30, at_least_ms: float = 1.0) -> float:
-    """Median milliseconds of one of ``calls``, all captured into one CUDA graph, one behind the other."""
+    """Median milliseconds of one of ``calls``, all captured into one CUDA graph, one after the other."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -111,6 +111,6 @@ def event_ms(call: Callable[[], Any]) -> float:
 
 
 def read_bandwidth(device: torch.device | str = "cuda", n_bytes: int = 2**31) -> float:
-    """Bytes a second that a reduction over a large buffer reads: what no attention can exceed."""
+    """Bytes per second read by a reduction over a large buffer: an upper bound for any attention."""
     rows = torch.empty(n_bytes // 2, dtype=torch.bfloat16, device=device).normal_().view(-1, 2**20)
     return n_bytes / captured_ms([lambda: rows.amax(1)]) * 1e3

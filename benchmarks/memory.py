@@ -1,4 +1,4 @@
-"""Gibibytes at the peak of decode steps, and how many sequences fit beside the weights."""
+"""The peak of decode steps in GiB, and the number of sequences that fit beside the weights."""
 
 from __future__ import annotations
 

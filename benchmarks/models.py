@@ -1,7 +1,7 @@
-"""The model and the caches that are timed: the shape of Llama-3.1-8B, random weights, a past written directly.
+"""The timed model and caches: the shape of Llama-3.1-8B, random weights, a past written directly.
 
-What a past holds does not matter for time and memory, so it is drawn and not computed: a prefill of 8 x 32,768 tokens
-would take longer than all that is measured.
+The contents of a past do not matter for time and memory, so they are random: a prefill of 8 x 32,768 tokens would take
+longer than all measurements.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from think_compile.cache.handle import Handle, handle_for
 from think_compile.cache.state import COUNTERS
 from think_compile.cache.store import Packed
 
-SPARE = 256  # rows of a fixed cache behind its past
+SPARE = 256  # rows of a fixed cache after its past
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
@@ -54,13 +54,13 @@ def llama(
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters but the embedding, of which a step reads a row."""
+    """Bytes of all parameters except the embedding: a step reads a single row of it."""
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     return sum(p.nbytes for p in model.parameters() if p is not embedding)
 
 
 def cache_bytes(config: LlamaConfig, batch: int, tokens: int, key_channels: int | None = None) -> int:
-    """Bytes of a bf16 cache of that many tokens; ``key_channels``: stored of each key (None: all)."""
+    """Bytes of a bf16 cache of that many tokens; ``key_channels``: stored channels per key (None: all)."""
     width = config.head_dim + (config.head_dim if key_channels is None else key_channels)
     return 2 * config.num_hidden_layers * batch * config.num_key_value_heads * tokens * width
 
@@ -85,7 +85,7 @@ def fill(cache: Any, model: LlamaForCausalLM, batch: int, tokens: int) -> None:
 
 
 def _begun(layer: Any, model: LlamaForCausalLM, batch: int, tokens: int) -> None:
-    """Bring a static layer to where ``tokens`` tokens are written, whatever those are."""
+    """Bring a static layer to the state after ``tokens`` written tokens, of any content."""
     row = _drawn(model, batch, model.config.num_key_value_heads, 1, model.config.head_dim)
     layer.lazy_initialization(row, row)
     layer.cumulative_length.fill_(tokens)
@@ -102,7 +102,7 @@ def fixed_past(model: LlamaForCausalLM, batch: int, tokens: int) -> StaticCache:
 
 
 def pruned_past(model: LlamaForCausalLM, batch: int, tokens: int, config: ThinkConfig) -> StaticCache:
-    """The same as the wrapped model leaves it after a prompt: handles on pruned keys; layer by layer."""
+    """The same as the wrapped model leaves it after a prompt: handles on pruned keys, layer by layer."""
     cache = StaticCache(config=model.config, max_cache_len=tokens + SPARE)
     heads, d = model.config.num_key_value_heads, model.config.head_dim
     form, capacity = config.format_for(d, d), tokens + SPARE
@@ -129,7 +129,7 @@ def _handle(store: Packed, written: int | None) -> Handle:
 
 
 def densified(cache: StaticCache, model: LlamaForCausalLM) -> StaticCache:
-    """A plain static cache, for ``model``, of what a pruned one stands for: dropped channels are zero."""
+    """The dense equivalent of a pruned cache, as a plain static cache for ``model``: dropped channels are zero."""
     first = cache.layers[0]
     batch, _, capacity, _ = first.keys.shape
     plain = StaticCache(config=model.config, max_cache_len=capacity)
@@ -141,7 +141,7 @@ def densified(cache: StaticCache, model: LlamaForCausalLM) -> StaticCache:
 
 
 def densified_growing(cache: DynamicCache, model: LlamaForCausalLM) -> DynamicCache:
-    """As :func:`densified`, of a growing cache."""
+    """As :func:`densified`, for a growing cache."""
     plain = DynamicCache(config=model.config)
     for i, layer in enumerate(cache.layers):
         plain.update(layer.keys.dense().to(model.dtype), layer.values.dense().to(model.dtype), i)
@@ -150,5 +150,5 @@ def densified_growing(cache: DynamicCache, model: LlamaForCausalLM) -> DynamicCa
 
 @torch.no_grad()
 def step(model: Any, tokens: Tensor, cache: Any) -> Tensor:
-    """The next tokens [B, 1] behind ``tokens``, greedily; nothing waits for the device."""
+    """The next tokens [B, 1] after ``tokens``, greedily; nothing waits for the device."""
     return model(input_ids=tokens, use_cache=True, **{CACHE: cache}).logits[:, -1:].argmax(-1)

@@ -9,7 +9,7 @@ from benchmarks.measure import RESULTS, load
 
 
 def step_times(rows: list[dict[str, Any]], batch: int) -> dict[str, list[tuple[int, float]]]:
-    """For each way (context, milliseconds), ascending."""
+    """For each way, its (context, milliseconds), ascending."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row.get("batch") == batch and "ms" in row:
@@ -18,7 +18,7 @@ def step_times(rows: list[dict[str, Any]], batch: int) -> dict[str, list[tuple[i
 
 
 def draw(path: Path = RESULTS / "decode.svg") -> Path:
-    """Draw what the results of ``decode`` hold, a panel for each batch size."""
+    """Draw the results of ``decode``, a panel for each batch size."""
     import matplotlib.pyplot as plt
 
     results = [load(found) for found in sorted(RESULTS.glob("decode_*.json"))]

@@ -39,9 +39,9 @@ def run(batch: int = 1, context: int = 32768, layers: int = 32) -> Iterator[dict
 
 @torch.no_grad()
 def check(model: Any, tokens: int = 4096) -> float:
-    """The wrapped model's error in the first logits, bf16, in units of the plain one's; raises if it is no rounding.
+    """The wrapped model's error in the first logits, bf16, in units of the plain one's; raises if it exceeds rounding.
 
-    Of all layers, against the same weights in fp32, in which what is rounding is told from what is not.
+    With all layers, against the same weights in fp32, to tell rounding from other errors.
     """
     torch._dynamo.reset()
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=model.device)

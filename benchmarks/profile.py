@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes: what the device runs, and what the host does before it can."""
+"""Where the time of a decode step goes: the device's kernels, and the host's work before them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.decode import Setting
 from think_compile import ThinkConfig, think_compile
 
 STEPS, LINES = 20, 25
-_LEADING = re.compile(r".*/site-packages/|" + re.escape(f"{Path(__file__).parents[1]}/"))  # where things are installed
+_LEADING = re.compile(r".*/site-packages/|" + re.escape(f"{Path(__file__).parents[1]}/"))  # of installed packages
 
 
 def run(setting: Setting, layers: int = 32) -> Iterator[dict[str, Any]]:
@@ -43,7 +43,7 @@ def _host_ms(model: Any, tokens: Any, cache: Any) -> Iterator[float]:
 
 
 def device_rows(model: Any, tokens: Any, cache: Any) -> Iterator[dict[str, Any]]:
-    """Kernels: how often a step runs each, and for how long."""
+    """Kernels: launches and time of each per step."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(STEPS):
             models.step(model, tokens, cache)

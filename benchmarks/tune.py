@@ -1,7 +1,7 @@
-"""Writes think_compile/kernels/launches.json: how the decode kernel is launched for the shapes measured here.
+"""Writes think_compile/kernels/launches.json: launches of the decode kernel for the shapes measured here.
 
-Each shape is timed with a grid of tiles, warps, stages and shares; the fastest launch is a row of the table, and
-:func:`think_compile.kernels.launch.launch_for` takes the nearest row. To be run on the device that the table is for.
+Each shape is timed with a grid of tiles, warps, stages and shares. The fastest launch becomes a row of the table;
+:func:`think_compile.kernels.launch.launch_for` takes the nearest row. Run it on the table's device.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from think_compile.kernels.calls import PAIRS
 from think_compile.kernels.launch import TABLE, Launch, query_tile
 
 RECENT = ThinkConfig.recent
-PAIR = "channels", "whole"  # of codecs, whose launches are measured
+PAIR = "channels", "whole"  # of codecs to measure
 KERNELS = PAIRS[PAIR]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A later call: ``batch`` sequences of ``tokens`` tokens; the rest is the layer's."""
+    """A later call: ``batch`` sequences of ``tokens`` tokens; the other fields are the layer's."""
 
     batch: int
     tokens: int
@@ -47,7 +47,7 @@ class Shape:
 
     @property
     def n_bytes(self) -> int:
-        """What one call reads of keys and values."""
+        """Bytes of keys and values read by one call."""
         return self.batch * self.heads * self.tokens * (self.kept + self.dv) * self.dtype.itemsize
 
     @property
@@ -93,8 +93,8 @@ SHAPES = [
     *(Shape(b, s, queries=8) for b, s in ((1, 32768), (8, 8192))),
     *(Shape(b, s, queries=32) for b, s in ((1, 32768), (8, 8192))),
 ]
-# Where a tile has as many rows of keys as the program has threads, or more, Triton moves the logits of every tile to
-# the layout in which it reads a mask, and back. What that costs does not show in the shapes without one.
+# If a tile has at least as many rows of keys as the program has threads, Triton converts the logits of every tile to
+# the mask's layout and back. Shapes without a mask do not show this cost.
 TILES = [
     (block_n, warps, stages)
     for block_n, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4))
@@ -104,7 +104,7 @@ PROGRAMS = (1, 2, 3, 4)  # of one multiprocessor
 
 
 def launches(shape: Shape, tiles: Any = TILES) -> list[Launch]:
-    """The launches that are tried for a shape."""
+    """The launches to try for a shape."""
     block_m = query_tile(shape.rows)
     blocks = shape.batch * shape.heads * -(-shape.rows // block_m)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -115,7 +115,7 @@ def launches(shape: Shape, tiles: Any = TILES) -> list[Launch]:
 
 
 def _compile(job: tuple[Shape, Launch]) -> str | None:
-    """Compiles in a process of its own; what does not fit the device is said."""
+    """Compiles in a process of its own; returns the error, if any: the launch may not fit the device."""
     shape, launch = job
     try:
         KERNELS.attend(*arguments(variant(shape)), launch)
@@ -126,7 +126,7 @@ def _compile(job: tuple[Shape, Launch]) -> str | None:
 
 
 def fitting_tiles(shapes: list[Shape], processes: int = 12) -> dict[Shape, list[tuple[int, int, int]]]:
-    """Compiles every variant into Triton's cache, in parallel; the tiles that work for each shape."""
+    """Compiles every variant into Triton's cache, in parallel; returns the working tiles of each shape."""
     jobs = [(shape, Launch(query_tile(shape.rows), *tile, 2)) for shape in shapes for tile in TILES]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         errors = pool.map(_compile, jobs, chunksize=1)
@@ -148,7 +148,7 @@ def timings(shape: Shape, tiles: Any, repeats: int = 7) -> list[tuple[float, Lau
 
 
 def variant(shape: Shape) -> Shape:
-    """The shape that has the same compiled kernels."""
+    """The shape with the same compiled kernels."""
     return replace(shape, batch=1, tokens=512)
 
 
