@@ -1,4 +1,4 @@
-"""A random Llama whose attention is peaked, a tokenizer of words, and requests as the harness makes them."""
+"""A random Llama with peaked attention, a tokenizer of words, and requests like the harness's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def instance(kind, arguments, task="random"):
 
 
 def choices(count, context_words, seed=0):
-    """Pairs of one context and several continuations of different lengths."""
+    """Pairs of a context with several continuations of different lengths."""
     context = words(context_words, seed)
     return [(context, " " + words(1 + n, seed + 100 + n)) for n in range(count)]
 
@@ -53,7 +53,7 @@ def in_float64(model):
 
 
 def assert_as_exact_as(got, same, exact, what=""):
-    """`got` is off the float64 numbers by no more than a few times what `same`, in its precision, is."""
+    """The float64 error of `got` is at most a few times that of `same`, in the same precision."""
     natural = max(abs(a - b) for a, b in zip(same, exact, strict=True))
     error = max(abs(a - b) for a, b in zip(got, exact, strict=True))
     scale = max(1.0, *(abs(number) for number in exact))

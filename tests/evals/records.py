@@ -1,4 +1,4 @@
-"""Records of `think-compile eval`, with what each sample contributes."""
+"""Records of `think-compile eval`, with each sample's contribution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data of the offline tasks is what its sources make of it."""
+"""The data of the offline tasks follows from its sources."""
 
 import io
 import os
@@ -11,7 +11,7 @@ from rich.console import Console
 from evals import build_tasks, choices, samples, text
 from think_compile.evals.tasks import FOLDER, prompts
 
-SOURCES = "THINK_COMPILE_TASK_SOURCES"  # a folder that holds both packages
+SOURCES = "THINK_COMPILE_TASK_SOURCES"  # a folder with both packages
 
 JARGON = """The Jargon File
 

@@ -1,4 +1,4 @@
-"""KL and agreement: what they are, and that they are measured through the pruned cache."""
+"""KL and agreement: their definitions, and their measurement through the pruned cache."""
 
 import dataclasses
 from contextlib import closing
@@ -50,7 +50,7 @@ def test_compiled_method_is_as_far_as_the_simulated_one():
 
 
 def test_methods_that_share_their_first_calls_are_as_far_as_alone():
-    """Also when the recorder keeps more queries than a method observes, and samples are padded."""
+    """Also if the recorder keeps more queries than a method observes, and samples are padded."""
     wanted = [settings(method) for method in SIMULATED]
     wanted += [
         settings("simulated", observe=3),
@@ -83,7 +83,7 @@ def test_each_method_is_measured_one_sample_or_many_at_a_time(method):
 
 
 def test_kl_is_its_formula():
-    """By the plain model's own logits, at the positions that predict the continuation."""
+    """From the plain model's own logits, at the positions that predict the continuation."""
     model, (sample,) = random_model(), samples(20, continuation=3)
     divergence = Divergence(model, [sample])
     ids = torch.tensor([sample.context + sample.continuation])

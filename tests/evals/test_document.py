@@ -1,4 +1,4 @@
-"""The tables of docs/accuracy.md are what the results say."""
+"""The tables of docs/accuracy.md agree with the results."""
 
 import json
 

@@ -65,7 +65,7 @@ def simulated_steps(model, method, *args, **options):
 
 @pytest.mark.parametrize("options", [{}, {"prune_generated": False}, {"channel_multiple": 12}], ids=str)
 def test_simulated_method_is_the_oracle(options):
-    """Padding, a call of many tokens and calls of one, and tokens that leave the window meanwhile."""
+    """With padding, calls of many tokens and of one, and tokens that leave the window in between."""
     model, (ids, mask) = random_model(), batch()
     calls = [13, 4, 1, 1, 1]
     got, cache = simulated_steps(model, "simulated", ids, mask, calls, **options)
@@ -115,7 +115,7 @@ def test_layers_with_a_bounded_window_stay_dense():
 
 
 def zeroed_reference(model, ids, first, kept, old):
-    """Logits of the rest behind `first` tokens, by keys repeated to all query heads and zeroed by hand.
+    """Logits after the `first` tokens, from keys repeated for all query heads and zeroed by hand.
 
     `kept` [layers, Hq, D] and `old(past)`: how many of the oldest tokens are narrow.
     """
@@ -139,7 +139,7 @@ def zeroed_reference(model, ids, first, kept, old):
 
 @pytest.mark.parametrize("method", SIMULATED)
 def test_each_method_reads_what_its_rule_leaves(method):
-    """Channels are those that the layers kept; where they are zero is each method's own."""
+    """The channels are those kept by the layers; each method zeroes its own positions."""
     model, (ids, _) = random_model(), batch(rows=1)
     calls = [14, 4, 2]
     got, cache = simulated_steps(model, method, ids, torch.ones_like(ids), calls)
@@ -178,7 +178,7 @@ def test_rules_are_their_formulas():
 
 
 def test_keys_count_as_they_are_attended_to():
-    """By loops, of the second sequence: padded, three observed, and one key of two is not scored."""
+    """By loops, for the second sequence: padded, three observed queries, and one of two keys is not scored."""
     seen = observed()
     seen = dataclasses.replace(seen, keys=seen.keys & (torch.arange(9) % 2 == 1))
     expected = torch.zeros(HEADS, 8, dtype=torch.float64)
@@ -219,7 +219,7 @@ def test_energy_of_nothing_is_zero():
 
 
 def test_scoring_over_old_keys_leaves_out_the_window():
-    """Keys of the last tokens are made huge in some channels: only scoring over all keys sees that."""
+    """Keys of the last tokens are huge in some channels: only scores over all keys see that."""
     model, (ids, mask) = random_model(num_hidden_layers=1), batch()
     kept = {}
     for over in ("all", "old"):
@@ -241,7 +241,7 @@ def test_kept_channels_are_rounded_up_but_for_kvpress():
         assert (cache.layers[0].kept.sum(-1) == count).all()
 
 
-# ---------------------------------------------------------------------------------------------- in force and undone
+# ---------------------------------------------------------------------------------------------- applied and undone
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -284,7 +284,7 @@ def test_without_a_cache_nothing_is_pruned():
 
 
 class OwnAttention(GPT2LMHeadModel):
-    """Says of itself what transformers finds out of models that do not use its registry."""
+    """Declares what transformers detects in models outside its registry."""
 
     @classmethod
     def _can_set_attn_implementation(cls):

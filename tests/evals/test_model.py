@@ -1,4 +1,4 @@
-"""The harness's model: the dense numbers are HFLM's own, and the pruned ones really come from the pruned cache."""
+"""The harness's model: its dense numbers equal HFLM's, and pruned ones come from the pruned cache."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def think(model, **options):
 
 
 def scores(lm, pairs=PAIRS):
-    """Log-likelihoods, and whether the continuation is the greedy one."""
+    """Log-likelihoods, and whether each continuation is the greedy one."""
     answers = lm.loglikelihood(loglikelihoods(*pairs), disable_tqdm=True)
     return [likelihood for likelihood, _ in answers], [greedy for _, greedy in answers]
 
@@ -61,7 +61,7 @@ CUT = {"batch_size": 5, "max_length": 24}
     ],
 )
 def test_without_pruning_loglikelihoods_are_those_of_the_harness(method, sizes):
-    """Several choices of a context, padding on both sides, contexts that are cut or too short to hold back from."""
+    """Several choices per context, padding on both sides, contexts that are cut or too short to hold back a token."""
     model = random_model()
     (same, greedy), (exact, _) = scores(hflm(model, **sizes)), scores(hflm(in_float64(model), **sizes))
     lm = think(model, **method, **sizes)
@@ -76,7 +76,7 @@ def test_the_greedy_continuation_is_recognised():
     model, context = random_model(), words(20, 3)
     ids = torch.tensor([word_tokenizer()(context)["input_ids"]])
     best = word_tokenizer().decode(model.generate(ids, max_new_tokens=3, do_sample=False)[0, -3:])
-    other = best.rsplit(" ", 1)[0] + (" w3" if not best.endswith(" w3") else " w4")  # in its last token
+    other = best.rsplit(" ", 1)[0] + (" w3" if not best.endswith(" w3") else " w4")  # different in the last token
     assert scores(think(model, **DENSE), [(context, f" {best}"), (context, f" {other}")])[1] == [True, False]
 
 
@@ -118,9 +118,9 @@ def test_answers_are_kept_and_not_asked_again(tmp_path):
 # ------------------------------------------------------------------------------------- through the pruned cache
 
 
-@pytest.mark.parametrize("rows", [2, pytest.param(6, marks=pytest.mark.slow)])  # six rows repeat the two: slow
+@pytest.mark.parametrize("rows", [2, pytest.param(6, marks=pytest.mark.slow)])  # six rows repeat the test of two: slow
 def test_compiled_method_is_the_simulated_one(rows):
-    """Two rows: the four choices of one context are read in two calls, on two branches of its cache."""
+    """With two rows, the four choices of a context are read in two calls, on two branches of its cache."""
     model = random_model()
     exact = scores(think(in_float64(model), batch_size=1, **SIMULATED))[0]
     simulated = think(model, batch_size=6, **SIMULATED)
@@ -133,7 +133,7 @@ def test_compiled_method_is_the_simulated_one(rows):
     assert max(abs(a - b) for a, b in zip(got, scores(hflm(model))[0], strict=True)) > 0.1
 
 
-@pytest.mark.slow  # the lowering has tests of its own, with the same calls
+@pytest.mark.slow  # other tests lower the same calls
 def test_compiled_by_inductor():
     model, pairs = random_model(num_hidden_layers=1), choices(2, 30)
     exact = scores(think(in_float64(model), **SIMULATED), pairs)[0]
@@ -155,7 +155,7 @@ def test_documents_through_the_compiled_cache_of_their_heads():
 
 
 def zero_filled(model, context, continuation, held_back, ratio):
-    """Log-likelihood by the oracle: one context, one continuation."""
+    """Log-likelihood of one continuation by the oracle."""
     ids, targets = (torch.tensor([word_tokenizer()(text)["input_ids"]]) for text in (context, continuation))
     rules = {name: PRUNED[name] for name in ("recent", "observe", "channel_multiple")}
     oracle = Oracle(model, ratio=ratio, **rules)
@@ -180,7 +180,7 @@ def test_a_continuation_of_one_token_reads_the_pruned_cache(held_back):
 
 
 def test_poison_in_the_pruned_rows_reaches_the_scores(monkeypatch):
-    """The rows that hold narrow keys are spoilt after the first call: what does not read them does not change."""
+    """Rows with narrow keys are overwritten after the first call: results that do not read them do not change."""
     fill, model = TwoCalls.fill, random_model()
 
     def spoilt(self, *args, **kwargs):
@@ -222,7 +222,7 @@ def test_choices_of_one_context_share_its_prefill(monkeypatch):
     scores(lm, choices(4, 30))
     assert calls == [(1, 29), (4, 4)]
     calls.clear()
-    letters = [(words(20, 3), f" w{n}") for n in range(4)]  # of one token each: one row predicts them all
+    letters = [(words(20, 3), f" w{n}") for n in range(4)]  # one token each: one row predicts them all
     scores(lm, letters)
     assert calls == [(1, 19), (1, 1)]
 
@@ -239,7 +239,7 @@ def test_batches_hold_whole_groups_the_longest_first():
 def test_counters_tell_what_went_through_a_pruned_cache():
     lm = think(random_model(), max_length=24, **SIMULATED)
     scores(lm, [(words(30, 1), " w1 w2"), (words(5, 2), " w3"), (words(6, 3), " w4 w5 w6"), ("w7", " w8")])
-    # of 5 words 4 are prefilled, which the window of 4 holds; of 6 words 5, one of them narrow
+    # of 5 words 4 are prefilled, all in the window of 4; of 6 words 5, one of them narrow
     assert lm.counters == Counters(scored_tokens=7, scored_through_pruned=5, contexts=4, truncated_contexts=1)
     told = lm.get_model_info()["think"]
     assert told["scored_through_pruned"] == 5

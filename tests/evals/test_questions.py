@@ -1,4 +1,4 @@
-"""The question asked after the pruning: where a context is divided, and what comes out against the oracle."""
+"""Questions asked after the pruning: the division of contexts, and results against the oracle."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def asked_by_oracle(model, text, ratio):
     ("method", "ratio"), [(DENSE, 0.0), (SIMULATED, 0.5), (PRUNED, 0.5)], ids=["dense", "simulated", "compiled"]
 )
 def test_the_question_is_asked_after_the_pruning(method, ratio):
-    """Batched contexts of several lengths, and questions of two."""
+    """Batched contexts of several lengths, and questions of two lengths."""
     model = random_model()
     lm = ThinkLM(model, tokenizer=word_tokenizer(), batch_size=3, **method)
     got = lm.generate_until([instance("generate_until", (text, ASKED)) for text in QUESTIONS], disable_tqdm=True)
@@ -48,7 +48,7 @@ def test_the_question_is_asked_after_the_pruning(method, ratio):
 
 
 def test_asking_before_or_after_is_not_the_same():
-    """If it were, prune_before would do nothing."""
+    """Otherwise prune_before would do nothing."""
     lm = ThinkLM(random_model(), tokenizer=word_tokenizer(), **SIMULATED)
     before = {name: value for name, value in ASKED.items() if name != "prune_before"}
     asked = [[instance("generate_until", (text, how)) for text in QUESTIONS] for how in (ASKED, before)]
@@ -67,7 +67,7 @@ def test_a_context_that_cannot_be_divided_is_an_error(text, complaint):
 
 
 class Slow:
-    """A tokenizer that does not tell where its tokens stand."""
+    """A tokenizer without token offsets."""
 
     is_fast = False
 

@@ -1,4 +1,4 @@
-"""Runs on tasks of a few lines: what is written, what is not run again, and what the commands print and refuse."""
+"""Runs on tasks of a few lines: records, skipped repetitions, and the output and errors of the commands."""
 
 import importlib.util
 import io
@@ -56,7 +56,7 @@ OPTIONS = ["--recent", 4, "--observe", 8, "--channel-multiple", 1]
 
 
 def write_tasks(folder):
-    """A YAML file for each kind of task, and the data of all in JSON."""
+    """A YAML file for each kind of task, and JSON data for all."""
     docs = [{"context": words(12 + 3 * n, n), "gold": n % 3} for n in range(4)]
     (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     data = {"data_files": {"test": str(folder / "docs.jsonl")}, "cache_dir": str(folder / "cache")}
@@ -68,13 +68,13 @@ def write_tasks(folder):
 
 @pytest.fixture(autouse=True)
 def no_look_at_the_machine(monkeypatch):
-    """The harness asks pip and others for versions after each run: seconds, for what is not kept."""
+    """The harness asks pip and others for versions after each run: that takes seconds, and is not kept."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 @pytest.fixture
 def harness_logging(monkeypatch):
-    """The harness's command line logs to the stream that is there when it first starts; each test has another."""
+    """The harness's command line logs to the stream of its first start; each test has another."""
     logger = logging.getLogger("lm_eval")
     monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", False)
     for name, value in (("handlers", []), ("propagate", True), ("level", logging.NOTSET)):
@@ -337,10 +337,10 @@ def test_without_the_harness_the_extra_is_named(name, monkeypatch):
     assert_one_sentence(command(name, *arguments), "pip install 'think-compile[eval]'")
 
 
-@pytest.mark.slow  # the harness reads all of its tasks
+@pytest.mark.slow  # the harness reads all its tasks
 @pytest.mark.usefixtures("harness_logging")
 def test_the_harness_knows_our_model_and_finds_tasks_of_both(tiny, paths, tmp_path):
-    """Its own command line, with our folder of tasks and one of the user's."""
+    """The harness's own command line, with our folder of tasks and one of the user's."""
     arguments, folder = sys.argv, Path(paths["choosing"]).parent
     model = f"pretrained={tiny},ratio=0.5,recent=4,channel_multiple=1,method=simulated"
     rest = ["--tasks", "choosing", "--include_path", folder, "--output_path", tmp_path, "--batch_size", 2]

@@ -1,4 +1,4 @@
-"""Intervals: exact where they can be, right in scale where they are drawn."""
+"""Intervals: exact if they can be, of the right scale if they are sampled."""
 
 import math
 
@@ -86,7 +86,7 @@ def test_resolution_of_changes_in_both_directions():
     assert resolution(n, flips / n) == pytest.approx(0.0138457, abs=1e-6)
     assert paired_difference(change, [0.0] * n).visible
     assert not paired_difference([-1.0] * 110 + [1.0] * 90 + [0.0] * 1800, [0.0] * n).visible
-    assert resolution(500, 0.05) < 0.02  # what the sizes of the tasks rest on
+    assert resolution(500, 0.05) < 0.02  # the sizes of the tasks depend on this
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The studies: what a row says, that known rows are not measured again, and that all of it can be drawn."""
+"""The studies: their rows, no second measurement of known rows, and plots of everything."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_known_rows_are_not_measured_again_and_others_are_replaced(tmp_path):
 
 
 def test_the_command_measures_what_is_missing(tmp_path, monkeypatch):
-    """From its arguments to its files, and once more: nothing is measured twice."""
+    """From arguments to files; a second run measures nothing."""
     monkeypatch.setattr(studies.demo, "load_demo_model", lambda *args: (random_model(), word_tokenizer()))
     monkeypatch.setattr(studies, "samples_of", lambda *args: some_samples())
     monkeypatch.setattr(studies, "STUDIES", {"ratio": [small(), small("think")], "recent": [small(), small(recent=8)]})

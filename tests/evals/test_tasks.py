@@ -1,4 +1,4 @@
-"""The offline tasks: they load without a network, and their prompts hold what they ask for, once."""
+"""The offline tasks load without a network, and each prompt contains its answer once."""
 
 import hashlib
 import json
@@ -83,7 +83,7 @@ def test_numbers_stand_once_at_their_depth(name):
     for doc, prompt in prompts_of(name):
         body = prompt[len(prompts.NUMBER_ORDER) + 2 : prompt.index("\n\nQuestion:")]
         placed = sorted(zip(doc["at"], doc["keys"], doc["numbers"], strict=True), key=lambda fact: fact[0])
-        before = 0  # what the facts placed so far take up
+        before = 0  # the length of the facts placed so far
         for at, key, number in placed:
             fact = prompts.NUMBER.format(key, number)
             assert prompt.count(fact) == prompt.count(number) == 1
@@ -216,7 +216,7 @@ def test_examples_make_contexts_longer_than_the_window(name):
     task = tasks()[name]
     task.build_all_requests(limit=20, rank=0, world_size=1)
     contexts = {request.args[0] for request in task.instances}
-    assert len(contexts) == 20 and min(map(len, contexts)) > 1400  # 300 tokens and more, of which 32 stay whole
+    assert len(contexts) == 20 and min(map(len, contexts)) > 1400  # at least 300 tokens, 32 of them whole
     assert all(context.endswith("\nAnswer:") for context in contexts)
 
 

@@ -1,4 +1,4 @@
-"""The formats that the contract suite runs, and what a stored cache of each stands for.
+"""The formats of the contract suite, and a simulation of each stored cache.
 
 An entry of FORMATS is a format for keys and values of 8 channels. To have a format tested, add a line.
 """
@@ -34,7 +34,7 @@ FORMATS = {
 
 @dataclass
 class Simulated:
-    """One side, by the rules: whole rows, and from where on they have not been encoded."""
+    """One side, by the rules: whole rows, and the first position that is not encoded yet."""
 
     side: Side
     chosen: State
@@ -47,7 +47,7 @@ class Simulated:
         return cls(side, {name: state[name] for name in names}, rows, side.window_start(rows.shape[2]))
 
     def dense(self) -> Tensor:
-        """What a later call sees."""
+        """The rows that a later call sees."""
         if not self.side.has_ring:
             return self.rows
         state = self.side.codec.encode(self.rows, self.chosen) | self.chosen
@@ -55,7 +55,7 @@ class Simulated:
         return torch.where((torch.arange(self.rows.shape[2]) >= self.window_start)[:, None], self.rows, encoded)
 
     def append(self, new: Tensor, *, moves: bool = True) -> None:
-        """Rows of a later call; ``moves``: the window moves on after it."""
+        """Append a later call's rows. ``moves``: the window moves after it."""
         self.rows = torch.cat([self.rows, new], 2)
         if moves:
             self.settle()

@@ -16,7 +16,7 @@ from think_compile.formats.whole import Whole
 
 
 class Past:
-    """The stored form of ``length`` random tokens, rows above poisoned, and the keys that it stands for."""
+    """The stored form of ``length`` random tokens, with poisoned rows after them, and the equivalent keys."""
 
     def __init__(self, batch, heads, length, dim, keep, recent, window_start=None, dtype=torch.float64):
         self.capacity, self.length = length + 25, length
@@ -40,7 +40,7 @@ class Past:
         return Stored(self.keys, start), Stored(self.values)
 
     def expected(self, call, columns, scale, oldest=0):
-        """The stock attention over what is stored, the call's own rows, and rows after them."""
+        """The stock attention over the stored rows, the call's own rows, and rows after them."""
         end = self.length + call.k.shape[2]
         keys = torch.cat([self.dense, call.k, self.behind[:, :, end:]], 2)[:, :, oldest : oldest + columns]
         values = torch.cat([self.v[:, :, : self.length], call.v, self.v[:, :, end:]], 2)
@@ -81,7 +81,7 @@ CASES = [  # B Hq H N D T W S window_start
 def masks(batch, q_heads, n_new, start, columns):
     causal_mask = torch.arange(columns) <= torch.arange(start, start + n_new)[:, None]
     holes = causal_mask & (torch.rand(batch, 1, n_new, columns) > 0.3)
-    holes[..., -1, :] = False  # a row that attends to nothing
+    holes[..., -1, :] = False  # a query that attends to nothing
     return {
         "bool": causal_mask,
         "holes": holes,
@@ -115,7 +115,7 @@ def test_attention(case, kind, tensors):
 
 @pytest.mark.parametrize(("oldest", "n_new"), [(1, 1), (5, 1), (9, 1), (1, 3), (5, 3), (9, 3), (10, 3)])
 def test_the_oldest_positions_are_not_read(oldest, n_new):
-    """A bounded window may leave out stored tokens, and even the call's own first ones."""
+    """A bounded window may exclude stored tokens, and even the call's own first ones."""
     past = Past(2, 2, 9, 8, 3, 4)
     call = Call(*(torch.randn(2, h, n_new, 8).double() for h in (4, 2, 2)), None, 0.3)
     columns = 9 + n_new - oldest
@@ -154,7 +154,7 @@ def test_a_buffer_in_a_circle(recent, n_new, joined):
 
 @pytest.mark.parametrize("name", ["narrow", "decoded"])
 def test_poison_in_unused_rows_stays_there(name):
-    """Rows after the tokens may hold anything finite; ring rows below the window anything at all."""
+    """Rows after the tokens may hold any finite value; ring rows below the window any value at all."""
     past = Past(1, 1, 9, 8, 4, 3, window_start=9)
     past.keys["ring"].fill_(math.nan)
     call = Call(*(torch.randn(1, h, 1, 8).double() for h in (2, 1, 1)), None, 0.3)

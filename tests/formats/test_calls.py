@@ -20,11 +20,11 @@ class Simulation:
         self.recent, self.prune_generated, self.observe = recent, prune_generated, observe
         self.keys: list = []
         self.values: list = []
-        self.whole: list = []  # whether the row still has all of its channels
+        self.whole: list = []  # whether the row still has all its channels
         self.kept = None
 
     def call(self, q, k, v, start: int, mask=None):
-        """The exact attention output of a call that writes at ``start``; rows from there on are forgotten first."""
+        """The exact attention output of a call that writes at ``start``; later rows are dropped first."""
         del self.keys[start:], self.values[start:], self.whole[start:]
         first = start == 0
         self.keys += list(k.unbind(2))
@@ -159,7 +159,7 @@ class Fixed:
 
 
 def follow(fixed, simulation, calls, marks=None):
-    """Calls [(start, n)], each compared."""
+    """Makes the calls [(start, n)], and compares each."""
     for start, n in calls:
         q, k, v = draw(n)
         expected = simulation.call(q, k, v, start, marks)
@@ -231,7 +231,7 @@ def test_restart_without_prune_generated_prunes_the_new_prompt():
 
 
 def test_first_call_that_does_not_begin_at_zero():
-    """Positions before the start hold no token and are never attended to."""
+    """Positions before the start have no token and are never attended to."""
     fixed, n, start = Fixed(3), 9, 4
     q, k, v = draw(n)
     marks = torch.ones(B, SIZE, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What every format promises; see :mod:`contract` for the list of formats."""
+"""The promises of every format; :mod:`contract` has the list of formats."""
 
 import copy
 import pickle
@@ -15,13 +15,13 @@ from think_compile.formats.seen import Seen
 
 
 def _of(wanted):
-    """The formats that ``wanted`` holds for."""
+    """The formats that satisfy ``wanted``."""
     chosen = {name: form for name, form in FORMATS.items() if wanted(form)}
     return pytest.mark.parametrize("form", chosen.values(), ids=chosen)
 
 
 EVERY = _of(lambda form: True)
-# Where later tokens stay whole, the ring is as large as a cache of fixed size: test_calls rewinds that.
+# If later tokens stay whole, the ring is as large as a cache of fixed size: test_calls rewinds that.
 WINDOWED = _of(lambda form: form.keys.encodes_later)
 LOSSLESS = _of(lambda form: not form.is_lossy)
 SIZE = 40
@@ -42,7 +42,7 @@ def stock(q, k, v, mask):
 
 
 def called(form, sides, n, length, *, rolling=0, start=None):
-    """(what a call of ``n`` tokens after ``length`` gives, what it should); it is stored by both sides of ``sides``."""
+    """The output of a call of ``n`` tokens after ``length``, and the expected one; ``sides`` store the call."""
     q, k, v = draw(n)
     (keys, k_sim), (values, v_sim) = sides
     fixed = not keys.grows
@@ -146,7 +146,7 @@ def test_a_cache_of_fixed_size_is_rewound(form, start):
 
 @EVERY
 def test_a_cache_of_fixed_size_begins_again(form):
-    """What a first call chooses is chosen anew by a call that writes from the first row."""
+    """A call that writes from the first row chooses again, like a first call."""
     stores = [store for store, _ in begun(form, 12, SIZE)]
     q, k, v = draw(7)
     mask = F.pad(causal(7, 7), (0, SIZE - 7))
@@ -183,7 +183,7 @@ def test_a_full_buffer_goes_on_in_a_circle(form, n):
 
 @EVERY
 def test_what_caches_do_to_a_growing_store(form):
-    """Joins outside of graphs, crops, the last tokens, sequences picked; each followed by a call."""
+    """Joins outside of graphs, crops, the last tokens, selected sequences; each followed by a call."""
     sides, length = begun(form, 12), 12
     for what in ("append", "crop", "pick", "last", "copy", "pickle", "move"):
         after = []

@@ -1,4 +1,4 @@
-"""The format that docs/formats.md writes runs through think_compile as it stands there."""
+"""The codec in docs/formats.md runs exactly as printed."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 
 @pytest.fixture(scope="module")
 def half():
-    """The codec of the page."""
+    """The codec on the page."""
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "class Half" in block)
     module = types.ModuleType("of_the_page")
     sys.modules[module.__name__] = module

@@ -9,7 +9,7 @@ from think_compile.formats import ring as rings
 
 
 def positions_by_loops(length, rows):
-    """The latest position in each row, None where there is none."""
+    """The latest position in each row, or None."""
     held = [None] * rows
     for position in range(length):
         held[position % rows] = position

@@ -1,4 +1,4 @@
-"""Passes and runtime know no format: neither their files nor their lines."""
+"""Passes and runtime know no format: neither a format's file nor its parts."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ OF_ONE_FORMAT = {"pruned", "channels", "recent", "floor", "ring", "progress"}
 
 
 def names_of_parts():
-    """The names of all parts of all formats, but for those that every format has."""
+    """The names of all parts of all formats, except those that every format has."""
     sides = [side for form in contract.FORMATS.values() for side in (form.keys, form.values)]
     return {part.name for side in sides for part in side.parts(fixed=True)} - {"rows", "counters"}
 
@@ -50,6 +50,6 @@ def test_no_line_names_a_part(path):
 
 
 def test_the_names_of_parts_are_found_where_they_are():
-    """What the tests above look for exists."""
+    """The names that the tests above search for exist."""
     assert {"channels", "ring", "codes", "middle"} <= names_of_parts()
     assert re.search(r"\bring\b", (ROOT / "formats" / "side.py").read_text())

@@ -1,4 +1,4 @@
-"""ThinK's choice of channels, and what a first call stores by it, against loops in plain Python."""
+"""ThinK's choice of channels, and the stored keys of a first call, against loops in plain Python."""
 
 import itertools
 import math
@@ -15,14 +15,14 @@ LOW = torch.finfo(torch.float32).min
 
 
 def first_call(q, k, mask, keep, observe, recent=1):
-    """What is stored of the keys."""
+    """The stored keys."""
     width = k.shape[3]
     keys = Side(think.Channels(keep, observe), width, recent)
     return CacheFormat(keys, Side(Whole(), width)).first_call(Call(q, k, k, mask), Prompt())[0]
 
 
 def chosen_by_loops(q, k, observe, allowed):
-    """(scores, valid keys) with `allowed` [B, N, S]: may the query attend to the key; float64 sums."""
+    """(scores, valid keys), in float64. `allowed` [B, N, S]: may the query attend to the key?"""
     batch, q_heads, n_new, dim = q.shape
     heads, length = k.shape[1:3]
     group, start = q_heads // heads, length - n_new
@@ -51,7 +51,7 @@ def causal(batch, n_new, length):
 
 
 def padded(side, batch, n_new, length):
-    """Causal, and padding that nobody attends to; its own rows are empty."""
+    """Causal with padding: no query attends to it, and its own rows are empty."""
     allowed = causal(batch, n_new, length).clone()
     for b in range(1, batch):
         pad = min(2 * b + 1, length - 1)

@@ -1,4 +1,4 @@
-"""Codecs that only tests use: they show what a user may bring."""
+"""Codecs for tests only: examples of users' codecs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from think_compile.formats import Part, Seen, State
 
 @dataclass(frozen=True)
 class Scaled:
-    """Rows in 8-bit integers, with one scale a token and one offset a sequence, which the first call chooses."""
+    """Rows in 8-bit integers, with a scale per token, and an offset per sequence chosen by the first call."""
 
     name: ClassVar[str] = "scaled"
     group: ClassVar[int] = 1

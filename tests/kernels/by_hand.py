@@ -1,4 +1,4 @@
-"""The attention kernel of chosen channels and whole values, written by hand: what the template's is compared with."""
+"""The attention kernel of chosen channels and whole values, written by hand: the reference for the template's."""
 
 import triton
 import triton.language as tl
@@ -32,9 +32,9 @@ def _scores(q0, q1, base, rows, ok, width: tl.constexpr, part0: tl.constexpr, pa
 
 @triton.jit
 def _masked(MASK, mask_row, column, ok, sm_s, kind: tl.constexpr, alike: tl.constexpr):
-    """What the model's mask says of some columns, [1, N] where ``alike``, else [M, N]; a row of zeros without a mask.
+    """The model's mask for some columns, [1, N] if ``alike``, else [M, N]; a row of zeros without a mask.
 
-    ``alike``: the mask is one for all rows, and ``mask_row`` a number.
+    ``alike``: all rows have the same mask, and ``mask_row`` is a number.
     """
     if kind == 0:
         value = tl.zeros([1, column.shape[0]], tl.int8)
@@ -96,7 +96,7 @@ def _walk(
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attend to positions [low, high), whose keys and values stand in rows position - shift, or the keys in a ring.
+    """Attend to positions [low, high), in rows position - shift; keys may be in a ring.
 
     ``ROLLING``: position p stands in row p % capacity.
     """
@@ -116,9 +116,9 @@ def _walk(
 
 @triton.jit
 def _counts(value, m, real, ok, kind: tl.constexpr, alike: tl.constexpr, half: tl.constexpr):
-    """Whether a mask's ``value`` shows a row that is ``real`` a column that is ``ok``; ``m``: the rows' largest logits.
+    """Whether a mask's ``value`` shows an ``ok`` column to a ``real`` row; ``m``: the rows' largest logits.
 
-    What a float mask hides by the minimum of its type, or half of that, counts only where it hides all.
+    A key masked with the dtype's minimum, or half of it, counts only for a query whose keys are all masked.
     """
     hidden: tl.constexpr = -47252.0 if half else -1e30  # base 2, as the logits
     if alike:
@@ -171,7 +171,7 @@ def attend_share(
     mask_row = bh // heads * sm_b
     if not ALIKE:
         mask_row += ((bh % heads) * GROUP + row // queries) * sm_h + query.to(tl.int64) * sm_n
-        mask_row = tl.where(real, mask_row, 0)  # no tile is read behind the mask's end
+        mask_row = tl.where(real, mask_row, 0)  # no tile is read past the mask's end
     pruned, values = PRUNED + bh * capacity * T, VALUES + bh * value_rows * DV
     ring, new = RECENT + bh * ring_rows * D, K_NEW + bh * queries * D
     new_values = V_NEW + bh * queries * DV
@@ -182,7 +182,7 @@ def attend_share(
     o1 = tl.zeros([BLOCK_M, DV1], tl.float32)
 
     end = tl.minimum(start + queries, extent)
-    if split < splits:  # narrow keys, in equal shares, and the rows behind the tokens, which hold nothing
+    if split < splits:  # narrow keys, in equal shares, and the empty rows after the tokens
         CHUNK: tl.constexpr = 1024 if ALIKE else 128
         BEHIND: tl.constexpr = 0 if CAUSAL else KIND  # causal queries never see those rows
         chunk = tl.arange(0, CHUNK)
@@ -191,7 +191,7 @@ def attend_share(
         i1 = tl.load(CHANNELS + bh * T + c1, mask=c1 < T, other=0)
         q0, q1 = _queries(q_row, real, i0, i1, c0 < T, c1 < T)
         low, high = _part(first, tl.minimum(floor, end), split, splits, BLOCK_N)
-        # Of the rows behind only the mask is read, unless it shows some: asked for here, looked at behind the tokens.
+        # Of the empty rows only the mask is read, unless it shows some: loaded here, used after the tokens.
         behind, last = _part(end, extent, split, splits, CHUNK)
         value = _masked(MASK, mask_row, behind + chunk - first, behind + chunk < last, sm_s, BEHIND, ALIKE)
         m, total, o0, o1 = _walk(

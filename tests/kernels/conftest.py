@@ -1,4 +1,4 @@
-"""In Triton's interpreter no kernel may touch memory outside the tensors that it is given, masked or not used later."""
+"""In Triton's interpreter no kernel may touch memory outside its tensors, not even in unused elements."""
 
 from contextlib import ExitStack
 from unittest import mock
@@ -9,7 +9,7 @@ import torch
 
 
 def span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Addresses of the first byte of a tensor and of the one behind its last."""
+    """Addresses of a tensor's first byte and of the byte after its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize if tensor.numel() else 0
 
@@ -26,7 +26,7 @@ def assert_inside(spans: list[tuple[int, int]], pointers: np.ndarray, active: np
 def only_its_tensors():
     """Checks every load and store of the interpreted kernels."""
     if torch.cuda.is_available():
-        yield  # compute-sanitizer is for that
+        yield  # compute-sanitizer checks that
         return
     interpreter = pytest.importorskip("triton.runtime.interpreter", exc_type=ModuleNotFoundError)
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs, which needs none, and prints what became of each; run as a program.
+"""Compiles the Triton kernels for GPUs (without one), and prints each result; run as a program.
 
 A process of its own, since the tests have Triton interpret its kernels.
 """
@@ -52,7 +52,7 @@ def compiled(
 
 
 def moved_in_loops(text: str) -> int:
-    """Products that leave their layout inside loops of a kernel in Triton's GPU dialect, but for another product's."""
+    """Products converted inside loops, in a kernel in Triton's GPU dialect, to a layout other than a product's."""
     moved, depth = 0, []
     for line in text.splitlines():
         indent = len(line) - len(line.lstrip())
@@ -81,7 +81,7 @@ def share(
 ) -> dict[str, object]:
     """The kernel of a call's shares, as it is launched for 8 KV heads and 8,192 tokens, or with another ``launch``.
 
-    ``hand``: the one written by hand, that of the template was made to equal.
+    ``hand``: the kernel written by hand, the template's reference.
     """
     size = BYTES[dtype]
     if launch is None:
@@ -111,7 +111,7 @@ def share(
     return compiled(kernel, types, constants, device, num_warps=launch.warps, num_stages=launch.stages)
 
 
-# What the kernel by hand calls what the template's has.
+# Names in the kernel written by hand, by the template's names.
 NAMES = {"K_ROWS": "PRUNED", "K_CHANNELS": "CHANNELS", "RING": "RECENT", "V_ROWS": "VALUES", "WINDOW_START": "FLOOR"}
 NAMES |= {"D_WIDTH": "D", "D_PART0": "D0", "D_PART1": "D1", "K_WIDTH": "T", "K_PART0": "T0", "K_PART1": "T1"}
 NAMES |= {"V_WIDTH": "DV", "V_PART0": "DV0", "V_PART1": "DV1"}

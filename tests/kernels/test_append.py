@@ -24,7 +24,7 @@ def format_of(keep, d, window=WINDOW, encodes_later=True, dv=32):
 
 
 def drawn(batch, query_heads, heads, d, keep, ring_rows, dtype=torch.float32):
-    """A call without values, and what a cache of fixed size stores of its keys."""
+    """A call without values, and its keys as stored in a cache of fixed size."""
     channels = torch.rand(batch, heads, d).topk(keep).indices.sort().values
     rows, ring = torch.randn(batch, heads, CAPACITY, keep), torch.randn(batch, heads, ring_rows, d)
     q, k = torch.randn(batch, query_heads, 1, d), torch.randn(batch, heads, 1, d)
@@ -49,7 +49,7 @@ def span_of(start, device="cpu", columns=CAPACITY):
 
 
 def both(call, state, start, form):
-    """What is stored afterwards, by the kernel and by ATen."""
+    """The stored tensors after the call, by the kernel and by ATen."""
     by_kernel, by_aten = copied(state, DEVICE), copied(state)
     windows = form.keys.windows(state)
     KERNELS.append(on(DEVICE, call), stored(by_kernel), span_of(start, DEVICE), windows)
@@ -150,7 +150,7 @@ def test_a_step_attends_and_then_stores_its_token(sizes, dv, dtype, start, mask)
         return out, own
 
     (same, expected), (exact, _) = by_aten(lambda x: x), by_aten(in_double)
-    values[:, :, start] = torch.nan  # the attention takes the token's own value from where it was made
+    values[:, :, start] = torch.nan  # the attention reads the token's own value from the call
     own = copied(state, DEVICE), {"rows": values.to(DEVICE)}
     given = on(DEVICE, call)
     at = span._replace(start=span.start.to(DEVICE))

@@ -27,7 +27,7 @@ SMALL = Launch(16, 16, 4, 1, 3)  # several tiles a share, several shares a head
 class Case:
     """A later call of ``queries`` tokens after ``past``; ``spare`` rows after them hold no token.
 
-    ``rolling``: a buffer of so many rows is written in a circle.
+    ``rolling``: the size of a circular buffer.
     """
 
     batch: int = 2
@@ -62,7 +62,7 @@ class Case:
 
 
 def call_of(case: Case) -> tuple[Call, Stored, Stored, Span]:
-    """A call; rows without a token hold what a shorter past left there."""
+    """A call; rows without a token hold leftovers of an earlier past."""
     with torch.device(DEVICE):
         keys = torch.randn(case.batch, case.heads, case.past, case.d)
         channels = torch.rand(case.batch, case.heads, case.d).topk(case.kept).indices.sort().values
@@ -89,7 +89,7 @@ def call_of(case: Case) -> tuple[Call, Stored, Stored, Span]:
 
 
 def random_mask(case: Case, columns: int) -> torch.Tensor:
-    """Half of the tokens, no row behind them, and for one query nothing."""
+    """Half of the tokens, no row after them, and nothing for one query."""
     mask = torch.rand(case.batch, 1, case.queries, columns) < 0.5
     mask[..., case.end - case.first :] = False
     mask[0, :, 0] = False

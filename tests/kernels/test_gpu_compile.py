@@ -37,10 +37,10 @@ def test_kernels_compile_for_a_gpu_and_fit_it():
     assert all(one["shared"] <= one["may"] for one in made), list(zip(KERNELS, made, strict=True))
 
 
-@pytest.mark.slow  # minutes of compiling, for what only a change of the kernels can change
+@pytest.mark.slow  # compiles for minutes; depends only on the kernels
 @pytest.mark.parametrize("device", ["A100", "RTX 4090", "MI250", "RX 7900"])
 def test_kernels_compile_for_other_gpus_and_fit_them(device):
-    # Triton 3.6 cannot translate the largest for an MI250
+    # Triton 3.6 cannot compile the largest for an MI250
     shares = [share for share in SHARES if device != "MI250" or share[1].get("kept") != 240]
     kernels = [(name, options | {"device": device}) for name, options in shares]
     made = compiled(kernels)
@@ -48,7 +48,7 @@ def test_kernels_compile_for_other_gpus_and_fit_them(device):
 
 
 def test_no_launch_of_the_table_moves_logits_to_the_layout_of_the_mask():
-    """In tiles of as many rows as threads, or more, Triton does."""
+    """Triton converts the layout in tiles with at least as many rows as threads."""
     launches = {(query_tile(row["rows"]), *row["launch"][:3]) for row in table("channels+whole")}
     kernels = [("share", {"mask": "bool", "launch": (*launch, 4)}) for launch in sorted(launches)]
     moving = ("share", {"mask": "bool", "launch": (16, 128, 4, 3, 4)})

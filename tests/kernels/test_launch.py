@@ -1,4 +1,4 @@
-"""How the decode kernel is launched: as measured where it was measured, and fitting everywhere."""
+"""Launches of the decode kernel: as in the table for measured shapes, and within the device's limits for all."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Templates: what is put in stands in the source, which Inductor and Triton read."""
+"""Templates: the insertions are in the source, which Inductor and Triton read."""
 
 import inspect
 

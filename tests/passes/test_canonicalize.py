@@ -1,4 +1,4 @@
-"""Rows of a buffer that move up for new ones: which writes are a cat of the others and the new, and which are not."""
+"""Buffers whose rows move up for new ones: which writes equal a cat of old and new rows, and which do not."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def by_slice(base, rows, shift=-1, start=-1, end=None):
 
 
 def canonical(write, batch, n_new=1, **how):
-    """(operations of the canonical graph, whether it computes what ``write`` does)."""
+    """(operations of the canonical graph, whether it computes the same as ``write``)."""
     base, rows = torch.randn(batch, 2, ROWS, 4), torch.randn(batch, 2, n_new, 4)
     graphs = []
 

@@ -1,4 +1,4 @@
-"""Attention by flash-attn's operation: a stand-in of the same name and schema, where the package is not installed."""
+"""Attention by flash-attn's operation: a stand-in with the same name and schema, if the package is not installed."""
 
 import pytest
 import torch

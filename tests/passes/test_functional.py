@@ -1,4 +1,4 @@
-"""The trace of a graph into ATen operations that write to nothing: what it returns, and what it refuses."""
+"""The trace of a graph into functional ATen operations: its results and refusals."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_inputs_are_not_written_to_by_the_graph():
 
 
 def said(graph_module):
-    """Each node's operation and arguments, whatever the names."""
+    """Each node's operation and arguments, without names."""
     number = {node: f"%{i}" for i, node in enumerate(graph_module.graph.nodes)}
     return [
         (str(node.target) if node.op == "call_function" else node.op, map_arg((node.args, node.kwargs), number.get))
@@ -129,7 +129,7 @@ def test_written_inputs_that_share_memory_are_refused():
 
 
 def test_parts_of_one_tensor_may_be_written_to_where_they_do_not_overlap():
-    base = torch.randn(4, 2, 3)  # keys and values beside each other
+    base = torch.randn(4, 2, 3)  # keys and values side by side
     _, written = traced(write_first, base[:, 0], base[:, 1])
     assert written == [0]
 
@@ -141,7 +141,7 @@ def test_inputs_that_share_memory_may_be_read():
 
 
 def test_an_input_that_comes_twice_is_read_as_two():
-    """The graph may be called with two tensors later."""
+    """Later the graph may be called with two tensors."""
     x = torch.randn(3)
     graph_module, _ = traced(lambda x, y: (x - y,), x, x)
     assert graph_module(torch.full((3,), 5.0), torch.full((3,), 2.0))[0].tolist() == [3, 3, 3]

@@ -1,4 +1,4 @@
-"""Which attentions have a cache, how it is joined, and why others are refused: hand-built modules, one per case."""
+"""Attentions with a cache, its join, and the refusals of others: hand-built modules, one per case."""
 
 import dataclasses
 import signal
@@ -143,7 +143,7 @@ def test_first_call_joined_to_an_empty_tensor():
 
 
 def test_a_graph_that_holds_a_constant():
-    """A tensor that is an attribute of the graph is no input: the inputs keep their numbers."""
+    """A tensor attribute of the graph is not an input: the inputs keep their numbers."""
 
     class Attention(nn.Module):
         def __init__(self):
@@ -438,7 +438,7 @@ def test_heads_and_channels_merged_in_the_cache():
 
 
 def test_heads_and_channels_regrouped():
-    """[12 heads of 64] read as [16 heads of 48]: neither cuts the other."""
+    """[12 heads of 64] read as [16 heads of 48]: neither layout refines the other."""
 
     def f(q, k, v, pk, pv):
         k, v = torch.cat([pk, k], 1), torch.cat([pv, v], 1)
@@ -471,7 +471,7 @@ def test_sliding_slice_is_returned():
 
 
 def windowed(f, *inputs, larger_than=1):
-    """The window of the only attention, or why it was refused, with bounded caches wanted."""
+    """The window of the only attention, or the reason for its refusal, with `sliding` on."""
     found = normalized(f, *inputs)
     findings = find_caches(found, find_attention(found.graph_module), larger_than)
     if findings.refused:
@@ -542,7 +542,7 @@ def test_windows_that_are_not_the_last_tokens():
 
 
 def test_a_window_with_other_tokens_before_it():
-    """The first tokens stay for ever, as attention sinks do: not simply the last ones."""
+    """The first tokens stay forever, like attention sinks: the window is not simply the last tokens."""
 
     def f(q, k, v, pk, pv):
         k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
@@ -560,7 +560,7 @@ def test_keys_and_values_of_different_windows():
 
 
 def test_a_window_written_back_in_place():
-    """As a sliding window in a fixed buffer: by a copy of all of it."""
+    """A sliding window in a fixed buffer, written by a copy of the whole window."""
 
     def f(q, k, v, pk, pv):
         k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
@@ -573,7 +573,7 @@ def test_a_window_written_back_in_place():
 
 
 def test_a_window_written_to_other_buffers():
-    """Which then are not what the next call's past is known to be, or not filled by it."""
+    """The other buffers are not known to be the next call's past, or the window does not fill them."""
 
     def f(q, k, v, pk, pv, elsewhere_k, elsewhere_v):
         k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
@@ -593,7 +593,7 @@ def test_a_window_written_to_other_buffers():
 
 
 def test_a_part_of_the_past_that_grows():
-    """Its first rows only: what the next call's past is does not tell how many those are."""
+    """Only the past's first rows are joined: the next call's past does not show how many."""
 
     def f(q, k, v, pk, pv):
         k, v = torch.cat([pk[:, :, :W], k], 2), torch.cat([pv[:, :, :W], v], 2)
@@ -603,7 +603,7 @@ def test_a_part_of_the_past_that_grows():
 
 
 def test_a_first_call_that_a_graph_break_cuts():
-    """Queries, keys and values come out of another graph; as many of each, and the keys and values stay behind."""
+    """Queries, keys and values come from another graph, equally many of each; keys and values leave as outputs."""
 
     def f(q, k, v):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -616,7 +616,7 @@ def test_a_first_call_that_a_graph_break_cuts():
 
 
 def test_cross_attention_over_whole_inputs():
-    """Their queries are projected here, or are not as many as the keys."""
+    """The queries are projected here, or their number differs from that of the keys."""
     weight = torch.randn(HQ * D, HQ * D)
 
     def projected(x, k, v, weight):
@@ -648,7 +648,7 @@ def test_cross_attention_over_projected_keys():
 
 @pytest.mark.parametrize("embedding", ["operation", "call as written"])
 def test_cross_attention_over_as_many_tokens(embedding):
-    """Weights of a class of their own are embedded by the call that the model made."""
+    """Weights of a tensor subclass: the trace has the model's own call."""
     graph = Graph()
     ours, theirs, weight = (graph.placeholder(name) for name in ("ours", "theirs", "weight"))
     for node in (ours, theirs, weight):
@@ -697,7 +697,7 @@ def test_cross_attention_of_equal_lengths():
 
 
 def test_attention_without_a_heads_axis():
-    """[X, N, D] throughout: each of the X rows is a sequence of one head."""
+    """[X, N, D] throughout: each of the X rows is a sequence with one head."""
 
     def f(q, k, v, pk, pv):
         k, v = torch.cat([pk, k], 1), torch.cat([pv, v], 1)
@@ -709,7 +709,7 @@ def test_attention_without_a_heads_axis():
 
 
 def test_one_sequence_without_a_batch_axis():
-    """[H, S, D] cached, a batch of one made for the attention."""
+    """[H, S, D] in the cache; the attention adds a batch axis of one."""
 
     def f(q, k, v, pk, pv):
         k, v = torch.cat([pk, k], 1), torch.cat([pv, v], 1)
@@ -814,7 +814,7 @@ def test_dropout():
     assert refused(f, *qkv(), *past()) == [Reason.DROPOUT]
 
 
-# ------------------------------------------------------------------ traps: may be refused, never be wrong
+# ------------------------------------------------------------------ traps: may be refused, must not be wrong
 
 
 def test_keys_and_values_written_at_different_positions():

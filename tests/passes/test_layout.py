@@ -14,7 +14,7 @@ pytestmark = pytest.mark.host
 aten = torch.ops.aten
 OPTIONS = settings(
     max_examples=150,
-    phases=[Phase.explicit, Phase.generate],  # shrinking a hang takes for ever
+    phases=[Phase.explicit, Phase.generate],  # shrinking a hang takes forever
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -39,7 +39,7 @@ def factorings(n: int, parts: int):
 
 @st.composite
 def step(draw, shape):
-    """A drawn operation that is legal on ``shape``."""
+    """A random operation that is legal on ``shape``."""
     rank, count = len(shape), torch.Size(shape).numel()
     axis = draw(st.integers(0, rank - 1))
     if draw(st.booleans()):
@@ -87,14 +87,14 @@ def step(draw, shape):
 
 
 def chain_of(f, example):
-    """The graph of ``f`` as pre-dispatch ATen: its source and the layout operations behind it."""
+    """The graph of ``f`` as pre-dispatch ATen: its source, and the layout operations after it."""
     graph = make_fx(f, tracing_mode="fake", pre_dispatch=True)(example).graph
     out = graph.output_node().args[0]
     return lay.walk_back(out)
 
 
 def truth_agrees(axes, source_shape, actual) -> None:
-    """Every element of the result must be the source's element that the algebra says."""
+    """Every element of the result must be the source's element given by the algebra."""
     sizes = [torch.Size([a.size for a in atoms]).numel() for atoms in axes]
     assert tuple(sizes) == tuple(actual.shape), f"{sizes} are not {tuple(actual.shape)}"
     parts = parts_of(axes, source_shape)
@@ -149,7 +149,7 @@ def parts_of(axes, source_shape):
 
 
 def check(shape, steps) -> bool:
-    """Whether the chain could be followed; if so, it was followed rightly."""
+    """Returns whether the chain could be followed; checks the result if so."""
 
     def f(x):
         for each in steps:
@@ -184,7 +184,7 @@ def test_random_chains_are_never_wrong(data):
 @OPTIONS
 @given(st.data())
 def test_chains_without_cuts_are_always_followed(data):
-    """Moves, unit axes, repeats, merges of whole axes and their undoing: what caches meet."""
+    """Moves, unit axes, repeats, merges of whole axes and their inverses: the operations on caches."""
     shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 5, 7]), min_size=2, max_size=4)))
     steps, now = [], torch.empty(shape, device="meta")
     for _ in range(data.draw(st.integers(1, 5))):
@@ -196,7 +196,7 @@ def test_chains_without_cuts_are_always_followed(data):
     assert check_in_time(shape, steps), f"{shape} through {steps} is only a rearrangement"
 
 
-# sizes whose products coincide in part: cut so that neither shape refines the other
+# sizes with partly equal products: split so that neither shape refines the other
 REGROUPED = [
     ((6, 4), (8, 3)),
     ((6, 4), (4, 6)),
@@ -215,7 +215,7 @@ def test_views_that_cut_across_axes(before, after):
 
 
 def check_in_time(shape, steps):
-    """As check; a loop without end fails instead of hanging."""
+    """Like check, but an endless loop fails instead of hanging."""
 
     def stop(*_):
         raise TimeoutError("the algebra does not come to an end")

@@ -1,4 +1,4 @@
-"""Attention that is written out: which graphs are read as such, which look like it and are not."""
+"""Written-out attention: graphs recognised as such, and similar ones that are not."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def regions_of(f, *inputs):
     return find_regions(normalized(f, *inputs).graph_module.graph)
 
 
-# ------------------------------------------------------------------ what is one
+# ------------------------------------------------------------------ attention
 
 
 def test_products_around_a_softmax():
@@ -99,7 +99,7 @@ def test_einsum_is_a_product(equation):
     assert product.contracted == (3, 3)
 
 
-# ------------------------------------------------------------------ what is none
+# ------------------------------------------------------------------ not attention
 
 
 def nothing_found(f, *inputs):
@@ -111,7 +111,7 @@ def test_linear_attention():
 
 
 def test_experts():
-    """A router's softmax picks experts; it runs along no axis that a later product sums over with it."""
+    """A router's softmax picks experts; no later product sums over the softmax's axis."""
 
     def f(x, router, experts):
         weights = (x @ router).softmax(-1)
@@ -164,7 +164,7 @@ def test_dropout():
 
 
 def test_keys_normalized_along_another_axis_of_the_product():
-    """Both softmax and values run along the batch: nothing here is tokens."""
+    """Softmax and values both run along the batch: no axis here is tokens."""
 
     def f(q, k, v):
         return torch.einsum("bhns,bhsd->hnsd", torch.einsum("bhnd,bhsd->bhns", q, k).softmax(0), v)

@@ -1,4 +1,4 @@
-"""Graphs before and after the rewriting, on hand-built modules; what a rewritten graph computes is tested elsewhere."""
+"""Graphs before and after the rewriting, on hand-built modules; other tests check their results."""
 
 import logging
 
@@ -43,7 +43,7 @@ def rewritten(f, *inputs, packed=(), config=CONFIG):
 
 
 def targets(graph_module):
-    """What is called; of a format's methods the functions."""
+    """The called targets; for a format's methods, their functions."""
     called = [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
     return [getattr(target, "__func__", target) for target in called]
 

@@ -1,7 +1,7 @@
 """Every language model of the installed transformers, tiny and with random weights.
 
-`configs.json` holds small sizes for the architectures that need thought. An architecture that is not in it (one of a
-newer transformers) gets its default configuration with every size it has in common with the others made small.
+`configs.json` has small sizes for architectures that need special ones. Any other architecture (of a newer
+transformers, for example) gets its default configuration, with every common size made small.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _known() -> dict[str, dict]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A name under which transformers lists a language model; ``seq2seq``: in its list of encoder-decoder models."""
+    """The name of a language model in transformers' list; ``seq2seq``: in its list of encoder-decoder models."""
 
     name: str
     seq2seq: bool = False
@@ -67,11 +67,11 @@ class Architecture:
 
     @property
     def note(self) -> str:
-        """Why it cannot be tried, where more is known than the error says; else ""."""
+        """The reason why it cannot be tried, if more is known than the error says; else ""."""
         return _known().get(str(self), {}).get("note", "")
 
     def build(self, seed: int = 0) -> nn.Module:
-        """A tiny model of the architecture; it never stops early and leaves compiling to us."""
+        """A tiny model of the architecture that never stops early and does not compile itself."""
         known = _known().get(str(self), {})
         listed = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if self.seq2seq else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         model_class = getattr(transformers, known.get("class", listed[self.name]))
@@ -84,12 +84,12 @@ class Architecture:
 
 
 def causal() -> list[Architecture]:
-    """What transformers lists as causal language models."""
+    """The causal language models listed by transformers."""
     return [Architecture(name) for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)]
 
 
 def seq2seq() -> list[Architecture]:
-    """What transformers lists as encoder-decoder language models."""
+    """The encoder-decoder language models listed by transformers."""
     return [Architecture(name, seq2seq=True) for name in sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)]
 
 
@@ -104,7 +104,7 @@ def _config(config_class: type, known: dict) -> PretrainedConfig:
     given = _part(known["config"], config_class.model_type) if "config" in known else _small(config_class())
     config = config_class(**given)
     if getattr(config, "is_decoder", None) is False and not getattr(config, "is_encoder_decoder", False):
-        config.is_decoder = True  # of an encoder that can also be a decoder
+        config.is_decoder = True  # for an encoder that can also be a decoder
     for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
         for token in SPECIAL_TOKENS:
             value = getattr(part, token, None)
@@ -114,13 +114,13 @@ def _config(config_class: type, known: dict) -> PretrainedConfig:
 
 
 def _part(config: dict, model_type: str) -> dict:
-    """The part of a known configuration that is of this type, or else the whole."""
+    """The part of a known configuration with this type, or else the whole."""
     parts = [part for part in config.values() if isinstance(part, dict) and part.get("model_type") == model_type]
     return parts[0] if parts else config
 
 
 def _small(default: PretrainedConfig) -> dict:
-    """Arguments that make a configuration like this one small, the parts of it too."""
+    """Arguments that make a configuration like this one, and its parts, small."""
     computed = {key for key in SMALL if isinstance(getattr(type(default), key, None), property)}
     sizes = {key: value for key, value in SMALL.items() if key not in computed and hasattr(default, key)}
     parts = {key: part for key, part in vars(default).items() if isinstance(part, PretrainedConfig)}

@@ -1,4 +1,4 @@
-"""Writes docs/coverage.md: what becomes of every language model that the installed transformers lists.
+"""Writes docs/coverage.md: the result for every language model of the installed transformers.
 
     python tests/zoo/coverage.py [--jobs N]      tries all and writes the document
     python tests/zoo/coverage.py NAME...         prints the rows of these and writes nothing
@@ -39,7 +39,7 @@ LIMIT_S = 300
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table. ``layers``: how many keep a key for every token; None: the architecture was not tried."""
+    """One line of a table. ``layers``: the number that keep a key for every token; None: not tried."""
 
     name: str
     reason: str
@@ -57,7 +57,7 @@ class Row:
 
     @property
     def whole(self) -> bool:
-        """Whether every layer that keeps a key for every token was rewritten, with each cache that can be used."""
+        """Whether every layer that keeps a key for every token was rewritten, with each usable cache."""
         return self.dynamic == self.layers and self.static in (None, self.layers)
 
 
@@ -65,7 +65,7 @@ class Row:
 
 
 def cannot_run(what: Architecture) -> str:
-    """Why the plain model cannot be tried, or ""."""
+    """The reason why the plain model cannot be tried, or ""."""
     _quiet()
     try:
         with torch.no_grad():
@@ -76,7 +76,7 @@ def cannot_run(what: Architecture) -> str:
 
 
 def row_of(what: Architecture) -> Row:
-    """What becomes of one architecture."""
+    """The result for one architecture."""
     if reason := cannot_run(what):
         return Row(what.name, f"not tried: {reason}")
     try:
@@ -86,14 +86,14 @@ def row_of(what: Architecture) -> Row:
 
 
 def row_of_trial(name: str, trial: Trial) -> Row:
-    """The row of an architecture that was tried."""
+    """The row of a tried architecture."""
     dynamic, static = trial.dynamic, trial.static
     reason = f"{WRONG}: {trial.fault}" if trial.fault else _reasons(dynamic, static)
     return Row(name, reason, dynamic.expected, dynamic.latent, dynamic.packed, static and static.packed)
 
 
 def _reasons(dynamic: Outcome, static: Outcome | None) -> str:
-    """Why layers were left as they were; what only one kind of cache shows is said to be of it."""
+    """The reasons for refused layers; those of a single kind of cache are marked so."""
     found = [{record.reason.value for record in one.found.refused} for one in (dynamic, static or dynamic)]
     both, only = found[0] & found[1], {"dynamic": found[0] - found[1], "static": found[1] - found[0]}
     told = sorted(both) + [f"{kind} cache: {text}" for kind, texts in only.items() for text in sorted(texts)]
@@ -115,7 +115,7 @@ def _line(error: Exception) -> str:
 
 
 def _safe_row(worker: Worker, what: Architecture) -> Row:
-    """The row, also of an architecture that takes its process along."""
+    """The row, even if the architecture kills its process."""
     try:
         return worker.do(row_of, what)
     except Died as ours:
@@ -127,7 +127,7 @@ def _safe_row(worker: Worker, what: Architecture) -> Row:
 
 
 def rows_of(listed: list[Architecture], jobs: int) -> Iterator[Row]:
-    """The rows in order, as they are found."""
+    """The rows in order, as they become available."""
     free: SimpleQueue[Worker] = SimpleQueue()
     workers = [Worker(LIMIT_S) for _ in range(jobs)]
     for worker in workers:

@@ -1,4 +1,4 @@
-"""Every language model of the installed transformers: rewritten or refused by name, and none wrong."""
+"""Every language model of the installed transformers is rewritten or refused by name, and none is wrong."""
 
 import os
 import time
@@ -13,7 +13,7 @@ from workers import Died, Worker
 
 from think_compile import ThinkWarning
 
-# A few in every run, one for each way of attending and caching that the others vary.
+# A few in every run, one for each kind of attention and cache; the others are variants.
 FEW = ["bloom", "deepseek_v3", "gemma2", "gpt_oss", "seq2seq/t5"]
 ALL = [*architectures.causal(), *architectures.seq2seq()]
 
@@ -49,7 +49,7 @@ SLIDING = ["gemma2", "gpt_oss", "mistral", "gemma3_text", "gemma4_text", "mimo_v
 
 @pytest.mark.parametrize("name", [*SLIDING[:2], *(pytest.param(name, marks=pytest.mark.zoo) for name in SLIDING[2:])])
 def test_sliding_windows(name):
-    """Windows that the prompt overfills, beside full layers or not: all layers are rewritten."""
+    """Windows overfilled by the prompt, with and without full layers: all layers are rewritten."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ThinkWarning)
         (what,) = (a for a in ALL if str(a) == name)

@@ -1,8 +1,8 @@
-"""One architecture through plain and compiled generation: what was rewritten, and how far every logit is off.
+"""Plain and compiled generation with one architecture: the rewritten layers, and the error of every logit.
 
-The compiled model runs first. Which channels it kept is read off its caches and given to the plain model, whose dense
-keys are then zero-filled by the rules after each call: what is left to differ is rounding. (That the channels are the
-right ones is tested against an oracle of its own, on the models for which one can be written: `oracle.py`.)
+The compiled model runs first. Its caches show the kept channels. The plain model's dense keys are then zero-filled by
+the rules after each call, with these channels, so that only rounding may differ. (`oracle.py` tests the choice of
+channels independently, on some models.)
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Run:
 
 @dataclass
 class Outcome:
-    """What came of one architecture with one kind of cache.
+    """The result of one architecture with one kind of cache.
 
     Attributes:
         expected: layers that keep a key for every token of the text, in the plain model's cache.
-        latent: layers that keep something for every token that is no key yet (multi-head latent attention).
+        latent: layers that keep a latent instead of a key for every token (multi-head latent attention).
         packed: layers whose keys were stored packed.
         found: the report.
         error: largest difference of a logit to the zero-filled plain model (to the plain model at ratio 0).
@@ -68,7 +68,7 @@ class Outcome:
 
     @property
     def unexplained(self) -> int:
-        """Layers that keep something for every token and are neither rewritten nor refused by name."""
+        """Layers that keep a key or latent for every token and are neither rewritten nor refused by name."""
         return max(0, self.expected + self.latent - self.packed - len(self.found.refused))
 
     @property
@@ -92,7 +92,7 @@ class Forced(LogitsProcessor):
 
 
 def prompt(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, mask, the tokens forced behind them); the second sequence is padded on the left."""
+    """(ids, mask, the tokens forced after them); the second sequence is padded on the left."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     ids = torch.randint(3, 120, (BATCH, PROMPT + NEW), generator=generator)
     mask = torch.ones(BATCH, PROMPT, dtype=torch.long)
@@ -122,16 +122,16 @@ def generate(model: nn.Module, static: bool = False) -> Run:
 
 
 def cache_layers(cache: object) -> list[object]:
-    """The layers of a transformers cache; of one in two parts, those of self-attention first."""
+    """The layers of a transformers cache; if it has two parts, those of self-attention first."""
     parts = [getattr(cache, part, None) for part in ("self_attention_cache", "cross_attention_cache")]
     return [layer for part in (parts if parts != [None, None] else [cache]) for layer in getattr(part, "layers", ())]
 
 
 def full_layers(cache: object) -> dict[int, Tensor]:
-    """What the layers keep that have an entry for every token of the text: [B, H, S, D].
+    """The cached tensors with an entry for every token of the text, by layer: [B, H, S, D].
 
-    A compressed memory is shorter than the text. The keys of an encoder's output have a length of their own; but a
-    model may keep a second self-attention in that part of its cache.
+    A compressed memory is shorter than the text. The keys of an encoder's output have their own length; but a model may
+    keep a second self-attention in that part of its cache.
     """
     found = {}
     for i, layer in enumerate(cache_layers(cache)):
@@ -144,7 +144,7 @@ def full_layers(cache: object) -> dict[int, Tensor]:
 
 
 def latent_widths(config: object) -> set[int]:
-    """Widths of the latents that the model caches in place of keys, as its configuration says."""
+    """Widths of the latents cached instead of keys, from the configuration."""
     if not isinstance(config, dict):
         return set()
     below = [latent_widths(part) for part in config.values()]
@@ -165,7 +165,7 @@ def kept_channels(cache: object) -> Kept:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[Kept]]:
-    """What is packed before each call of a generation."""
+    """The packed layers before each call of a generation."""
     seen: list[Kept] = []
     plain = model.prepare_inputs_for_generation
 
@@ -183,7 +183,7 @@ def watched(model: nn.Module) -> Iterator[list[Kept]]:
 
 @contextmanager
 def zero_filled(model: nn.Module, kept_before: list[Kept]) -> Iterator[None]:
-    """The plain model; before each call, keys that have left the window lose the channels dropped by then."""
+    """The plain model; before each call, keys that have left the window lose their dropped channels."""
     plain, calls = model.prepare_inputs_for_generation, iter(kept_before)
 
     @functools.wraps(plain)
@@ -209,7 +209,7 @@ def compiled(model: nn.Module, *, sliding: bool = False) -> nn.Module:
 
 
 def nothing_pruned(ours: nn.Module) -> nn.Module:
-    """The model as if it had been compiled at ratio 0: its traces, which no ratio touches, are rewritten anew."""
+    """The model as if compiled at ratio 0: its traces do not depend on the ratio, and are rewritten again."""
     backend = _backends[ours]
     backend.config = dataclasses.replace(backend.config, ratio=0.0)
     for graph in backend.graphs:
@@ -253,7 +253,7 @@ def runs(model: nn.Module, static: bool) -> bool:
 class Trial:
     """One architecture with both kinds of cache, at ratio 0.5 and at 0.
 
-    ``static`` is None if the plain model cannot use such a cache; the outcomes at ratio 0 are if nothing is rewritten.
+    ``static`` is None if the plain model cannot use such a cache; outcomes at ratio 0 are None if nothing is rewritten.
     """
 
     dynamic: Outcome
@@ -269,7 +269,7 @@ class Trial:
 
 
 def try_out(model: nn.Module, *, static: bool = False, sliding: bool = False) -> tuple[Outcome, Outcome | None]:
-    """What comes of the model with one kind of cache at ratio 0.5, and if something is rewritten at 0."""
+    """The results of one kind of cache at ratio 0.5, and at 0 if something is rewritten."""
     ours = compiled(model, sliding=sliding)
     outcome = compare(copy.deepcopy(model), ours, static=static)
     exact = compare(copy.deepcopy(model), nothing_pruned(ours), static=static) if outcome.found.rewritten else None
@@ -277,7 +277,7 @@ def try_out(model: nn.Module, *, static: bool = False, sliding: bool = False) ->
 
 
 def try_all(model: nn.Module) -> Trial:
-    """What comes of the model with both kinds of cache."""
+    """The results of both kinds of cache."""
     return Trial(*try_out(model), *(try_out(model, static=True) if runs(model, True) else (None, None)))
 
 

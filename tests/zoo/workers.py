@@ -1,4 +1,4 @@
-"""Tasks in processes of their own: one that crashes, hangs or is killed costs its own result and no other."""
+"""Tasks in separate processes: one that crashes, hangs or is killed loses only its own result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
-USES = 24  # tasks of one process: compiled code is never let go of
+USES = 24  # tasks per process: compiled code is never freed
 
 
 class Died(Exception):
@@ -21,14 +21,14 @@ def _serve(connection: Connection) -> None:
 
 
 class Worker:
-    """A process that does one task after the other, and is replaced when it dies, hangs or is old."""
+    """A process that runs one task after the other, and is replaced when it dies, hangs or is old."""
 
     def __init__(self, limit_s: float, uses: int = USES) -> None:
         self.limit_s, self.uses, self.used = limit_s, uses, 0
         self.process: Any = None
 
     def do(self, task: Callable[[Any], Any], argument: Any) -> Any:
-        """What ``task`` (a function of a module) returns for ``argument``.
+        """The result of ``task`` (a function of a module) for ``argument``.
 
         Raises:
             Died: it took too long, or its process ended.
@@ -58,10 +58,10 @@ class Worker:
         self.connection, theirs = context.Pipe()
         self.process, self.used = context.Process(target=_serve, args=(theirs,), daemon=True), 0
         self.process.start()
-        theirs.close()  # else the end of the process would not be seen here
+        theirs.close()  # otherwise the end of the process would not be noticed here
 
     def stop(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, even while it runs a task."""
         if self.process is not None:
             self.process.kill()
             self.process.join()
