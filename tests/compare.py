@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from think_compile import think_compile
 from think_compile.cache.handle import Handle
 
-HEAD_DIM = 32  # of every model here
+HEAD_DIM = 32  # the vocabulary of every model here
 
 __all__ = ["HEAD_DIM", "Rules", "Trio", "causal_mask", "padding", "tokens"]
 
@@ -36,12 +36,12 @@ class Rules:
 
 
 def tokens(batch: int, length: int) -> Tensor:
-    """Random ids, special ones left out."""
+    """Random ids, without special ones."""
     return torch.randint(3, VOCAB, (batch, length))
 
 
 def padding(side: str, batch: int, length: int) -> Tensor | None:
-    """1 where a token is real; every sequence of the batch but the first is padded by another amount."""
+    """1 where a token is real; each sequence of the batch, except the first, has its own amount of padding."""
     if side == "none":
         return None
     real = torch.ones(batch, length, dtype=torch.long)
@@ -80,7 +80,7 @@ class Trio:
         return self
 
     def branch(self) -> Trio:
-        """A conversation that goes its own way from here, on deep copies of the caches."""
+        """A new conversation that continues from here, on deep copies of the caches."""
         other = copy.copy(self)
         other.sessions = [self._fork(talk) for talk in self.sessions]
         other.got, other.same, other.exact = other.sessions
@@ -93,7 +93,7 @@ class Trio:
         return twin
 
     def step(self, ids: Tensor, real: Tensor | None = None, what: str = "") -> Tensor:
-        """One call of all three; logits must agree where tokens are real."""
+        """One call of all three; the logits of real tokens must agree."""
         what = what or f"{ids.shape[1]} new after {self.got.length}"
         outputs = [talk.step(ids, real) for talk in self.sessions]
         chosen = real.bool() if real is not None else torch.ones_like(ids, dtype=torch.bool)
@@ -102,7 +102,7 @@ class Trio:
         return outputs[0]
 
     def run(self, ids: Tensor, calls: list[int], real: Tensor | None = None) -> None:
-        """The ids in calls of the given sizes; caches are compared after each."""
+        """Runs the ids in calls of the given sizes, and compares caches after each."""
         for part, marks in self._parts(ids, calls, real):
             self.step(part, marks)
             self.check_caches()
@@ -136,26 +136,26 @@ class Trio:
             talk.real = None if talk.real is None else talk.real[index]
 
     def check_caches(self) -> None:
-        """Stored keys equal the oracle's where tokens are real, and are zero exactly where its are."""
+        """Stored keys of real tokens equal the oracle's, and are zero in the same places."""
         layers = zip(*(talk.stored() for talk in self.sessions), strict=True)
         for i, keys in enumerate(layers):
             got, same, exact = (self._real_tokens(k) for k in keys)
             what = f"keys of layer {i} after {self.got.length}"
             assert_close_to(same, got, exact, what=what)
-            dropped = exact == 0  # in float64 no other number is
+            dropped = exact == 0  # exact: in float64 no other number is zero
             assert not got[dropped].any(), f"{what}: what should be pruned is not"
             stray = (got[~dropped] == 0).sum().item()
             allowed = 0 if got.dtype == torch.float32 else got.numel() // 100
             assert stray <= allowed, f"{what}: {stray} numbers pruned that should not be"
 
     def _real_tokens(self, keys: Tensor) -> Tensor:
-        """[real tokens, ...]: sequences and positions flattened, padding left out."""
+        """[real tokens, ...]: sequences and positions flattened, without padding."""
         keys = keys.movedim(self.got.sequence_dim, 1)
         if self.got.real is None:
             return keys.flatten(0, 1)
         return keys[self.got.real[:, -keys.shape[1] :].bool()]
 
     def check_handles(self, rewritten: int) -> None:
-        """So many layers keep their keys packed, at the width that the rules say."""
+        """This many layers keep their keys packed, with the width given by the rules."""
         handles = [keys for keys in self.got.raw() if isinstance(keys, Handle)]
         assert len(handles) == rewritten

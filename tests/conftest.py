@@ -19,13 +19,13 @@ if "THINK_COMPILE_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["THINK_COMPILE_TEST_DEVICE"])
 gc.set_threshold(
     200_000, 20, 100
-)  # a trace makes many objects that stay: collecting less often saves a sixth of the time
+)  # a trace makes many long-lived objects: collecting less often saves a sixth of the time
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
 
 
 @pytest.fixture(autouse=True)
 def on_the_host(request):
-    """Tests marked `host` run on the CPU: what they ask about raises there, and on a GPU ends the process."""
+    """Tests marked `host` run on the CPU: their errors raise there, but end the process on a GPU."""
     with torch.device("cpu") if request.node.get_closest_marker("host") else contextlib.nullcontext():
         yield
 

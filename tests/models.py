@@ -1,8 +1,8 @@
 """Tiny models with random weights for the tests, and sessions that drive each of them the same way.
 
-Transformers architectures come from `HUGGING_FACE`; the decoders written here in plain PyTorch, one for each
-way of keeping keys, from `OWN`. Weights are drawn so that attention is peaked and channels differ in size:
-pruning then has a visible effect and no two channel scores are nearly equal.
+`HUGGING_FACE` has transformers architectures; `OWN` has decoders written here in plain PyTorch, one for each kind of
+cache. The random weights make attention peaked and channels uneven: pruning then has a visible effect, and no two
+channel scores are nearly equal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHARP = ("q_proj", "k_proj", "qkv_proj", "query_key_value", "c_attn", "wq", "wk"
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draws every parameter anew; queries and keys with a larger gain and with channels of uneven size."""
+    """Draws every parameter anew, queries and keys with a larger gain and uneven channels."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
@@ -104,7 +104,7 @@ CLASSES = {
 
 
 def hugging_face(name: str, seed: int = 0, **overrides: object) -> nn.Module:
-    """A tiny transformers model; it never stops early and leaves compiling to us."""
+    """A tiny transformers model that never stops early and does not compile itself."""
     stem, arguments, _ = HUGGING_FACE[name]
     config_class, model_class = CLASSES.get(stem, (f"{stem}Config", f"{stem}ForCausalLM"))
     config = getattr(transformers, config_class)(**COMMON, **{**arguments, **overrides})
@@ -128,7 +128,7 @@ def rope(x: Tensor, pos: Tensor) -> Tensor:
 
 
 class Projections(nn.Module):
-    """What the attentions below have in common: projections, rotation, and attention over given keys."""
+    """Shared by the attentions below: projections, rotation, and attention over given keys."""
 
     def __init__(self, hidden: int = 64, heads: int = 4, kv_heads: int = 2, dim: int = 32) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ class SliceCache(BufferCache):
 
 
 class Block(nn.Module):
-    """Attention and a small MLP, each behind a norm."""
+    """Attention and a small MLP, each after a norm."""
 
     def __init__(self, attention: nn.Module, hidden: int = 64) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class BufferDecoder(Decoder):
 
 
 def as_it_is(x: Tensor) -> Tensor:
-    """Of a cache that lies as [B, H, S, D]."""
+    """The canonical view of a [B, H, S, D] cache: the cache itself."""
     return x
 
 
@@ -301,7 +301,7 @@ OWN: dict[str, tuple[type[Decoder], type[nn.Module], Callable]] = {
     "buffer_slice": (BufferDecoder, SliceCache, buffer_slots(heads_first)),
     "buffer_index_copy": (BufferDecoder, IndexCopyCache, buffer_slots(as_it_is)),
 }
-WRITTEN_HERE = tuple(OWN)  # other files of tests register theirs while they run
+WRITTEN_HERE = tuple(OWN)  # other test files register theirs at run time
 
 
 def own(name: str, seed: int = 0, rows: int = 3) -> Decoder:
@@ -321,7 +321,7 @@ def dense(keys: Tensor) -> Tensor:
 
 
 class Session:
-    """One conversation with one model: `step(ids, real)` -> logits; `real` marks what is no padding."""
+    """One conversation with one model: `step(ids, real)` -> logits; `real` marks tokens that are not padding."""
 
     sequence_dim = 2  # of the cache tensors
 
@@ -331,7 +331,7 @@ class Session:
         self.real: Tensor | None = None
 
     def step(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
-        """`real` [B, new tokens], None if nothing in the whole conversation is padding."""
+        """`real` [B, new tokens], or None if the whole conversation has no padding."""
         if real is not None:
             self.real = real if self.real is None else torch.cat([self.real, real], dim=1)
         logits = self.call(ids)
@@ -342,11 +342,11 @@ class Session:
         raise NotImplementedError
 
     def raw(self) -> list[Tensor]:
-        """Every layer's cache tensor, as the model keeps it."""
+        """Every layer's cache tensor, as kept by the model."""
         raise NotImplementedError
 
     def stored(self) -> list[Tensor]:
-        """Every layer's keys in the model's layout, only the tokens that were written."""
+        """Every layer's keys in the model's layout, written tokens only."""
         return [self.written(dense(keys)[: self.rows]) for keys in self.raw()]
 
     def written(self, keys: Tensor) -> Tensor:
@@ -354,7 +354,7 @@ class Session:
 
 
 class HuggingFaceSession(Session):
-    """A transformers model, with the cache it makes itself or one that is given."""
+    """A transformers model, with its own or a given cache."""
 
     def __init__(self, model: Callable, cache: object | None = None) -> None:
         super().__init__(model)
@@ -370,7 +370,7 @@ class HuggingFaceSession(Session):
 
 
 class PastSession(Session):
-    """Our decoders that take and return a tuple."""
+    """Our decoders that take and return tuples."""
 
     past: tuple | None = None
 
@@ -390,7 +390,7 @@ class SequenceMajorSession(PastSession):
 
 
 class BufferSession(Session):
-    """Our decoders that keep keys in buffers, told the positions by a tensor."""
+    """Our decoders with keys in buffers; positions are given as a tensor."""
 
     def call(self, ids: Tensor) -> Tensor:
         total = self.length + ids.shape[1]
@@ -403,7 +403,7 @@ class BufferSession(Session):
 
 
 class SliceSession(BufferSession):
-    """The same told the first position as an int; one-token calls have no mask unless there is padding."""
+    """The same, but the first position is given as an int; one-token calls have no mask unless there is padding."""
 
     sequence_dim = 1
 
@@ -415,7 +415,7 @@ class SliceSession(BufferSession):
 
 
 def causal_mask(start: int, stop: int, keys: int, real: Tensor | None) -> Tensor:
-    """[1 or B, 1, queries, keys], true where attended; `real` [B, stop] marks what is no padding."""
+    """[1 or B, 1, queries, keys], true where attended; `real` [B, stop] marks tokens that are not padding."""
     mask = torch.arange(keys)[None, :] <= torch.arange(start, stop)[:, None]
     mask = mask[None, None]
     if real is None:

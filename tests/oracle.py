@@ -3,9 +3,9 @@
 Nothing here shares code with the package. `Oracle` runs an untouched copy of a model with its ordinary cache.
 In the first call on a cache it sees, through `scaled_dot_product_attention`, the queries, keys and mask of
 every layer and chooses the channels to keep; after every call it zeroes the dropped channels of each token
-that is older than the last `recent` ones. Another format is given as what it makes of the rows that leave the window:
-`keys` and `values`, functions of rows [B, H, n, D]. `Yardstick` runs the oracle twice, in the model's precision and in
-float64, so that an error can be bounded by what that precision costs anyway.
+that is older than the last `recent` ones. Another format is given by two functions, `keys` and `values`, which turn
+rows [B, H, n, D] that leave the window into their decoded form. `Yardstick` runs the oracle twice, in the model's
+precision and in float64, so that errors can be compared with that precision's own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-# What transformers calls a cache, in arguments and outputs: it was renamed in 5.24.
+# Name of the cache in transformers' arguments and outputs; 5.24 renamed it.
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
 
 # ---------------------------------------------------------------- the rules, each a function of plain tensors
@@ -48,7 +48,7 @@ def valid_keys(pairs: Tensor) -> Tensor:
 def observed_queries(valid: Tensor, queries: int, observe: int) -> Tensor:
     """[B, queries]: the last `observe` queries whose own position, one of the last, is a valid key.
 
-    A query whose own key is no longer attended to by anyone is not valid.
+    A query is not valid if no query attends to its own key any more.
     """
     gone = max(0, queries - valid.shape[1])
     own = torch.nn.functional.pad(valid, (gone, 0))[:, -queries:]
@@ -72,13 +72,13 @@ def channel_scores(q: Tensor, k: Tensor, valid: Tensor, observed: Tensor) -> Ten
 
 
 def kept_count(dim: int, ratio: float, multiple: int) -> int:
-    """T: what the ratio leaves, rounded up to the multiple, at most all channels."""
+    """T: channels left by the ratio, rounded up to the multiple, at most all."""
     keep = dim - int(dim * ratio)
     return min(dim, -(-keep // multiple) * multiple)
 
 
 def kept_mask(scores: Tensor, keep: int) -> Tensor:
-    """Boolean mask of the `keep` highest scores; among equals the lower channel wins."""
+    """Boolean mask of the `keep` highest scores; among equal scores the lower channel wins."""
     order = scores.neg().argsort(dim=-1, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :keep], True)
 
@@ -90,12 +90,12 @@ def kept_mask(scores: Tensor, keep: int) -> Tensor:
 class Slot:
     """One layer's dense key cache: `keys` is a [B, H, S, D] view of it with `count` tokens written."""
 
-    holder: object  # what lives as long as the cache does and is copied with it: carries the pruning state
+    holder: object  # an object that lives as long as the cache and is copied with it: carries the pruning state
     keys: Tensor | None
     count: int
     bounded: bool = False  # a window: holds the latest tokens, `count` of them
     fixed: bool = False  # of fixed size: rows after the tokens hold nothing
-    values: Tensor | None = None  # a [B, H, S, Dv] view of the values, where a format changes them too
+    values: Tensor | None = None  # a [B, H, S, Dv] view of the values, if a format changes them too
 
 
 def hf_slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
@@ -149,11 +149,11 @@ def buffer_slots(canonical: Callable[[Tensor], Tensor]) -> Callable:
 
 @dataclass
 class State:
-    """What lives with a layer's cache: the channels kept, and how many tokens may ever be pruned."""
+    """State attached to a layer's cache: the kept channels, and how many tokens may ever be pruned."""
 
     kept: Tensor  # [B, KV heads, D]
     limit: int | None
-    done: int = 0  # tokens that have left the window, where a format is given
+    done: int = 0  # tokens that have left the window, if a format is given
 
 
 @dataclass
@@ -180,8 +180,8 @@ class Seen:
 class Oracle:
     """Runs a copy of `model` densely; the caches it leaves behind are zero-filled.
 
-    `slots` tells where the keys are (default: a transformers cache). `replay` is the list of decisions of
-    another oracle, taken over in order instead of being made again.
+    `slots` finds the keys (default: a transformers cache). `replay` is the list of another oracle's decisions, used
+    in order instead of new ones.
     """
 
     model: nn.Module
@@ -214,7 +214,7 @@ class Oracle:
         return holder.oracle_state.kept
 
     def select(self, cache: object, index: Tensor) -> None:
-        """Takes sequences of a transformers cache, the pruning state with them."""
+        """Selects sequences of a transformers cache, with their pruning state."""
         cache.batch_select_indices(index)
         for layer in cache.layers:
             if hasattr(layer, "oracle_state"):
@@ -267,9 +267,9 @@ class Oracle:
 
 
 def choose(call: Seen, slot: Slot, observe: int, ratio: float, multiple: int) -> Tensor:
-    """The kept channels of one layer, from its attention call and the cache that the call left behind."""
+    """The kept channels of one layer, from its attention call and the cache after the call."""
     batch, kv_heads, _, dim = slot.keys.shape
-    # what is attended to, though it may not stay
+    # the keys attended to, even if the cache does not keep them all
     beyond = slot.bounded and (not slot.fixed or call.k.shape[2] > slot.keys.shape[2])
     count = call.k.shape[2] if beyond else slot.count
     k = call.k[:, :, :count]
@@ -282,7 +282,7 @@ def choose(call: Seen, slot: Slot, observe: int, ratio: float, multiple: int) ->
 
 
 def _new_tokens(arguments: dict, before: list[Slot], after: list[Slot]) -> int:
-    """Tokens of a call: where windows forget some, the counts do not tell."""
+    """Number of tokens of a call; if windows forget some, the counts do not show it."""
     for name in ("ids", "input_ids"):
         if arguments.get(name) is not None:
             return arguments[name].shape[1]
@@ -294,7 +294,7 @@ def _state_of(slot: Slot) -> State | None:
 
 
 def tell(q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-    """For attention that is written out in the tests: tells an oracle, if one watches, what it attends with.
+    """For attention written out in the tests: passes its operands to the oracle, if one watches.
 
     q [B, Hq, N, D], k [B, H, S, D], mask true where attended.
     """
@@ -336,7 +336,7 @@ def worst(a: Tensor, b: Tensor) -> float:
 
 
 def assert_close_to(same: Tensor, got: Tensor, exact: Tensor, factor: float = 4.0, what: str = "") -> None:
-    """`got` may be off the float64 reference by a few times what plain eager code in its precision is."""
+    """`got` may be off the float64 reference by a few times the error of plain eager code in its precision."""
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     assert got.dtype == same.dtype, f"{what}: {got.dtype}, expected {same.dtype}"
     scale = max(1.0, exact.abs().max().item()) if exact.numel() else 1.0

@@ -15,7 +15,7 @@ HEADS, DIM, KEEP = 2, 8, 4
 
 
 def format_of(recent: int, encodes_later: bool = True) -> CacheFormat:
-    """Half of the channels of 8."""
+    """Half of 8 channels."""
     return CacheFormat(Side(Channels(KEEP, 4), DIM, recent, encodes_later), Side(Whole(), DIM))
 
 

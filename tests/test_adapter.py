@@ -1,4 +1,4 @@
-"""What wrapping changes in Hugging Face's ``generate``, and what it leaves."""
+"""The changes of wrapping to Hugging Face's ``generate``, and their limits."""
 
 import copy
 import pickle
@@ -146,7 +146,7 @@ def test_a_model_without_its_first_layer_gets_the_cache_that_grows(on_a_gpu):
 
 
 class First(nn.Identity):
-    """In the place of a layer that another process runs."""
+    """Stands for a layer that runs in another process."""
 
     def forward(self, x, *args, **kwargs):
         return x

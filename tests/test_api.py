@@ -1,4 +1,4 @@
-"""What users call: arguments, wrapping and undoing it, warnings, gradients, failures inside."""
+"""The public API: arguments, wrapping and undoing it, warnings, gradients, internal failures."""
 
 import copy
 import dataclasses
@@ -349,7 +349,7 @@ def test_explain_of_a_wrapped_model_uses_its_settings():
 
 
 def test_explain_refusals_even_of_a_strict_model():
-    """An explanation tells why; it must not raise what it should tell."""
+    """An explanation reports the reason; it must not raise it."""
     found = explain(Sums(), (torch.randn(1, 3, 8),), strict=True, lowering="eager")
     assert found.refused
 
@@ -376,7 +376,7 @@ class Sums(nn.Module):
 
 
 class SharedCache(nn.Module):
-    """Keys also read by something else than the attention."""
+    """Something else besides the attention reads the keys."""
 
     def forward(self, x, past=None):
         q, k, v = (torch.unflatten(x, -1, (2, 4)).transpose(1, 2) * n for n in (1, 2, 3))
@@ -408,7 +408,7 @@ def test_strict_raises_nothing_rewritten(module):
 
 
 def test_a_model_without_attention_warns_too():
-    """Asked to prune, and there is nothing that could be."""
+    """A request to prune a model with nothing to prune."""
     model = think_compile(nn.Sequential(nn.Linear(4, 4)), lowering="eager")
     with torch.no_grad():
         assert len(caught(lambda: model(torch.randn(2, 4)))) == 1
@@ -492,7 +492,7 @@ def explode(*args, **kwargs):
     raise ZeroDivisionError("made up")
 
 
-OFTEN = {"normalize", "rewrite", "later call", "handles"}  # the others fail in the same two places of the backend
+OFTEN = {"normalize", "rewrite", "later call", "handles"}  # the others fail in the same two places in the backend
 
 
 @pytest.mark.parametrize("place", [p if p in OFTEN else pytest.param(p, marks=pytest.mark.slow) for p in PLACES])
@@ -613,7 +613,7 @@ def test_a_cache_keeps_the_dtype_the_model_gave_it():
 
 @torch.no_grad()
 def test_growth_within_inference_mode():
-    """More new tokens than a store has room for, all in inference mode."""
+    """More new tokens than the store's capacity, all in inference mode."""
     model, ids = wrapped(ratio=0.0), tokens(2, 60)
     expected, _ = talk("tuple_cat", own("tuple_cat"), ids, [9, *[1] * 51])
     conversation = session("tuple_cat", model)
@@ -636,7 +636,7 @@ def test_reorder_within_inference_mode():
 
 @torch.no_grad()
 def test_generated_tokens_stay_whole_without_prune_generated():
-    """Long enough for the ring to be filled more than once."""
+    """Long enough to fill the ring more than once."""
     model, plain = wrapped(prune_generated=False, ratio=0.5), own("tuple_cat")
     assert isinstance(plain, PastDecoder) and not isinstance(plain, BufferDecoder)
     assert isinstance(plain.layers[0].attention, TuplePast)
@@ -657,7 +657,7 @@ def test_looking_at_a_cache_does_not_change_what_follows():
 
 
 def test_layers_that_graph_breaks_part_may_have_graphs_of_their_own():
-    """They share one piece of code, and differ in what they hold: torch counts that against its limit."""
+    """They share one code object but have different weights: torch counts their graphs against its limit."""
     blocks = [torch.nn.TransformerEncoderLayer(4, 1, 4) for _ in range(40)]
     assert _limits(torch.nn.Sequential(*blocks)) == (320, 320)
     assert _limits(blocks[0]) == (64, 256)

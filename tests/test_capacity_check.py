@@ -1,4 +1,4 @@
-"""Caches without room: a call that would write behind the end, or finds no memory, leaves all as it was."""
+"""Full caches: a call that would write past the end, or runs out of memory, changes nothing."""
 
 import warnings
 
@@ -44,7 +44,7 @@ def test_a_static_cache_that_is_full(lengths):
 
 
 class Buffered(nn.Module):
-    """Writes where it is told, also into a buffer that is full, from its beginning again."""
+    """Writes at given positions, and starts over at the beginning of a full buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def test_a_buffer_that_is_written_from_its_beginning_again():
 
 
 class CostlyMask(Buffered):
-    """Makes its mask of what it projects, too dear to be computed once more."""
+    """Makes its mask from its projections, which are too expensive to compute twice."""
 
     def forward(self, x, positions):
         q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
@@ -96,7 +96,7 @@ def test_a_full_buffer_is_found_whatever_its_mask_costs():
 
 
 class Ring(Buffered):
-    """Is told the row of each token and sees all that are written, in whatever order."""
+    """The caller chooses each token's row. All written rows are visible, in any order."""
 
     def forward(self, x, rows, written):
         q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
@@ -109,8 +109,8 @@ class Ring(Buffered):
 @torch.no_grad()
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_a_ring_whose_rows_are_told_from_outside(ratio):
-    """The remainder is taken by the caller: when it shows, the pruned rows are read as they are, and no row in others'
-    channels."""
+    """The caller computes the remainder. Once that shows, pruned rows are read as they are, and none through the
+    channels of others."""
     plain, ours = Ring(), Ring()
     ours.load_state_dict(plain.state_dict())
     think_compile(ours, ratio, **RULES)
@@ -147,7 +147,7 @@ SINKS, WINDOW = 4, 5
 
 
 def row_behind_sinks(token):
-    """The first tokens stay, the others are a ring of the latest."""
+    """The first tokens stay; the other rows are a ring of the latest tokens."""
     return token if token < ROOM else SINKS + (token - ROOM) % (ROOM - SINKS)
 
 
@@ -155,7 +155,7 @@ def row_behind_sinks(token):
 @pytest.mark.parametrize("kind", [Ring, Unmasked])
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_a_ring_behind_attention_sinks_keeps_its_window(kind, ratio):
-    """Its first row is never written again. When another is, what the window holds stays whole."""
+    """The first row is never overwritten. When another row is, the window's keys stay whole."""
     plain, ours = kind(), kind()
     ours.load_state_dict(plain.state_dict())
     think_compile(ours, ratio, **(RULES | {"recent": WINDOW}))
@@ -167,7 +167,7 @@ def test_a_ring_behind_attention_sinks_keeps_its_window(kind, ratio):
     assert isinstance(ours.k.store, Packed)
     whole = slice(ROOM - WINDOW, ROOM)
     torch.testing.assert_close(ours.k.dense()[:, :, whole], plain.k[:, :, whole])
-    plain.k.copy_(ours.k.dense())  # as the rule leaves it
+    plain.k.copy_(ours.k.dense())  # with dropped channels zero, as the rule says
     with told:
         for token in range(ROOM, ROOM + 2 * (ROOM - SINKS) + 3):
             x, rows = torch.randn(2, 1, 32), torch.tensor([row_behind_sinks(token)])

@@ -1,4 +1,4 @@
-"""When a lowered graph is captured, and when a capture is replayed: with a stand-in for the CUDA graph."""
+"""Capture and replay of lowered graphs, with a stand-in for the CUDA graph."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ class Lowered:
 
 
 class StandIn:
-    """A capture that computes when it is replayed."""
+    """A capture that computes on replay."""
 
     made = 0
     fails = False
@@ -53,7 +53,7 @@ def test_captured_in_the_second_call_and_replayed_from_then_on(replayed):
 
 def test_another_place_is_another_capture(replayed):
     weights = [torch.randn(4) for _ in range(2)]
-    for weight in (*weights, *weights, *weights):  # in turn: none is seen twice running
+    for weight in (*weights, *weights, *weights):  # interleaved: no signature is seen twice in a row
         replayed([weight, torch.ones(4)])
     assert StandIn.made == 0 and replayed.lowered.runs == 6
     for weight in weights:

@@ -1,4 +1,4 @@
-"""The command line on a tiny saved model: what it prints, and one sentence for each kind of bad input."""
+"""The command line on a tiny saved model: its output, and one sentence for each kind of bad input."""
 
 import importlib.util
 import re
@@ -88,7 +88,7 @@ def test_explain_of_a_configuration_tells_where_each_cache_lives(tmp_path):
     left, rewritten = (next(li for li in result.stdout.splitlines() if f"layers.{i}." in li) for i in (0, 1))
     assert re.search(r"growing cache BHSD in \w+\.layers\[1\]\.keys", rewritten)
     assert "left as it was" in left and "bounded window" in left
-    assert re.search(r"\[aten\.\w+\.\w+ \(self\.keys = full_key_states", left)  # the line of the model that stopped it
+    assert re.search(r"\[aten\.\w+\.\w+ \(self\.keys = full_key_states", left)  # the model's line
 
 
 def test_explain_of_a_large_configuration_needs_no_room_for_weights(tmp_path):
@@ -113,7 +113,7 @@ def test_explain_of_an_encoder_and_decoder(tmp_path):
 
 
 def test_explain_of_a_model_whose_code_reads_values(tiny, monkeypatch):
-    """Fake tensors have none: it is explained with random weights."""
+    """Fake tensors have no values, so the model is explained with random weights."""
     plain, values = hf._next_token, []
 
     def next_token(output):
@@ -143,7 +143,7 @@ def test_strict_fails_where_a_layer_stays_dense(tmp_path):
     assert "sliding" in run("explain", tmp_path, "--lowering", "eager").stdout
     generate = ["generate", tmp_path, "--prompt", PROMPT, "--lowering", "eager", "--max-new-tokens", 3]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as PYTHONWARNINGS may say
+        warnings.simplefilter("ignore")  # as with PYTHONWARNINGS
         assert "sliding" in run(*generate).stderr
     assert_one_sentence(run(*generate, "--strict"), "sliding")
     assert_one_sentence(run("explain", tmp_path, "--lowering", "eager", "--strict"), "sliding")

@@ -1,4 +1,4 @@
-"""On a CUDA GPU only: Inductor's generated kernels, CUDA graphs, and the allocator's word on the stored bytes."""
+"""On a CUDA GPU only: Inductor's generated kernels, CUDA graphs, and stored bytes as counted by the allocator."""
 
 import copy
 import gc
@@ -44,7 +44,7 @@ def cache_of(kind: str, config: LlamaConfig) -> DynamicCache | StaticCache:
 
 
 def generated_code(call) -> str:
-    """All code that Inductor writes while ``call`` runs."""
+    """All code written by Inductor while ``call`` runs."""
     from torch._inductor.utils import run_and_get_code
 
     lines = "\n".join(run_and_get_code(call)[1]).splitlines()
@@ -61,7 +61,7 @@ def test_scoring_and_packing_are_fused_triton_kernels(kind):
     names = " ".join(kernel.split(" =")[0] for kernel in kernels)
     assert "pow" in names or "mean" in names or "sum" in names, names  # energies of queries and keys
     assert "gather" in names, names  # narrow rows, written with their padding in one kernel
-    assert not re.search(r"torch\.ops\.aten\.(sort|topk|gather|scatter)", code)  # none left to stock kernels
+    assert not re.search(r"torch\.ops\.aten\.(sort|topk|gather|scatter)", code)  # no stock kernels
 
 
 @pytest.mark.parametrize("kind", ["growing", "fixed"])
@@ -93,7 +93,7 @@ def captures(model) -> int:
 
 
 def steps_of(model, ids, cache, prompt, *, strictly=False):
-    """Logits of a prompt and of one-token calls; ``strictly``: from the fourth on nothing may wait for the device."""
+    """Logits of a prompt and of one-token calls; ``strictly``: from the fourth on, none may wait for the device."""
     logits = [model(ids[:, :prompt], **{CACHE: cache}, logits_to_keep=1).logits]
     for at in range(prompt, ids.shape[1]):
         step = ids[:, at : at + 1].contiguous()
@@ -107,7 +107,7 @@ def steps_of(model, ids, cache, prompt, *, strictly=False):
 
 @torch.no_grad()
 def test_steps_on_a_fixed_cache_replay_one_graph():
-    """Through a window that slides, with no synchronisation, no second capture, and the numbers of plain launches."""
+    """With a sliding window, no synchronisation, no second capture, and the results of plain launches."""
     plain, prompt = llama(2), 100
     ids = torch.randint(0, 1024, (2, prompt + 48), device="cuda")
     runs = []
@@ -146,7 +146,7 @@ def test_steps_attend_with_the_kernel(kind):
 @pytest.mark.parametrize("kind", ["growing", "fixed"])
 @torch.no_grad()
 def test_the_current_device_need_not_be_the_model_s(kind, lowering):
-    plain, prompt = llama(2).float(), 100  # exact enough for all runs to keep the same channels
+    plain, prompt = llama(2).float(), 100  # exact enough that all runs keep the same channels
     ids = torch.randint(0, 1024, (1, prompt + 8), device="cuda")
 
     def run(plain, device, lowering):
@@ -159,7 +159,7 @@ def test_the_current_device_need_not_be_the_model_s(kind, lowering):
     exact = run(plain.double(), "cuda:0", "eager")
     plain.float()
     natural = (run(plain, "cuda:0", "eager") - exact).abs().max()
-    for device in ("cuda:0", "cuda:1"):  # Inductor tunes for each, so that they need not agree to the last bit
+    for device in ("cuda:0", "cuda:1"):  # Inductor tunes each separately, so the last bits may differ
         assert (run(plain, device, lowering) - exact).abs().max() <= 4 * natural
 
 

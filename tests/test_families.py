@@ -1,4 +1,4 @@
-"""Every family of models against the oracle: logits at each call, cache contents, and what was rewritten."""
+"""Every model family against the oracle: logits of each call, cache contents, rewritten layers."""
 
 import copy
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from think_compile import report, think_compile
 
 @dataclass(frozen=True)
 class Setting:
-    """How a run goes: pruning rules, batch, prompt, and the calls after it."""
+    """One run: pruning rules, batch, prompt, and the calls after it."""
 
     rules: Rules
     batch: int = 2
@@ -28,7 +28,7 @@ class Setting:
 
     @property
     def graphs(self) -> int:
-        """First call, one-token calls, several-token calls; a past of one token is a shape of its own."""
+        """First call, one-token calls, several-token calls; a past of one token has its own shape."""
         return 2 + any(step > 1 for step in self.steps) + (self.prompt == 1)
 
 
@@ -46,7 +46,7 @@ SETTINGS = {
     "no_window": Setting(Rules(0.5, recent=0, observe=8), padded="right"),
 }
 
-# Each family meets every ratio or nearly so; multiples, padding and windows are spread over them.
+# Nearly every family runs with every ratio; multiples, padding and windows are spread over the families.
 FAMILIES = {
     "llama": [*SETTINGS],
     "qwen3": ["half", "right", "short"],
@@ -67,13 +67,13 @@ FAMILIES = {
     "buffer_slice": ["half", "right", "short", "zero"],
     "buffer_index_copy": ["third", "left", "no_window"],
 }
-# One padded setting of each family in every run, "left" where it has that. The further settings repeat what the
-# families of one style of cache have in common: slow.
+# One padded setting of each family in every run, "left" if it has that. The other settings repeat tests of the same
+# style of cache: slow.
 OFTEN = {
     name: "left" if "left" in settings else next(s for s in settings if SETTINGS[s].padded != "none")
     for name, settings in FAMILIES.items()
 }
-OF_LLAMA = {"one", "paper", "short", "no_window"}  # what settings differ in, once
+OF_LLAMA = {"one", "paper", "short", "no_window"}  # each difference between settings, once
 
 
 def is_often(name: str, setting: str) -> bool:
@@ -119,7 +119,7 @@ def test_eager(name, setting):
     trio = Trio(name, setting.rules, rows=setting.batch)
     follow(trio, setting)
     check_report(trio, name)
-    # A window that the prompt overfills is a strided view once: one more graph in plain torch.compile, too.
+    # If the prompt overfills a window, it is once a strided view: one more graph, in plain torch.compile too.
     assert report(trio.model).graphs == setting.graphs + (sliding_layers(name) > 0)
 
 
@@ -159,7 +159,7 @@ def test_inductor(name, setting):
 
 @torch.no_grad()
 def test_a_buffer_with_rows_to_spare_is_refused_and_exact():
-    """The cache is written in part of its batch only: that layer runs as the model wrote it."""
+    """Only part of the cache's batch is written: that layer runs as the model wrote it."""
     model = own("buffer_slice", rows=3)
     ours = think_compile(copy.deepcopy(model), lowering="eager", recent=4)
     got, plain = session("buffer_slice", ours), session("buffer_slice", model)
@@ -183,7 +183,7 @@ def life(trio: Trio, batch: int) -> None:
     trio.check_caches()
 
 
-@pytest.mark.slow  # nine graphs, for a mixture of what others try one by one
+@pytest.mark.slow  # nine graphs, mixing cases that other tests try one by one
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
 @torch.no_grad()
 def test_a_life(lowering):
@@ -197,7 +197,7 @@ def test_a_life(lowering):
 @pytest.mark.slow
 @torch.no_grad()
 def test_inductor_with_conversations_of_many_sizes():
-    """Ids cut out of a longer tensor keep its stride, which differs between two conversations."""
+    """Slices of a longer ids tensor keep its stride, which differs between two conversations."""
     trio = Trio(lowering="inductor")
     for batch, prompt in [(2, 20), (2, 13), (2, 31), (7, 9), (1, 12)]:
         trio.begin().run(tokens(batch, prompt + 4), [prompt, 1, 1, 1, 1])
@@ -225,8 +225,8 @@ def test_inductor_growing_store():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_inductor_in_low_precision(dtype):
-    """The channels are chosen from unrounded products here, so they may differ from the oracle's at a near tie:
-    nothing is pruned, and only the arithmetic is compared."""
+    """Inductor does not round the products that choose channels, so near ties may differ from the oracle. Nothing is
+    pruned here: only the arithmetic is compared."""
     trio = Trio(rules=Rules(0.0), model=hugging_face("llama").to(dtype), lowering="inductor")
     trio.run(tokens(2, 32), [20, *[1] * 9, 3], padding("left", 2, 20))
 
@@ -237,7 +237,7 @@ def test_inductor_in_low_precision(dtype):
 @pytest.mark.parametrize("prune_generated", [True, pytest.param(False, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_packed_cache_read_op_by_op(prune_generated):
-    """The model called as it is on a packed cache, as torch does beyond its recompile limit: same logits."""
+    """The plain model on a packed cache, as torch runs it beyond its recompile limit: same logits."""
     trio = Trio(rules=Rules(0.5, recent=4, prune_generated=prune_generated))
     trio.run(tokens(2, 27), [20, 1, 1, 5])
     call = trio.model._compiled_call_impl
@@ -252,7 +252,7 @@ def test_a_packed_cache_read_op_by_op(prune_generated):
 @pytest.mark.slow
 @torch.no_grad()
 def test_many_conversations_stay_compiled():
-    """More kinds of calls than torch compiles by its own limit."""
+    """More kinds of calls than torch's own recompile limit."""
     trio = Trio()
     for batch in (1, 2):
         for prompt in (1, 2, 17):

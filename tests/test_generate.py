@@ -1,4 +1,4 @@
-"""What `generate` and users do to a compiled model: the plain model's tokens at ratio 0, or the oracle's."""
+"""Compiled models under `generate` and in users' hands: the plain model's tokens at ratio 0, the oracle's otherwise."""
 
 import copy
 import gc
@@ -19,19 +19,19 @@ from think_compile.cache.handle import Handle
 NEW = 10
 PLAIN, PRUNED = Rules(0.0), Rules(0.5)
 RATIOS = pytest.mark.parametrize("rules", [PLAIN, PRUNED], ids=["ratio0", "ratio0.5"])
-# Where ratio 0 takes the same ways as others do that run with both.
+# Tests whose ratio 0 runs the same code as other tests with both ratios.
 MOSTLY_PRUNED = pytest.mark.parametrize(
     "rules", [pytest.param(PLAIN, id="ratio0", marks=pytest.mark.slow), pytest.param(PRUNED, id="ratio0.5")]
 )
 
 
 def compiled(model, rules=PRUNED, **kwargs):
-    """A compiled copy; the model itself stays as it is."""
+    """A compiled copy; the model itself does not change."""
     return think_compile(copy.deepcopy(model), lowering="eager", **vars(rules), **kwargs)
 
 
 def reference(model, rules):
-    """What must be equalled: the plain model itself if nothing is pruned, the oracle otherwise."""
+    """The expected model: the plain one if nothing is pruned, the oracle otherwise."""
     return model if rules.ratio == 0 else Oracle(model, **vars(rules)).model
 
 
@@ -54,7 +54,7 @@ def assert_same_tokens(rules, ids, real=None, model=None, **kwargs):
 # ------------------------------------------------------------------ ways of decoding
 
 
-BATCHES = [  # each batch once, and both ratios with padding and without; the further settings repeat these: slow
+BATCHES = [  # each batch once, and both ratios with and without padding; the other settings repeat these: slow
     pytest.param(PLAIN, 1, "none", id="batch1-ratio0"),
     pytest.param(PRUNED, 1, "none", id="batch1-ratio0.5", marks=pytest.mark.slow),
     pytest.param(PLAIN, 7, "none", id="batch7-none-ratio0", marks=pytest.mark.slow),
@@ -72,7 +72,7 @@ def test_greedy(rules, batch, side):
 
 
 def test_pruning_changes_the_tokens():
-    """Guards the tests around it: the reference of ratio 0.5 is not the plain model's text."""
+    """Guards the other tests: at ratio 0.5 the reference differs from the plain model's text."""
     model, ids = hugging_face("llama"), tokens(7, 24)
     assert not torch.equal(generate(reference(model, PRUNED), ids), generate(model, ids))
 
@@ -171,7 +171,7 @@ def test_assistant_model():
 
 @MOSTLY_PRUNED
 def test_preallocated_static_cache(rules):
-    """Chunked prefill allocates a static cache before the first call: its tensors are let go of where it holds them."""
+    """Chunked prefill allocates a static cache before the first call; the cache must release these tensors."""
     options = {"prefill_chunk_size": 8, "cache_implementation": "static"}
     ours = assert_same_tokens(rules, tokens(2, 29), **options)
     assert {record.cache for record in report(ours).rewritten} == {"fixed"}
@@ -180,11 +180,11 @@ def test_preallocated_static_cache(rules):
 
 @torch.no_grad()
 def test_a_tensor_in_a_tuple_is_not_swapped():
-    """Nobody can put another tensor in its place, so it is written densely, as the model would."""
+    """A tensor in a tuple cannot be replaced, so it is written densely, as by the model."""
     model = own("buffer_index_copy")
 
     class Outside(torch.nn.Module):
-        """The caches are arguments, and come as `kind` holds them."""
+        """The caches are arguments, in containers of type `kind`."""
 
         def __init__(self):
             super().__init__()
@@ -329,7 +329,7 @@ def test_conversations_are_joined_to_a_batch():
 
 
 def join(cache, other):
-    """Appends the sequences of another cache, an oracle's state with them."""
+    """Appends the sequences of another cache, with an oracle's state for them."""
     for a, b in zip(cache.layers, other.layers, strict=True):
         a.keys, a.values = torch.cat([a.keys, b.keys]), torch.cat([a.values, b.values])
         if hasattr(a, "oracle_state"):
@@ -339,7 +339,7 @@ def join(cache, other):
 @pytest.mark.parametrize("name", [pytest.param("tuple_cat", marks=pytest.mark.slow), "bshd_cat"])
 @torch.no_grad()
 def test_an_older_tuple_is_a_branch(name):
-    """Nothing is copied: a tuple from some calls ago is simply used again, more than once."""
+    """No copies: a tuple from some calls ago is used again, more than once."""
     trio = Trio(name)
     trio.run(tokens(2, 20), [18, 1, 1])
     then = [(talk.past, talk.length) for talk in trio.sessions]
@@ -363,7 +363,7 @@ def test_the_store_grows():
 
 
 def offload(cache):
-    """Every tensor goes away and comes back, as offloaded caches do."""
+    """Every tensor moves away and back, as in offloaded caches."""
     for layer in cache.layers:
         layer.keys = layer.keys.to("cpu", copy=True)
         layer.values = layer.values.to("cpu", non_blocking=True)
@@ -382,7 +382,7 @@ def test_offloaded_and_back():
 
 @torch.no_grad()
 def test_a_dense_past_is_taken_over():
-    """A cache that the plain model filled: the next call is exact and prunes all of it."""
+    """A cache filled by the plain model: the next call is exact and prunes all of it."""
     trio = Trio()
     ids = tokens(2, 20)
     for talk in trio.sessions:
@@ -406,7 +406,7 @@ def test_a_reset_cache_begins_anew():
 
 @torch.no_grad()
 def test_a_densified_cache_is_still_right():
-    """An operation nobody thought of makes the cache dense: the numbers stay, pruning starts over."""
+    """An unforeseen operation makes the cache dense: the numbers stay, pruning starts over."""
     trio = Trio()
     trio.run(tokens(2, 20), [18, 1, 1])
     for layer in trio.got.cache.layers:
@@ -427,7 +427,7 @@ def test_two_conversations_on_one_model():
     trio.check_caches()
 
 
-@pytest.mark.slow  # 18 s; other tests have two models in one process by the way
+@pytest.mark.slow  # 18 s; other tests also run two models in one process
 @torch.no_grad()
 def test_two_models_in_one_process():
     first = Trio("llama", Rules(0.5))
@@ -531,7 +531,7 @@ def test_pruning_resumes_after_training():
     assert all(isinstance(layer.keys, Handle) for layer in cache.layers)
 
 
-# ------------------------------------------------------------------ still itself, and what it costs
+# ------------------------------------------------------------------ the model is unchanged, and its cost
 
 
 def tokenizer():
@@ -571,7 +571,7 @@ def test_the_model_is_still_itself():
     ],
 )
 def test_two_graphs_for_a_whole_generation(options, side):
-    """Counted by the package and by Dynamo itself; one more text of another length adds none."""
+    """Counted by the package and by Dynamo; another text of a different length adds none."""
     ours = compiled(hugging_face("llama"))
     torch._dynamo.utils.counters.clear()
     generate(ours, tokens(2, 20), padding(side, 2, 20), max_new_tokens=24, **options)

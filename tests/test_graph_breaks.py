@@ -14,7 +14,7 @@ from think_compile.passes.refusal import Reason
 
 
 class BrokenBehindTheProjection(Projections):
-    """Keys of the first call come into the attention's graph whole, and stay behind there, their axes moved."""
+    """The first call's keys enter the attention's graph whole, and leave it with their axes moved."""
 
     def forward(self, x, pos, past, mask):
         q, k, v = self.project(x, pos)
@@ -31,7 +31,7 @@ class BrokenBehindTheProjection(Projections):
 
 
 class StayBehind(BrokenBehindTheProjection):
-    """They are the very tensors that came in, of which the attention's graph shows no more."""
+    """The caller keeps the input tensors themselves; the attention's graph does not show that."""
 
     def forward(self, x, pos, past, mask):
         q, k, v = (t.transpose(1, 2) for t in self.project(x, pos))
@@ -53,7 +53,7 @@ class JoinedToNothing(BrokenBehindTheProjection):
 
 
 class BrokenBehindTheJoin(BrokenBehindTheProjection):
-    """Whether what is attended to stays behind does not show in the attention's graph."""
+    """The attention's graph does not show whether the caller keeps the keys."""
 
     def forward(self, x, pos, past, mask):
         q, k, v = (t.transpose(1, 2) for t in self.project(x, pos))
@@ -65,7 +65,7 @@ class BrokenBehindTheJoin(BrokenBehindTheProjection):
 
 @pytest.fixture
 def decoder(monkeypatch):
-    """Makes a model of these attentions."""
+    """A model made of these attentions."""
 
     def make(attention):
         monkeypatch.setitem(PastDecoder.sequence_dim, attention, 2)
@@ -88,7 +88,7 @@ def test_a_first_call_in_two_graphs(decoder, attention, ratio):
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 @torch.no_grad()
 def test_keys_that_stay_behind_as_they_came(decoder, ratio):
-    """The later call that joins them packs them, with the channels that the first call chose."""
+    """The later call that joins them packs them, with the channels chosen by the first call."""
     trio = Trio("tuple_cat", Rules(ratio), model=decoder(StayBehind))
     ids = tokens(2, 24)
     with warnings.catch_warnings():
@@ -106,7 +106,7 @@ def test_keys_that_stay_behind_as_they_came(decoder, ratio):
 
 @torch.no_grad()
 def test_keys_that_are_written_to_before_they_are_joined(decoder):
-    """Their channels are chosen anew: what they were chosen by is gone."""
+    """Their channels are chosen again: the keys behind the first choice are gone."""
     trio = Trio("tuple_cat", Rules(), model=decoder(StayBehind))
     ids = tokens(2, 16)
     trio.step(ids[:, :12])
@@ -123,7 +123,7 @@ def test_keys_that_are_written_to_before_they_are_joined(decoder):
 @pytest.mark.filterwarnings("ignore::think_compile.ThinkWarning")
 @torch.no_grad()
 def test_a_break_between_join_and_attention(decoder):
-    """Every call is that of the plain model."""
+    """Every call gives the plain model's output."""
     trio = Trio("tuple_cat", Rules(0.5), model=decoder(BrokenBehindTheJoin))
     plain, past = trio.plain, None
     for ids in tokens(2, 17).split([12, 1, 4], dim=1):

@@ -38,10 +38,10 @@ OPTIONS = settings(
 
 @dataclass
 class Twin:
-    """What a handle stands for, by the rules: whole numbers, which channels stay, and where the window begins."""
+    """The dense equivalent of a handle by the rules: its numbers, the kept channels, the start of the window."""
 
     dense: Tensor  # [B, H, S, D]
-    kept: Tensor  # [B, H, D] bool; values keep all
+    kept: Tensor  # [B, H, D] bool; all of them for values
     floor: int
     recent: int = RECENT
     layout: tuple = BHSD
@@ -56,7 +56,7 @@ class Twin:
         return self
 
     def settled(self) -> "Twin":
-        """The window moves at the next append: who appended, reads first."""
+        """The window moves at the next append: the appending call still reads the old one."""
         floor = max(self.floor, self.dense.shape[2] - self.recent)
         return Twin(self.dense, self.kept, floor, self.recent, self.layout)._prune()
 
@@ -77,7 +77,7 @@ class Twin:
 
 
 def first_call(kind: str, batch: int, length: int, recent: int = RECENT, prune_generated: bool = True):
-    """The stored tensors after a first call, and the dense key (or value) tensor that was given."""
+    """The stored tensors after a first call, and the dense key (or value) tensor given to it."""
     q, k, v = stores.drawn(batch, length, 2 * HEADS)
     size = SIZE if kind.startswith("fixed") else None
     keys, values = stores.first_call(stores.format_of(recent, prune_generated), q, k, v, size)
@@ -100,7 +100,7 @@ def pair(kind="keys", layout=BHSD, batch=2, length=7, recent=RECENT) -> tuple[Ha
 
 
 def same(got: Tensor, expected: Tensor) -> None:
-    """Equal numbers, shape and dtype; of a handle both its own shape and its dense form."""
+    """Equal numbers, shape and dtype; for a handle, its own shape and its dense form."""
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype
     numbers = got.dense() if isinstance(got, Handle) else got
@@ -117,11 +117,11 @@ def packed(handle: Tensor) -> bool:
 
 @dataclass
 class Live:
-    """One of the tensors of a test's history: all of them must keep their contents."""
+    """A tensor of a test's history: all of them must keep their contents."""
 
     handle: Tensor
     twin: Twin
-    aliased: bool = False  # shares its numbers with another: not written in place here
+    aliased: bool = False  # shares memory with another: not written in place here
     trail: list = field(default_factory=list)
 
     def check(self) -> None:
@@ -132,7 +132,7 @@ class Live:
 
 
 class Machine:
-    """Does one drawn operation after another on some tensor of the history and on its twin."""
+    """Applies one random operation after another to a tensor of the history and to its twin."""
 
     def __init__(self, draw, kind: str, layout: tuple) -> None:
         self.draw = draw
@@ -161,7 +161,7 @@ class Machine:
         batch = live.twin.dense.shape[0]
         return torch.tensor(self.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=4)))
 
-    # each returns a new Live, or None where it only changed or read the given one
+    # each returns a new Live, or None if it only changed or read the given one
 
     def op_index_select(self, live: Live) -> Live:
         rows = self._rows(live)
@@ -584,7 +584,7 @@ def test_a_write_to_a_view_of_a_slice_raises_or_reaches(kind):
 
 @KINDS
 def test_a_write_to_a_view_of_a_packed_cache_is_found_out(kind):
-    """The view is a copy: the numbers cannot reach the cache, and the next use of the cache says so."""
+    """The view is a copy, so the write cannot reach the cache; the next use of the cache raises."""
     handle, _ = pair(kind)
     handle[..., 3].mul_(3)
     with pytest.raises(RuntimeError, match="view of a packed cache"):
@@ -640,7 +640,7 @@ def test_a_copy_of_a_fixed_cache_is_its_own(kind):
 
 @KINDS
 def test_reading_leaves_a_cache_packed(kind):
-    """Looking at numbers of a cache must not change how it is stored, and with it what later calls do."""
+    """Reading a cache must not change its stored form, nor the later calls."""
     handle, twin = pair(kind)
     same(handle[:, :, 3], twin.plain()[:, :, 3])
     assert handle.sum() is not None

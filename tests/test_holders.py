@@ -1,4 +1,4 @@
-"""Who holds a tensor."""
+"""The holders of a tensor."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ TENSOR = torch.zeros(2)
 
 
 class Attributed(dict):
-    """Has attributes beside its items."""
+    """A container with attributes besides its items."""
 
 
 def test_every_place_in_the_order_of_the_arguments():

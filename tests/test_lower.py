@@ -1,4 +1,4 @@
-"""Lowering by Inductor: one compilation serves all sizes that vary, and what it assumes of them is checked."""
+"""Lowering by Inductor: one compilation serves all varying sizes, and its assumptions about them are checked."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from think_compile.runtime.lower import CompilationFailed, Dims, Inductor, suite
 
 
 def inductors(model):
-    """Every Inductor lowering that the model's graphs hold."""
+    """Every Inductor lowering of the model's graphs."""
     return _backend_of(model).lowered
 
 
@@ -45,7 +45,7 @@ def test_steps_growth_and_batches_share_compilations(kind):
 
 
 def inputs_with_symbols(model):
-    """Tensors that reach the model's graphs with a size that is a symbol."""
+    """Input tensors of the model's graphs that have a symbolic size."""
     nodes = [node for graph in _backend_of(model).graphs for node in graph.normalized.placeholders]
     values = [node.meta["val"] for node in nodes]
     return [x for x in values if isinstance(x, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in x.shape)]
@@ -77,11 +77,11 @@ def test_a_size_that_leaves_what_was_assumed_compiles_again():
     lowered = Inductor(traced, [Dims(varying=(0,))], {})
     for rows in (4, 9, 1, 4):
         torch.testing.assert_close(lowered([torch.ones(rows, 3)])[0], torch.full((rows, 3), 2.0))
-    assert len(lowered.variants) == 2  # one row is a shape of its own
+    assert len(lowered.variants) == 2  # one row has its own shape
 
 
 def test_weights_that_are_tensor_subclasses():
-    """As of quantized and of sharded models."""
+    """As in quantized and sharded models."""
     traced = make_fx(lambda x, w: (x @ w,))(torch.ones(4, 3), torch.ones(3, 2))
     lowered = Inductor(traced, [Dims(varying=(0,)), Dims()], {})
     weight = torch.randn(3, 2)

@@ -1,4 +1,4 @@
-"""The oracle against brute force: scores, padding, ties, rounding, the moving window, what stays dense."""
+"""The oracle against brute force: scores, padding, ties, rounding, the moving window, layers left dense."""
 
 import copy
 
@@ -361,7 +361,7 @@ def test_ratio_zero_is_the_plain_model(name, padded):
 @pytest.mark.parametrize("name", [*HUGGING_FACE, *WRITTEN_HERE])
 @torch.no_grad()
 def test_pruning_is_visible(name):
-    """The other way round: at 0.5 the first call is exact and the next ones are far from the plain model."""
+    """Conversely, at 0.5 the first call is exact and the next ones are far from the plain model."""
     oracle = oracle_of(name)
     ours, plain = session(name, oracle), session(name, build(name, rows=2))
     ids = tokens(2, 30)

@@ -1,4 +1,4 @@
-"""Models whose layers are shared out to several processes."""
+"""Models whose layers run in several processes."""
 
 from multiprocessing import get_context
 from unittest import mock
@@ -26,7 +26,7 @@ def generate(model):
 
 
 def stage(rank, meeting, results):
-    """One process of a pipeline: its tokens, and how many of its layers were rewritten."""
+    """One process of a pipeline: its tokens, and its number of rewritten layers."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=STAGES)
     mesh = dist.init_device_mesh("cpu", (STAGES,))

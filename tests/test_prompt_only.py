@@ -1,4 +1,4 @@
-"""First calls on a cache of fixed size that the graph makes: only own rows are read, where nothing else is seen."""
+"""First calls on a fixed-size cache made by the graph: they read only their own rows, if the mask hides all others."""
 
 import copy
 
@@ -58,7 +58,7 @@ SEE_MORE = {
 
 
 class Shapes(TorchDispatchMode):
-    """The shapes of all tensors that are made."""
+    """The shapes of all new tensors."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ class Shapes(TorchDispatchMode):
 
 @pytest.fixture
 def shapes(monkeypatch):
-    """What the rewritten graphs make, op by op."""
+    """The shapes of the rewritten graphs' tensors, op by op."""
     watch, run = Shapes(), lower.Eager.__call__
 
     def watched(self, args):
@@ -84,12 +84,12 @@ def shapes(monkeypatch):
 
 
 def whole(shapes):
-    """How many tensors have the cache's rows in full width."""
+    """The number of tensors with the cache's rows in full width."""
     return sum(shape[-2:] == (ROWS, DIM) for shape in shapes)
 
 
 def check(model, shapes, start=0):
-    """The outputs of a first call and a later one are the plain model's; how many whole buffers the first made."""
+    """Compares a first and a later call with the plain model; returns the number of full-width buffers of the first."""
     randomize(model)
     ours = think_compile(copy.deepcopy(model), ratio=0.0, channel_multiple=1, lowering="eager")
     x, pos = torch.randn(2, NEW, 16), torch.arange(start, start + NEW)
@@ -116,7 +116,7 @@ def test_hidden_rows_are_not_read(see, grouped, shapes):
 
 
 class Dealt(nn.Module):
-    """``copies`` makes a cache of two heads one that eight query heads read, with ``enable_gqa`` or without."""
+    """``copies`` expands a cache of two heads for eight query heads, with or without ``enable_gqa``."""
 
     def __init__(self, copies, grouped):
         super().__init__()
@@ -210,7 +210,7 @@ def test_one_model_asks_anew_at_every_first_call(shapes):
 @pytest.mark.parametrize("side", ["none", "left"])
 @torch.no_grad()
 def test_static_caches_of_transformers(side, shapes):
-    """Of a static cache twice as long as the prompt, no buffer is as wide and long as the values' own."""
+    """With a static cache twice as long as the prompt, only the values have a buffer of full length and width."""
     rules, prompt = Rules(0.5), 12
     plain = hugging_face("llama")
     trio = Trio("llama", rules, model=plain, cache=lambda: StaticCache(config=plain.config, max_cache_len=ROWS))

@@ -1,4 +1,4 @@
-"""Libraries that quantize weights or caches: what is compressed with them, and true reasons for what is not."""
+"""Libraries that quantize weights or caches: compressed layers, and correct reasons for the others."""
 
 import copy
 import warnings
@@ -38,7 +38,7 @@ def test_weights_of_torchao():
 
 
 def generated(model, ids, **options):
-    """Tokens, and what was warned of."""
+    """Tokens and warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, **options)
@@ -46,7 +46,7 @@ def generated(model, ids, **options):
 
 
 def in_8_bits(model):
-    """With the products' weights as bitsandbytes keeps them, but the head's."""
+    """The model with weights in bitsandbytes' form, except the head's."""
     library = pytest.importorskip("bitsandbytes")
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and name != "lm_head":
@@ -69,7 +69,7 @@ def test_weights_of_bitsandbytes_in_8_bits():
 
 
 def test_a_cache_quantized_by_quanto():
-    """Its past is a tensor of quanto's, whose making no trace can say, and is joined in three parts."""
+    """Its past is a quanto tensor, whose creation cannot be traced, and is joined from three parts."""
     pytest.importorskip("optimum.quanto")
     options = {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}}
     plain = hugging_face("llama", head_dim=64, hidden_size=128, num_hidden_layers=1)

@@ -1,4 +1,4 @@
-"""Refusals that show in a whole model only: the right reason, the plain model's numbers, no failure."""
+"""Refusals that need a whole model: the right reason, the plain model's numbers, no failure."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ WIDTH, HEADS, D, ROOM = 32, 2, 16, 24
 
 
 class Attending(nn.Module):
-    """One attention; what differs is said by the subclasses."""
+    """One attention; subclasses vary it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class CachesLatents(Attending):
 
 
 class Chooses(Attending):
-    """A ``where`` that is no write to a cache, whose condition is an input."""
+    """A ``where`` that is no write to a cache: its condition is an input."""
 
     def forward(self, x, past=None):
         q, k, v = self.heads(x)
@@ -110,7 +110,7 @@ class RingOfPowerOfTwo(Ring):
 
 
 class Rounds(Attending):
-    """What is cached and what is attended to are not the same numbers."""
+    """The cached numbers are not those attended to."""
 
     def forward(self, x, past=None):
         q, k, v = self.heads(x)
@@ -132,7 +132,7 @@ class RoundsValues(Rounds):
 
 
 class ViewsOfOne(Attending):
-    """Buffers that are parts of a larger one."""
+    """Buffers that are views of a larger one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class ViewsOfOne(Attending):
 
 
 class ReadsWhole(ViewsOfOne):
-    """What is written through one tensor is read through another."""
+    """Writes through one tensor and reads through another."""
 
     def forward(self, x, past=None):
         out, end = super().forward(x, past)
@@ -166,7 +166,7 @@ def calls(model, lengths=(6, 1, 1)):
 
 
 def both(kind):
-    """The outputs of the plain model and of the wrapped one, and the latter's report."""
+    """The outputs of the plain and of the wrapped model, and the latter's report."""
     torch.manual_seed(0)
     plain, ours = kind(), kind()
     ours.load_state_dict(plain.state_dict())
@@ -230,7 +230,7 @@ def test_rows_whose_number_is_read_from_a_tensor():
 
 
 class Sharded(Attending):
-    """Its weight is a DTensor, whose local part each call takes, as where heads are shared out to processes."""
+    """Its weight is a DTensor, whose local part each call reads, as with heads split over processes."""
 
     def heads(self, x):
         qkv = F.linear(x, self.qkv.weight.to_local(), self.qkv.bias)
@@ -244,7 +244,7 @@ class Sharded(Attending):
 
 @pytest.fixture
 def mesh():
-    """Of one process."""
+    """A mesh of one process."""
     distributed = pytest.importorskip("torch.distributed")
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield distributed.init_device_mesh("cpu", (1,))
@@ -266,7 +266,7 @@ def test_sharded_weights(mesh):
 
 
 class MovesItsStorage(Attending):
-    """A parameter is set to the memory of another tensor in each call, as libraries for quantization do."""
+    """Each call sets a parameter to the memory of another tensor, as quantization libraries do."""
 
     def __init__(self) -> None:
         super().__init__()

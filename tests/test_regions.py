@@ -1,4 +1,4 @@
-"""Layers that are compiled once: which part of a graph repeats, and that running the parts is running the whole."""
+"""Layers compiled once: the repeated part of a graph, and equality of the parts with the whole."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from think_compile.runtime.lower import Dims, Inductor
 
 @pytest.fixture
 def parts(monkeypatch):
-    """Every graph that Inductor would compile is kept, and run op by op."""
+    """Records every graph that Inductor would compile, and runs it op by op."""
     compiled = []
 
     def keep(graph_module, inputs, config_patches=None):
@@ -24,7 +24,7 @@ def parts(monkeypatch):
     return compiled
 
 
-# ----------------------------------------------------------------------------------- the stretch that repeats
+# ---------------------------------------------------------------------------------------- the repeated part
 
 
 @pytest.mark.parametrize("period", [8, 11])
@@ -62,7 +62,7 @@ MORE = [
     "gpt_neox",
     "tuple_cat",
     "bshd_cat",
-]  # their layers repeat as those above: slow
+]  # their layers repeat like those above: slow
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers that hand on two tensors, of which all leave the second."""
+    """Layers that pass on two tensors; the second of each layer is an output."""
 
     def __init__(self, inner=(8, 8, 8, 8)):
         super().__init__()
@@ -151,7 +151,7 @@ def test_values_are_let_go_of():
 
 
 def written_at_the_end(x, a, b, c):
-    """What Dynamo and functionalization leave of in-place changes: they stand behind everything."""
+    """In-place changes after Dynamo and functionalization: they stand at the end of the graph."""
     new_a, view = a + 1, b.view(3, 2)
     y = (x * a).sin()
     new_b = b * 2
@@ -180,7 +180,7 @@ def test_writes_come_right_behind_the_last_readers():
     assert all(map(torch.equal, same, given))
 
 
-# ---------------------------------------------------------------------------------- numbers that stand for layers
+# -------------------------------------------------------------------------------- numbers shared by several layers
 
 
 def test_numbers_of_one_kind_are_one_symbol_while_they_are_equal():
@@ -193,7 +193,7 @@ def test_numbers_of_one_kind_are_one_symbol_while_they_are_equal():
     for n, m in ((4, 4), (5, 5), (7, 7)):
         assert torch.equal(lowered([x, n, m])[0], x[:n] * 2)
     assert len(lowered.variants) == 1
-    with pytest.raises(Exception, match="size"):  # compiled anew, for numbers that differ: and those cannot be added
+    with pytest.raises(Exception, match="size"):  # compiled again for different numbers, which cannot be added
         lowered([x, 4, 5])
 
 

@@ -1,4 +1,4 @@
-"""Steps that find what the last found are replayed without looking for it again: with a stand-in for the CUDA graph."""
+"""Replays of repeated steps, without a new look at their inputs; with a stand-in for the CUDA graph."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ ROOM, PROMPT = 24, 9
 
 
 class StandIn(capture.Capture):
-    """Reads what is in place where it lay, and copies of the rest, and runs the graph when it is replayed."""
+    """A capture that runs the graph on replay: in-place inputs at their addresses, copies of the others."""
 
     def __init__(self, lowered, values, signature):
         self.signature, self.lowered, self.given = signature, lowered, list(values)
@@ -42,7 +42,7 @@ class StandIn(capture.Capture):
 
 @pytest.fixture
 def repeated(monkeypatch):
-    """How many steps were found to be like the last."""
+    """For each step, whether it repeats the last."""
     monkeypatch.setattr(capture, "Capture", StandIn)
     monkeypatch.setattr(capture, "obstacle", lambda values: "")
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, config_patches=None: gm.forward)
@@ -73,7 +73,7 @@ def both(models, ids, caches):
 
 
 def begun(models, steps=4):
-    """Caches behind a prompt and as many steps."""
+    """Caches after a prompt and ``steps`` steps."""
     caches = [StaticCache(config=models[0].config, max_cache_len=ROOM) for _ in models]
     both(models, torch.randint(0, 60, (2, PROMPT)), caches)
     for _ in range(steps):
@@ -82,7 +82,7 @@ def begun(models, steps=4):
 
 
 def test_a_large_input_of_another_shape_is_no_step_like_the_last():
-    """It is read where it lies, so that its place alone does not tell."""
+    """It is read in place, so its address alone does not identify it."""
     large = torch.empty(capture.LARGE, dtype=torch.uint8)
     made = SimpleNamespace(signature=capture.Signature([large], frozenset()))
     last = Repeated([large], made, {0: 0}, [])
@@ -98,7 +98,7 @@ def talk(model, ids):
 
 
 def test_threads_take_turns(models, repeated, monkeypatch):
-    """A replay lets the other thread go on, as a CUDA graph's does."""
+    """A replay lets the other thread run, as that of a CUDA graph does."""
     replay = StandIn.replay
     monkeypatch.setattr(StandIn, "replay", lambda self, values: [time.sleep(0.003), replay(self, values)][1])
     ours, theirs = models
@@ -163,7 +163,7 @@ def test_weights_in_another_place(models, repeated):
         weight.data = weight.data * 2
     for _ in range(4):
         both(models, torch.randint(0, 60, (2, 1)), caches)
-    assert repeated == [True, False, True]  # in between one runs as it is, and one is captured
+    assert repeated == [True, False, True]  # in between, one step runs uncaptured and one is captured
 
 
 @torch.no_grad()

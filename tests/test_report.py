@@ -1,4 +1,4 @@
-"""The report says what is true now: which caches live, which layers they belong to, and on which rank."""
+"""The report's current state: live caches, their layers, and their rank."""
 
 import copy
 import gc
@@ -32,7 +32,7 @@ def talk(name, model, ids, calls):
 
 
 def bytes_of(*caches):
-    """Of the distinct tensors behind handles."""
+    """Bytes of the distinct tensors in handles."""
     tensors = {t.data_ptr(): t.nbytes for cache in caches for t in cache.store.tensors()}
     return sum(tensors.values())
 
@@ -92,7 +92,7 @@ def test_copies_are_counted_and_loaded_ones_once_they_are_used():
 
 
 class TwoLayouts(nn.Module):
-    """Returns its keys in two layouts, as one cache of which there are two views."""
+    """Returns its keys in two layouts: two views of one cache."""
 
     def __init__(self):
         super().__init__()
@@ -123,7 +123,7 @@ def test_a_cache_that_leaves_in_two_layouts_is_one(ratio):
 
 
 class Twins(nn.Module):
-    """Two attentions of one module; a second call reads the cache of one of them in another way too."""
+    """Two attentions of one module; a second call also reads one of their caches elsewhere."""
 
     def __init__(self):
         super().__init__()
@@ -182,7 +182,7 @@ def test_one_rank_of_several_says_so(monkeypatch):
 
 @torch.no_grad()
 def test_layers_of_one_length_whose_windows_differ_each_read_their_own():
-    """The first layer's cache is as it grew; the second's is two tokens longer, cropped: two fewer keys are whole."""
+    """The second layer's cache was two tokens longer and then cropped: it has two fewer whole keys than the first."""
     ids, plain, model = tokens(1, 16), own("tuple_cat"), wrapped()
     grown = talk("tuple_cat", model, ids[:, :12], [9, 1, 1, 1])
     longer = talk("tuple_cat", model, ids[:, :14], [9, 1, 1, 1, 1, 1])

@@ -35,7 +35,7 @@ OTHERS = [Kind(cut, by="positive") for cut in CUTS] + [Kind(style=Style(layout="
 
 
 def often(cases, *places):
-    """Those at these places run in every run: the further settings repeat them in other mixtures, and are slow."""
+    """The kinds at these indices run every time; the others repeat them in other combinations, and are slow."""
     return [case if i in places else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
 
 
@@ -62,14 +62,14 @@ def test_other_ways_to_cut(kind):
 )
 @torch.no_grad()
 def test_generated_tokens_left_whole(stock, calls):
-    """Until they leave the layer's window; the tokens of the first call leave it first."""
+    """They stay whole until they leave the layer's window; the first call's tokens leave first."""
     follow(register(Kind(stock=stock, style=SOFTCAP)), calls, rules=Rules(prune_generated=False, sliding=True))
 
 
 @pytest.mark.parametrize("recent", often([0, 1, 14, 15, 40], 0, 2, 3))
 @torch.no_grad()
 def test_recent_tokens_beside_the_window(recent):
-    """The layer keeps 15 tokens: where all are recent there is nothing to prune, and it is left alone."""
+    """The layer keeps 15 tokens: if all are recent, there is nothing to prune, and it is left alone."""
     rules = Rules(recent=recent, sliding=True)
     if recent < 15:
         follow(register(Kind()), [7, 1, 12, 1], rules=rules)
@@ -175,7 +175,7 @@ def test_branches_and_selections():
 
 @torch.no_grad()
 def test_a_packed_window_read_op_by_op():
-    """The model called as it is on a packed cache: joins and slices outside of any graph."""
+    """The plain model on a packed cache: joins and slices outside any graph."""
     trio = Trio(register(Kind()), RULES)
     trio.run(tokens(2, 14), [12, 1, 1])
     call = trio.model._compiled_call_impl
@@ -203,7 +203,7 @@ def test_buffers_whose_rows_move_up(kind):
 
 
 def filled_cache(tokens_at_most: int = 128):
-    """Makes Hugging Face's cache of fixed size, whose sliding layers are windows that move up in their buffers."""
+    """Hugging Face's cache of fixed size, whose sliding layers move their rows up in a buffer."""
     config = hugging_face("gemma3").config
     return lambda: StaticCache(config=config, max_cache_len=tokens_at_most)
 
@@ -244,7 +244,7 @@ def test_windows_in_buffers_with_padding(calls):
 
 @torch.no_grad()
 def test_a_buffer_that_is_reset_begins_anew():
-    """The second conversation's first call fills, or overruns, a buffer whose handle is still there."""
+    """The second conversation's first call fills or overruns a buffer that still has its handle."""
     trio = Trio("gemma3", Rules(recent=8, sliding=True), cache=filled_cache())
     trio.run(tokens(2, 32), [30, 1, 1])
     for first in (40, 9):
@@ -259,10 +259,10 @@ def test_a_buffer_that_is_reset_begins_anew():
 
 @torch.no_grad()
 def test_what_a_full_buffer_takes():
-    """No more than its rows narrow, the ring, and the channels; many steps are one graph."""
+    """Narrow rows, the ring and the channels, nothing else; many steps use one graph."""
     trio = Trio("gemma3", Rules(recent=8, sliding=True), cache=filled_cache())
     trio.run(tokens(2, 28), [26, 1, 1])
-    trio.step(tokens(2, 1))  # its ids lie otherwise in memory than those of a longer tensor
+    trio.step(tokens(2, 1))  # its ids have other strides than slices of a longer tensor
     graphs = report(trio.model).graphs
     for _ in range(20):
         trio.step(tokens(2, 1))

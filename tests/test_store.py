@@ -1,4 +1,4 @@
-"""Packed stores by themselves: room, growth, rings that grow, owners of rows, bytes."""
+"""Packed stores alone: capacity, growth, growing rings, owners of rows, bytes."""
 
 import copy
 import gc
@@ -62,7 +62,7 @@ def test_reserve_within_capacity_is_the_store_itself(make):
 
 @BOTH
 def test_growth_is_amortised(make):
-    """Few copies over many one-token appends, and little memory above what is needed."""
+    """Few copies over many one-token appends, and little spare memory."""
     store, copies, moved = make(length=1000), 0, 0
     for _ in range(400):
         before = address(store)
@@ -141,7 +141,7 @@ def test_map_batch_owns_its_rows(make):
 @pytest.mark.parametrize("recent", [0, 1, 3, 30])
 @pytest.mark.parametrize("call", [1, 2, 7, 40])
 def test_ring_grows_without_prune_generated(recent, call):
-    """Every token after the first call stays whole, whatever the sizes of the calls."""
+    """Every token after the first call stays whole, for calls of any size."""
     store = keys(length=12, recent=recent, prune_generated=False)
     expected, floor = store.dense(), store.counters.window_start
     for _ in range(max(3, 100 // call)):
@@ -163,7 +163,7 @@ def test_window_moves_with_prune_generated(recent, call):
     for _ in range(max(3, 60 // call)):
         rows = new(call)
         before, store, whole = store, store.append(rows), torch.cat([whole, rows], 2)
-        assert torch.equal(store.dense()[:, :, :-call], before.settled().dense())  # whoever reads next sees the window
+        assert torch.equal(store.dense()[:, :, :-call], before.settled().dense())  # the next reader sees the window
         assert torch.equal(store.dense()[:, :, -call:], rows)
         settled = store.settled()
         got = settled.dense()
@@ -253,7 +253,7 @@ def test_dense_store():
 
 
 def call(store, k_new):
-    """As a compiled call does it: rows written in place, a new ring, the window moved."""
+    """Appends like a compiled call: rows written in place, a new ring, the window moved."""
     n_new = k_new.shape[2]
     room = store.reserve(n_new)
     span = Span(room.end, room.counters.oldest, room.length + n_new)
@@ -262,7 +262,7 @@ def call(store, k_new):
 
 
 class Window:
-    """What a bounded store stands for: the tokens it keeps, whole, and how many of the first of them are pruned."""
+    """The dense equivalent of a bounded store: its tokens, whole, and how many of the first are pruned."""
 
     def __init__(self, store, whole):
         self.stays = torch.zeros(whole.shape[0], HEADS, DIM, dtype=torch.bool).scatter_(-1, store.own["channels"], True)
@@ -294,7 +294,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["call", "append", "crop", "pick"]), 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(first=st.integers(1, 40), size=st.integers(1, 24), recent=st.integers(0, 12), moves=st.booleans(), walk=STEPS)
 def test_a_window_of_any_size(first, size, recent, moves, walk):
-    """Calls, joins outside of graphs, crops and selections, each cut to the window; older stores stay as they were."""
+    """Calls, joins outside of graphs, crops and selections, each cut to the window; older stores do not change."""
     store, window = whole_keys(first, recent, moves)
     store, history = store.tail(min(size, first)), []
     window.last(min(size, first))
@@ -349,7 +349,7 @@ def test_a_long_call_does_not_leave_its_rows_to_a_window(make):
 
 @pytest.mark.parametrize("recent", [0, 3, 30])
 def test_a_buffer_in_a_circle_and_back(recent):
-    """A full cache of fixed size goes on in a circle, and can be written at positions again."""
+    """A full cache of fixed size continues as a circular buffer, and can be written at positions again."""
     size, tokens = 6, 17
     q, k, v = drawn(2, tokens)
     form = format_of(recent)

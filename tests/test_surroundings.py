@@ -1,4 +1,4 @@
-"""What a model does around its attention, and what it is called in: autocast, graph breaks, inference mode."""
+"""Around the attention and the call: autocast, graph breaks, inference mode."""
 
 import copy
 import warnings
@@ -62,13 +62,13 @@ def test_autocast_inside_the_model_stays(kind, lowering):
     assert packed[0][0].dtype == dense[0][0].dtype == (torch.float32 if kind is Island else torch.bfloat16)
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype
-        error = 1e-5 if kind is Island else 0.05  # of one rounding to bf16 more or less
+        error = 1e-5 if kind is Island else 0.05  # from one rounding to bf16 more or less
         torch.testing.assert_close(a, b, rtol=error, atol=error)
 
 
 @torch.no_grad()
 def test_assignment_to_positions_of_one_sequence():
-    """Torch takes the batch axis from what is assigned to one sequence."""
+    """Torch drops the batch axis of the value assigned to one sequence."""
     trio = Trio("buffer_index_put", rows=1)
     trio.run(tokens(1, 24), [12, 1, 1, 6, 4])
     assert len(report(trio.model).rewritten) == 2
@@ -100,7 +100,7 @@ def test_keys_that_are_read_behind_a_graph_break_of_the_same_call():
         _, past = talked(ours, ids, [12])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        past[0][0].mean()  # outside of a call everybody may
+        past[0][0].mean()  # outside of a call everyone may
         torch._dynamo.reset()
         exact = think_compile(copy.deepcopy(model), lowering="eager", **SMALL | {"ratio": 0.0})
         (got,), _ = talked(exact, ids, [12])
@@ -119,7 +119,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_views_in_inference_mode(view):
-    """Of a cache that was made there, and of one that was not."""
+    """Views of a cache made in inference mode, and of another one."""
     for make, read in ((torch.no_grad, torch.inference_mode), (torch.inference_mode, torch.inference_mode)):
         ours = think_compile(own("tuple_cat"), lowering="eager", **SMALL)
         with make():
@@ -148,7 +148,7 @@ def test_shared_memory_is_refused():
 
 
 class Quantized(torch.Tensor):
-    """Weights of 8 bits that any operation sees in full precision, as libraries for quantization hold them."""
+    """8-bit weights, in full precision for every operation, as in quantization libraries."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -174,7 +174,7 @@ class Quantized(torch.Tensor):
     def full(self):
         return self.numbers * self.scale
 
-    def __repr__(self, *, tensor_contents=None):  # torch's own would read the numbers, of which a trace has none
+    def __repr__(self, *, tensor_contents=None):  # torch's own would read the values, which a trace does not have
         return f"{type(self).__name__}({tuple(self.shape)})"
 
     @classmethod
@@ -186,7 +186,7 @@ class Quantized(torch.Tensor):
 
 
 class KnowsLinear(Quantized):
-    """The same that know what ``linear`` is, and none of the operations that it is made of."""
+    """The same, but supports only ``linear`` as a whole, not its parts."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -209,7 +209,7 @@ BROKEN_CPP = pytest.mark.xfail(
 
 
 def quantized_pair(kind):
-    """A model whose products have weights of a class of their own, and the same one with their numbers."""
+    """A plain model, and the same one with products' weights of class ``kind``."""
     plain, quantized = own("tuple_cat"), own("tuple_cat")
     for ours, theirs in zip(quantized.modules(), plain.modules(), strict=True):
         if isinstance(ours, torch.nn.Linear):
@@ -225,7 +225,7 @@ def quantized_pair(kind):
         (Quantized, "eager"),
         pytest.param(KnowsLinear, "eager", marks=pytest.mark.versions),
         pytest.param(Quantized, "inductor", marks=BROKEN_CPP),
-        pytest.param(KnowsLinear, "inductor", marks=[BROKEN_CPP, pytest.mark.slow]),  # through what the other shows
+        pytest.param(KnowsLinear, "inductor", marks=[BROKEN_CPP, pytest.mark.slow]),  # implied by the other
     ],
 )
 def test_weights_that_are_tensor_subclasses(kind, lowering):
@@ -240,7 +240,7 @@ def test_weights_that_are_tensor_subclasses(kind, lowering):
 
 
 class WritesToWhatItIsGiven(KnowsLinear):
-    """Its ``linear`` leaves its bias changed."""
+    """Its ``linear`` changes its bias."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -250,7 +250,7 @@ class WritesToWhatItIsGiven(KnowsLinear):
 
 
 class ReturnsAView(KnowsLinear):
-    """Its ``linear`` may return what it is given."""
+    """Its ``linear`` may return a view of its input."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -274,7 +274,7 @@ def test_functions_of_a_tensor_subclass_that_a_trace_cannot_say(kind, why):
 
 
 def test_bytes_of_tensor_subclasses_are_those_of_their_parts():
-    """As of a cache whose keys are sharded or quantized."""
+    """As in a cache with sharded or quantized keys."""
     keys = Quantized.of(torch.randn(1, 2, 8, 16))
     assert _stored([Dense.of(keys)]) == 2 * 8 * 16 + keys.scale.nbytes
 
@@ -317,7 +317,7 @@ class Tempered(nn.Module):
 
 @torch.no_grad()
 def test_a_float_argument_that_varies():
-    """Dynamo would make an input of it, whose value no trace knows."""
+    """Dynamo would make it an input, whose value the trace does not know."""
     model = Tempered()
     ours = think_compile(copy.deepcopy(model), 0.0, recent=3, channel_multiple=1, lowering="eager")
     got = expected = None

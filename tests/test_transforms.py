@@ -1,4 +1,4 @@
-"""Function transforms in a graph: a mask that `vmap` makes, and what may stand within one."""
+"""Function transforms in a graph: masks made by `vmap`, and the operations allowed inside."""
 
 import copy
 import warnings
@@ -18,7 +18,7 @@ from think_compile.passes.refusal import Reason, Refused
 
 
 class MaskOfPairs(PastDecoder):
-    """Its mask is a function of a query and a key, mapped over all of them, as attention to images has it."""
+    """Its mask is a function of a query and a key, mapped over all pairs, as in attention to images."""
 
     def forward(self, ids, past=None, mask=None):
         new, total = mask.shape[-2:]
@@ -50,7 +50,7 @@ def test_masks_made_by_vmap(ratio):
     assert len(report(trio.model).rewritten) == 2
 
 
-@pytest.mark.slow  # that Inductor takes what stands in the place of a vmap; the same graph runs in the test above
+@pytest.mark.slow  # checks that Inductor accepts the replacement of a vmap; the test above runs the same graph
 @torch.no_grad()
 def test_masks_made_by_vmap_through_inductor():
     trio = Trio("tuple_cat", Rules(), model=of_pairs(), lowering="inductor")
@@ -103,7 +103,7 @@ FUNCTIONS = [constant, written_within, written_outside, writes_its_input, return
 @pytest.mark.parametrize("function", FUNCTIONS)
 @torch.no_grad()
 def test_what_stands_within_a_vmap(function, dynamic):
-    """The graph without transforms computes what the function does, and writes what that writes."""
+    """The graph without transforms has the results and the writes of the function."""
     graphs = []
 
     def backend(gm, example_inputs):
@@ -127,7 +127,7 @@ def test_what_stands_within_a_vmap(function, dynamic):
 
 
 def refused_graph(function, *inputs, change=lambda graph: None):
-    """Why the graph of a function, changed, is refused."""
+    """The reason for refusing the changed graph of a function."""
     caught = []
 
     def backend(gm, example_inputs):
@@ -143,7 +143,7 @@ def refused_graph(function, *inputs, change=lambda graph: None):
 
 @torch.no_grad()
 def test_a_transform_that_cannot_be_traced():
-    """It leaves no level open, and is named."""
+    """It leaves no transform level open, and the refusal names it."""
 
     def change(graph):
         for node in graph.find_nodes(op="call_function", target=torch.sin):
@@ -163,7 +163,7 @@ def test_a_weight_of_a_class_of_its_own_within_a_vmap():
 
 
 def with_images():
-    """A tiny Gemma 3, and a prompt in which an image stands for 16 tokens that all see each other."""
+    """A tiny Gemma 3, and a prompt with an image of 16 tokens that all see each other."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
 
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -187,7 +187,7 @@ def with_images():
 @pytest.mark.filterwarnings("ignore:.*vision_tower")  # whose graph comes first, and keeps no cache
 @torch.no_grad()
 def test_a_prompt_with_an_image():
-    """The first call is pruned, and the later ones agree with the oracle: its one query does not choose channels."""
+    """The first call is pruned, and later ones agree with the oracle: their single query chooses no channels."""
     plain, ids, given = with_images()
     pair = Yardstick(plain, **vars(Rules()))
     ours = think_compile(copy.deepcopy(plain), lowering="eager", **vars(Rules()))

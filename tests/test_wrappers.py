@@ -1,4 +1,4 @@
-"""Modules around a model: what is compiled is what their ``generate`` calls."""
+"""Modules around a model: the compiled module is the one that their ``generate`` calls."""
 
 import copy
 
@@ -18,7 +18,7 @@ LAYERS = "model.layers.0.self_attn", "model.layers.1.self_attn"
 
 
 class Around(nn.Module):
-    """Generates by the model inside, whose attributes it has as well."""
+    """Generates with the model inside, and has its attributes."""
 
     def __init__(self, inner):
         super().__init__()
@@ -38,7 +38,7 @@ class Around(nn.Module):
 
 
 class Handing(Around):
-    """Has no ``generate`` but the model's."""
+    """Its only ``generate`` is the model's."""
 
     generate = property(lambda self: self.inner.generate)
 

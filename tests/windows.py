@@ -1,4 +1,4 @@
-"""Decoders of one layer that keep a bounded window of tokens, cut at each place where a model may cut it.
+"""Decoders of one layer with a bounded window of tokens, cut at each place where a model may cut it.
 
 Each kind is a model of its own in `models`: `register(kind)` gives the name under which a `Trio` takes it.
 """
@@ -17,18 +17,18 @@ from oracle import Slot, tuple_slots
 from torch import Tensor, nn
 from written_out import LAYOUTS, InOrder, Style, WrittenOut
 
-CUTS = ("kept", "read", "past")  # what is returned; what the attention reads (and is returned); the past that is joined
+CUTS = ("kept", "read", "past")  # the returned cache; the rows read by the attention (and returned); the joined past
 BUFFER = "buffer"  # not cut: the rows of a buffer of fixed size move up
-WIDTH = 16  # tokens that a query attends to, its own included
+WIDTH = 16  # tokens attended to by a query, its own included
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a window is kept: where it is cut, by which slice, and what attention reads it."""
+    """A kind of window: where it is cut, by which slice, and by which attention it is read."""
 
     cut: str = "kept"
     stock: bool = True
-    by: str = "negative"  # or "positive": from the first token that stays on; of a buffer "roll" or "cat"
+    by: str = "negative"  # or "positive": from the first kept token on; for a buffer "roll" or "cat"
     style: Style = field(default_factory=Style)
 
     def __str__(self) -> str:
@@ -36,7 +36,7 @@ class Kind:
 
     @property
     def joined(self) -> int:
-        """Most tokens of the past that a call still reads."""
+        """The most tokens of the past read by a call."""
         return WIDTH if self.cut == "read" else WIDTH - 1
 
 
@@ -82,7 +82,7 @@ class Buffered(Windowed):
         return self.attend(q, *read, mask), past
 
     def taken(self, buffer: Tensor, rows: Tensor, length: int) -> Tensor:
-        """What the attention reads once the buffer has taken the call's rows."""
+        """The rows read by the attention, after the buffer has taken the call's rows."""
         axis, n_new = self.axis, rows.shape[self.axis]
         if length + n_new <= WIDTH:
             return buffer.index_copy_(axis, torch.arange(n_new) + length, rows)
@@ -97,7 +97,7 @@ class Buffered(Windowed):
 
 
 class WindowDecoder(PastDecoder):
-    """`forward(ids, past, mask, pos) -> (logits, past)`: the past does not tell the positions."""
+    """`forward(ids, past, mask, pos) -> (logits, past)`: the positions cannot be derived from the past."""
 
     def __init__(self, attention) -> None:
         super().__init__(attention, layers=1)
@@ -112,7 +112,7 @@ class WindowDecoder(PastDecoder):
 
 
 class WindowSession(InOrder, PastSession):
-    """Tells the positions, and masks what is out of the window or not there."""
+    """Passes the positions, and masks tokens outside the window and empty rows."""
 
     kind: Kind
 
@@ -125,7 +125,7 @@ class WindowSession(InOrder, PastSession):
 
 
 class BufferedSession(WindowSession):
-    """Tells also how many tokens came before, as a number."""
+    """Also passes the number of earlier tokens."""
 
     def call(self, ids: Tensor) -> Tensor:
         total, past = self.length + ids.shape[1], min(self.length, WIDTH - 1 if self.length >= WIDTH else WIDTH)
@@ -136,7 +136,7 @@ class BufferedSession(WindowSession):
 
 
 def buffered_slots(canonical: Callable[[Tensor], Tensor]) -> Callable:
-    """As of :func:`oracle.tuple_slots`, of buffers that are filled."""
+    """As :func:`oracle.tuple_slots`, for buffers that are filled in place."""
 
     def slots(model: nn.Module, arguments: dict, output: object) -> list[Slot]:
         past = arguments.get("past") if output is None else output[1]

@@ -1,4 +1,4 @@
-"""Decoders whose attention is written out in products and a softmax, in every style that the tests draw.
+"""Decoders with attention written out in products and a softmax, in every style of the tests.
 
 Each style is a model of its own in `models`: `register(style)` gives the name under which a `Trio` takes it.
 """
@@ -21,13 +21,13 @@ KV_HEADS = 2
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """How a cache lies: axes moved from [B, S, H, D], then axis `merged` and the next, if any, made one."""
+    """Layout of a cache: the permuted axes of [B, S, H, D]; then axis `merged`, if any, is merged with the next."""
 
     order: tuple[int, ...]
     merged: int | None = None
 
     def laid(self, x: Tensor) -> Tensor:
-        """[B, S, H, D] as it is cached."""
+        """[B, S, H, D] in the cache's layout."""
         x = x.permute(self.order)
         return x if self.merged is None else x.flatten(self.merged, self.merged + 1)
 
@@ -75,7 +75,7 @@ WRITES = ("index_copy", "index_put", "scatter", "where")  # to a fixed cache
 
 @dataclass(frozen=True)
 class Style:
-    """How an attention is written."""
+    """A style of writing an attention."""
 
     layout: str = "bhsd"
     product: str = "matmul"
@@ -113,12 +113,12 @@ def logits_of(style: Style, q: Tensor, k: Tensor) -> Tensor:
 
 
 def repeated(style: Style, x: Tensor, group: int) -> Tensor:
-    """[B, H, S, D] for every query head: each head beside its copies, or all of them in turn."""
+    """[B, H, S, D] for every query head: copies of a head adjacent, or interleaved with the others."""
     return x.repeat(1, group, 1, 1) if style.extra == "heads in turn" else x.repeat_interleave(group, 1)
 
 
 def written(style: Style, cache: Tensor, axis: int, pos: Tensor, new: Tensor) -> Tensor:
-    """`cache` with the rows `new` at positions `pos` of `axis`, in place; the ways for one token are for one."""
+    """`cache` with the rows `new` written in place at positions `pos` of `axis`; `where` writes single tokens only."""
     shape = [-1 if i == axis else 1 for i in range(new.dim())]
     if style.write == "scatter":
         return cache.scatter_(axis, pos.view(shape).expand(new.shape), new)
@@ -155,7 +155,7 @@ def probabilities_of(style: Style, logits: Tensor) -> Tensor:
 
 
 def bias_of(values: Tensor) -> Tensor:
-    """[B, Hq, 1, S]: values may be read by more than the attention."""
+    """[B, Hq, 1, S]: the values may have another reader besides the attention."""
     return (
         torch.unflatten(values.transpose(1, 2).flatten(2), -1, values.shape[1::2]).mean(-1).transpose(1, 2)[:, :, None]
     )
@@ -256,7 +256,7 @@ class GrowingDecoder(PastDecoder):
 
 
 class InOrder:
-    """A session whose cache tensors hold the conversation's rows and no more, seen as [B, H, S, D]."""
+    """A session whose cache tensors hold only the conversation's rows, viewed as [B, H, S, D]."""
 
     layout: CacheLayout
 
@@ -276,7 +276,7 @@ def register(style: Style) -> str:
 
 
 def every_choice() -> list[Style]:
-    """Each choice once beside the defaults; where rows are written at positions, what that meets."""
+    """Each choice once with the other defaults, for growing caches and for fixed ones."""
     growing = {"layout": LAYOUTS, "product": PRODUCTS, "mask": MASKS, "softmax": SOFTMAXES, "extra": EXTRAS}
     fixed = {"layout": LAYOUTS, "product": ["bmm", "grouped einsum"], "mask": MASKS, "write": WRITES}
     fixed["extra"] = EXTRAS[-2:]
