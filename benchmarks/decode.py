@@ -1,4 +1,4 @@
-"""Milliseconds of a decode step through the real wrapped model, beside what users run today.
+"""Milliseconds of a decode step through the real wrapped model, beside today's alternatives.
 
 A step takes the token chosen by the step before, on the device. ``ms`` is the time per step in a long run, as in a
 streaming server; ``ms_synchronized`` is the time per step in a loop that waits for each token, as ``generate`` does.

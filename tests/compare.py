@@ -21,7 +21,7 @@ __all__ = ["HEAD_DIM", "Rules", "Trio", "causal_mask", "padding", "tokens"]
 
 @dataclass(frozen=True)
 class Rules:
-    """The arguments that decide what is pruned; windows small enough to move in a short test."""
+    """The pruning arguments; windows small enough to move in a short test."""
 
     ratio: float = 0.5
     recent: int = 4

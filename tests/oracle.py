@@ -1,4 +1,4 @@
-"""The independent oracle: a plain eager model whose dense cache holds what a format stores, decoded.
+"""The independent oracle: a plain eager model whose dense cache holds a format's stored rows, decoded.
 
 Nothing here shares code with the package. `Oracle` runs an untouched copy of a model with its ordinary cache.
 In the first call on a cache it sees, through `scaled_dot_product_attention`, the queries, keys and mask of

@@ -74,7 +74,7 @@ def attend(q, k, v, **kwargs):
     return F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), **kwargs)
 
 
-# ------------------------------------------------------------------ what is accepted: joins
+# ------------------------------------------------------------------ accepted: joins
 
 
 def growing(q, k, v, pk, pv):
@@ -326,7 +326,7 @@ def test_two_layers():
     assert [site.past for site in findings.cached] == [(3, 4), (5, 6)]
 
 
-# ------------------------------------------------------------------ what is refused, and why
+# ------------------------------------------------------------------ refused, and why
 
 
 def test_not_cached():
@@ -912,7 +912,7 @@ def test_whether_positions_are_consecutive(name):
 
 
 def test_kept_in_another_dtype():
-    """The cache is a cast copy of what the attention reads: its handle must have the cache's dtype."""
+    """The cache is a cast copy of the attention's operand: its handle must have the cache's dtype."""
 
     def f(q, k, v):
         k, v = k * 2, v * 2
