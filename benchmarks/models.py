@@ -117,9 +117,9 @@ def pruned_past(model: LlamaForCausalLM, batch: int, tokens: int, config: ThinkC
             "ring": _drawn(model, batch, heads, form.keys.ring_rows(0), d),
             COUNTERS: torch.tensor([window_start, tokens, 0], device=model.device),
         }
-        layer.keys = _handle(Packed.made("keys", form.keys, keys, model.dtype, None), tokens)
+        layer.keys = _handle(Packed.made("keys", form.keys, keys, model.dtype, capacity, fixed=True), tokens)
         values = {"rows": _drawn(model, batch, heads, capacity, d)}
-        layer.values = _handle(Packed.made("values", form.values, values, model.dtype, None), None)
+        layer.values = _handle(Packed.made("values", form.values, values, model.dtype, capacity, fixed=True), None)
     return cache
 
 

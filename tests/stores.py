@@ -23,12 +23,12 @@ def first_call(form: CacheFormat, q, k, v, size: int | None = None) -> tuple[Pac
     """The stores of keys and values; ``size``: rows of a cache of fixed size, None: it grows."""
     length = k.shape[2]
     if size is None:
-        states, tokens = form.first_call(Call(q, k, v), Prompt()), length
+        states = form.first_call(Call(q, k, v), Prompt())
     else:
         k, v = (F.pad(x, (0, 0, 0, size - length)) for x in (k, v))
-        states, tokens = form.first_call(Call(q, k, v), Prompt(0, capacity=size)), None
+        states = form.first_call(Call(q, k, v), Prompt(0, capacity=size))
     keys, values = (
-        Packed.made(of, form.side(of), state, k.dtype, tokens)
+        Packed.made(of, form.side(of), state, k.dtype, length if size is None else size, fixed=size is not None)
         for of, state in zip(("keys", "values"), states, strict=True)
     )
     return keys, values

@@ -23,6 +23,7 @@ def _of(wanted):
 EVERY = _of(lambda form: True)
 # If later tokens stay whole, the ring is as large as a cache of fixed size: test_calls rewinds that.
 WINDOWED = _of(lambda form: form.keys.encodes_later)
+ROLLING = _of(lambda form: form.keys.window_group == 1)
 LOSSLESS = _of(lambda form: not form.is_lossy)
 SIZE = 40
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where kernels are not interpreted
@@ -97,7 +98,8 @@ def test_encode_and_decode(form):
         assert decoded.shape == k.shape
         assert torch.equal(decoded, k) == (not side.is_lossy)
         again = side.codec.encode(decoded, chosen) | chosen
-        torch.testing.assert_close(side.codec.decode(again, D), decoded)
+        close = {} if side.codec.group == 1 else {"rtol": 0, "atol": 0.01}  # a range in fp16 is rounded again
+        torch.testing.assert_close(side.codec.decode(again, D), decoded, **close)
         queries = torch.randn(B, H, 3, D).double()
         torch.testing.assert_close(side.codec.scores(queries, state), queries @ decoded.to(queries.dtype).mT)
 
@@ -166,7 +168,7 @@ def _stored(state):
     return Stored(state, state[COUNTERS][0] if COUNTERS in state else None)
 
 
-@EVERY
+@ROLLING
 @pytest.mark.parametrize("n", [1, 3, 9])
 def test_a_full_buffer_goes_on_in_a_circle(form, n):
     sides = begun(form, 8, 8)
@@ -213,7 +215,7 @@ def test_what_caches_do_to_a_growing_store(form):
             after.append((grown, simulated))
         length = after[0][0].length
         if after[0][0].counters.oldest:
-            after = [(store.moved(store.length + 8), simulated) for store, simulated in after]
+            after = [(store.from_zero(store.length + 8), simulated) for store, simulated in after]
         out, expected, sides = called(form, after, 1, length)
         torch.testing.assert_close(out, expected, msg=lambda m, what=what: f"{what}: {m}")
         length += 1
@@ -243,7 +245,8 @@ def test_a_rewound_token_leaves_nothing_behind(form, n):
     mask, span = F.pad(causal(n, 12 + n), (0, SIZE - 12 - n)), Span(torch.tensor(12), 0, SIZE)
     form.step(Call(q, bad, bad, mask), keys.stored(), values.stored(), span)
     for simulated in (k_sim, v_sim):  # the window has moved, and does not come back
-        simulated.window_start = min(12, simulated.side.window_start(12 + n))
+        simulated.append(q[:, :H])
+        simulated.crop(12)
     out, expected, _ = called(form, [(keys, k_sim), (values, v_sim)], n, 12, start=12)
     torch.testing.assert_close(out, expected)
 

@@ -47,14 +47,15 @@ class Rows:
 
     @property
     def capacity(self) -> int:
+        """Number of records."""
         return next(iter(self.parts.values())).shape[2]
 
-    def free_above(self, length: int, owner: object) -> bool:
-        """Whether no store but ``owner`` uses rows from ``length`` on."""
-        return all(other is owner or other.end <= length for other in self.owners)
+    def free_above(self, used: int, owner: object) -> bool:
+        """Whether no store but ``owner`` uses tokens' rows from ``used`` on."""
+        return all(other is owner or other.used <= used for other in self.owners)
 
     def copy(self, first: int, length: int, capacity: int) -> Rows:
-        """A copy of ``length`` rows from ``first`` on, with ``capacity`` rows; the rows above are zero."""
+        """A copy of ``length`` records from ``first`` on, with ``capacity`` records; those above are zero."""
 
         def moved(x: Tensor) -> Tensor:
             copy = x.new_zeros([capacity if axis == 2 else size for axis, size in enumerate(x.shape)])

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from think_compile.cache.rows import Rows
 from think_compile.cache.state import COUNTERS, LENGTH, OLDEST, WINDOW_START, Span, State, Stored, capacity_for
-from think_compile.formats import attention
-from think_compile.formats.ring import advanced, ring_positions
+from think_compile.formats import attention, segments, sinks
+from think_compile.formats.ring import advanced, ring_of, ring_positions
 from think_compile.formats.side import Side
 
 
@@ -52,6 +52,11 @@ class Store(ABC):
     def end(self) -> int:
         """One more than the last token's row."""
         return self.length
+
+    @property
+    def used(self) -> int:
+        """One more than the last token with an encoded row."""
+        return self.end
 
     @property
     @abstractmethod
@@ -105,6 +110,7 @@ class Packed(Store):
         own: the other parts, which only this store uses; at fixed size they include the counters, on the device.
         dtype: of the tensor that the model sees.
         counters: of a growing store; None: the store has a fixed size.
+        size: of a store of fixed size: its tokens.
         written: at fixed size, the host's upper bound of the rows with tokens; None: the host does not know.
         rolling: whether position p is in row p % C.
     """
@@ -115,23 +121,23 @@ class Packed(Store):
     own: State
     dtype: torch.dtype
     counters: Counters | None = None
+    size: int = 0
     written: int | None = None
     rolling: bool = False
 
     @classmethod
-    def made(cls, of: str, side: Side, state: State, dtype: torch.dtype, length: int | None) -> Packed:
-        """The store of a first call's parts; ``length``: tokens of a growing cache, None: the cache has a fixed size.
+    def made(cls, of: str, side: Side, state: State, dtype: torch.dtype, length: int, *, fixed: bool = False) -> Packed:
+        """The store of a first call's parts; ``length``: tokens of a growing cache, or a fixed size.
 
         ``dtype`` is the cache's dtype in the graph; under autocast the parts may have another, which then counts.
         """
-        parts = side.parts(fixed=length is None)
+        parts = side.parts(fixed=fixed)
         dtype = next((state[part.name].dtype for part in parts if part.dtype is None), dtype)
-        names = {part.name for part in parts if part.is_rows}
-        rows = Rows({name: x for name, x in state.items() if name in names})
-        own = {name: x for name, x in state.items() if name not in names}
-        window_start = side.window_start(length) if side.has_ring and length is not None else 0
-        counters = None if length is None else Counters(0, window_start, length)
-        return cls(of, side, rows, own, dtype, counters)
+        rows = Rows({name: x for name, x in state.items() if name in side.row_parts})
+        own = {name: x for name, x in state.items() if name not in side.row_parts}
+        if fixed:
+            return cls(of, side, rows, own, dtype, size=length)
+        return cls(of, side, rows, own, dtype, Counters(0, side.window_start(length) if side.has_ring else 0, length))
 
     @property
     def state(self) -> State:
@@ -148,11 +154,24 @@ class Packed(Store):
 
     @property
     def length(self) -> int:
-        return self.rows.capacity if self.counters is None else self.counters.length
+        return self.size if self.counters is None else self.counters.length
 
     @property
     def end(self) -> int:
-        return self.rows.capacity if self.counters is None else self.counters.oldest + self.counters.length
+        return self.size if self.counters is None else self.counters.oldest + self.counters.length
+
+    @property
+    def used(self) -> int:
+        return self.end if self.counters is None or not self.side.flushes else self.counters.window_start
+
+    @property
+    def capacity(self) -> int:
+        """Tokens for which there is room."""
+        return self.size if self.counters is None else self.rows.capacity * self._group
+
+    @property
+    def _group(self) -> int:
+        return self.side.codec.group
 
     @property
     def width(self) -> int:
@@ -167,7 +186,7 @@ class Packed(Store):
     def window(self) -> tuple[int, ...]:
         """The number of encoded tokens and of ring rows of a growing store."""
         assert self.counters is not None
-        encoded = self.counters.window_start - self.counters.oldest
+        encoded = max(0, self.counters.window_start - self.counters.oldest)
         return encoded, self._ring_rows
 
     @property
@@ -218,7 +237,7 @@ class Packed(Store):
     @property
     def is_full(self) -> bool:
         """Whether all rows hold tokens; waits for the device."""
-        return COUNTERS in self.own and bool(self.own[COUNTERS][LENGTH] == self.rows.capacity)
+        return COUNTERS in self.own and bool(self.own[COUNTERS][LENGTH] == self.size)
 
     def clear(self) -> None:
         """Drop all tokens; the next call writes from position 0 and chooses again, like a first call."""
@@ -263,45 +282,95 @@ class Packed(Store):
     def crop(self, length: int) -> Packed:
         """The first ``length`` tokens, sharing the rows; tokens that have left the window stay encoded."""
         counters = self._counters
-        start = min(counters.window_start, counters.oldest + length)
-        return replace(self, counters=counters._replace(length=length, window_start=start))
+        end = counters.oldest + length
+        if end >= counters.window_start:
+            return replace(self, counters=counters._replace(length=length))
+        if not self.side.flushes:
+            return replace(self, counters=counters._replace(length=length, window_start=end))
+        start = end // self.side.window_group * self.side.window_group
+        own = {**self.own, "ring": self._ring_of_encoded(start, end)}
+        return replace(self, own=own, counters=counters._replace(length=length, window_start=start))
+
+    def _ring_of_encoded(self, start: int, end: int) -> Tensor:
+        """A ring with the decoded rows of positions ``start`` to ``end``, the first ones of a group."""
+        ring, at = self.own["ring"].clone(), torch.arange(start, end, device=self.device)
+        if start < end:
+            ring[:, :, at % ring.shape[2]] = segments.decoded_at(self.side, self.stored(), at).to(ring.dtype)
+        return ring
 
     def tail(self, length: int) -> Packed:
         """The last ``length`` tokens, sharing the rows unless far too many are unused."""
-        oldest = self.end - length
-        kept = replace(self, counters=Counters(oldest, max(self._counters.window_start, oldest), length))
-        has_outgrown = kept.rows.capacity > 2 * capacity_for(length)  # most rows hold dropped tokens
-        return kept.moved(capacity_for(length)) if has_outgrown else kept
+        oldest, start = self.end - length, self._counters.window_start
+        kept = replace(self, counters=Counters(oldest, start if self.side.window_group > 1 else max(start, oldest), length))
+        has_outgrown = kept.capacity > 2 * self.side.capacity_for(length)  # most rows hold dropped tokens
+        return kept.moved(self.side.capacity_for(length)) if has_outgrown else kept
 
     def moved(self, capacity: int) -> Packed:
-        """The same tokens in the first rows of new buffers."""
+        """The same tokens in the first rows of new buffers; whole groups move, so some dropped tokens may stay."""
         oldest, window_start, length = self._counters
-        rows, own = self.rows.copy(oldest, length, capacity), self.own
-        if self.side.has_ring and oldest:
-            own = {**own, "ring": own["ring"].roll(-oldest, 2)}  # token in row p: ring row p % R
-        return replace(self, rows=rows, own=own, counters=Counters(0, window_start - oldest, length))
+        group = self.side.window_group
+        dropped = oldest if group == 1 else min(oldest // group * group, window_start if self.side.has_ring else oldest)
+        own, counters = self.own, Counters(oldest - dropped, window_start - dropped, length)
+        records = -(-(self.end - dropped) // self._group)
+        rows = self.rows.copy(dropped // self._group, records, max(records, -(-capacity // self._group)))
+        if self.side.has_ring and dropped:
+            own = {**own, "ring": own["ring"].roll(-dropped, 2)}  # token in row p: ring row p % R
+        if sinks.BEGIN in own and dropped:
+            own = {**own, sinks.BEGIN: own[sinks.BEGIN] - dropped}
+        return replace(self, rows=rows, own=own, counters=counters)
+
+    def from_zero(self, capacity: int) -> Packed:
+        """The same tokens, in buffers where the first one has position 0."""
+        moved = self.moved(capacity)
+        if not moved._counters.oldest:
+            return moved
+        return moved._whole(capacity) if self.side.flushes else moved._shifted(capacity)
+
+    def _shifted(self, capacity: int) -> Packed:
+        """The tokens moved by a number that is no multiple of the window's group."""
+        ungrouped = replace(self, side=replace(self.side, window_group=1))
+        return replace(ungrouped.moved(capacity), side=self.side)
+
+    def _whole(self, capacity: int) -> Packed:
+        """The tokens as they are read now, in a large ring: their groups have new borders."""
+        dense, length = self.dense(), self.length
+        zeros = {name: torch.zeros_like(x) for name, x in self.rows.copy(0, 0, -(-capacity // self._group)).parts.items()}
+        own = {**self.own, "ring": ring_of(dense, length, capacity_for(length))}
+        own[sinks.BEGIN] = own[sinks.BEGIN] - self._counters.oldest
+        return replace(self, rows=Rows(zeros), own=own, counters=Counters(0, 0, length))
 
     def reserve(self, n_new: int) -> Packed:
         """This store, or one with the same tokens and room for ``n_new`` more in its rows and ring."""
         settled = self.settled()
         capacity = settled._capacity_of_copy(n_new)
         room = settled if capacity is None else settled.moved(capacity)
-        return room if self.side.encodes_later else room._with_ring(room._ring_with_room(n_new))
+        return room if self.side.encodes_later and not self.side.flushes else room._with_ring(room._ring_with_room(n_new))
 
     def _capacity_of_copy(self, n_new: int) -> int | None:
         """Capacity of a larger or private copy for ``n_new`` more tokens; None: this store's rows have room."""
-        fits = self.end + n_new < self.rows.capacity  # one row stays free: a slice of all rows would compile again
-        if fits and self.rows.free_above(self.end, self):
+        # one record stays free: a slice of all would compile again
+        fits = -(-(self.end + n_new) // self._group) < self.rows.capacity
+        if fits and self.rows.free_above(self.used, self):
             return None
-        return self.rows.capacity if fits and not self._counters.oldest else capacity_for(self.length + n_new)
+        return self.capacity if fits and not self._counters.oldest else self.side.capacity_for(self.length + n_new)
 
     def settled(self) -> Packed:
         """This store, or one with its window moved on: :meth:`append` leaves that to the next operation."""
-        rows = self.side.ring_rows(0)
-        if not (self.side.has_ring and self.side.encodes_later) or self._ring_rows == rows:
+        if not (self.side.has_ring and self.side.encodes_later):
             return self
         start = max(self._counters.window_start, self.side.window_start(self.end))
-        return self._with_ring(self._ring_of(rows), window_start=start)
+        return self._with_window(start)
+
+    def _with_window(self, start: int) -> Packed:
+        """The store with its window's start moved on to ``start``, and a ring of the usual size."""
+        before, rows = self._counters.window_start, self.side.ring_rows(0)
+        if self.side.flushes and start > before:
+            room = self if self.rows.free_above(before, self) else self.moved(self.capacity)
+            room.side.flushed(room.state, room._counters.window_start, start - before + room._counters.window_start)
+            return room._with_ring(room._ring_of(rows), window_start=start - before + room._counters.window_start)
+        if self._ring_rows != rows:
+            return self._with_ring(self._ring_of(rows), window_start=start)
+        return self if start == before else self._with_ring(self.own["ring"], window_start=start)
 
     def _with_ring(self, ring: Tensor | None, **counters: int) -> Packed:
         if ring is None:
@@ -318,17 +387,21 @@ class Packed(Store):
         if not self.side.has_ring:
             return None
         needed = self.end + n_new - self._counters.window_start
-        if needed < self._ring_rows:  # a full ring counts as a window, and would drop its oldest token
+        if needed < self._ring_rows + self.side.flushes:  # a full ring counts as a window, and would drop its oldest token
             return None
         return self._ring_of(capacity_for(needed))
 
     def appended(self, replaced: State, n_new: int) -> Packed:
         """The store after a call that wrote ``n_new`` rows in place and made ``replaced``, its new tensors."""
         own, counters = self.own | replaced, self._counters
-        start = counters.window_start
-        if self.side.has_ring:
-            start = max(start, self.side.window_start(self.end + n_new, self.side.whole_tokens(own["ring"].shape[2])))
-        return replace(self, own=own, counters=Counters(counters.oldest, start, counters.length + n_new))
+        store = replace(self, own=own, counters=counters._replace(length=counters.length + n_new))
+        if not self.side.has_ring:
+            return store
+        whole = self.side.whole_tokens(own["ring"].shape[2])
+        start = max(counters.window_start, self.side.window_start(store.end, whole))
+        if self.side.flushes and self.side.encodes_later:
+            return store._with_window(start)
+        return replace(store, counters=store._counters._replace(window_start=start))
 
     def append(self, new: Tensor) -> Packed:
         """The store with ``new`` [B, H, N, W] after its tokens, outside of any graph.
@@ -342,6 +415,9 @@ class Packed(Store):
         ring = room._ring_with_room(n_new) if self.side.has_ring else None
         if self.side.has_ring:
             ring = advanced(room.own["ring"] if ring is None else ring, new, room.end)
+        if self.side.sinks:
+            first = sinks.written(room.own[sinks.SINKS], room.own[sinks.BEGIN], new, room.end)
+            room = replace(room, own={**room.own, sinks.SINKS: first})
         return room._with_ring(ring)._longer(n_new)
 
     def _longer(self, n_new: int) -> Packed:
@@ -391,10 +467,11 @@ def join_batches(stores: Sequence[Store]) -> Store | None:
     packed = [s for s in stores if isinstance(s, Packed) and s.grows]
     if len(packed) != len(stores):
         return None
-    packed = [s.moved(s.length) if s._counters.oldest else s for s in packed]
+    packed = [s.from_zero(s.length) if s._counters.oldest else s for s in packed]
     if len({(s.of, s.side, s.dtype, s.counters, s._ring_rows) for s in packed}) != 1:
         return None
     first = packed[0]
-    rows = {name: torch.cat([s.rows.parts[name][:, :, : s.end] for s in packed]) for name in first.rows.parts}
+    records = -(-first.end // first._group)
+    rows = {name: torch.cat([s.rows.parts[name][:, :, :records] for s in packed]) for name in first.rows.parts}
     own = {name: torch.cat([s.own[name] for s in packed]) for name in first.own}
     return replace(first, rows=Rows(rows), own=own)

@@ -22,11 +22,11 @@ from think_compile.cache.state import (
     Span,
     State,
     Stored,
-    capacity_for,
 )
 from think_compile.formats import attention
 from think_compile.formats.seen import seen, seen_again
 from think_compile.formats.side import Codec, Side
+from think_compile.formats.sinks import BEGIN
 from think_compile.kernels.calls import MAX_QUERIES, PairKernels
 
 __all__ = ["AllTokens", "CacheFormat", "Codec", "EveryPage", "Side", "rolled", "window_start_of"]
@@ -108,19 +108,23 @@ class CacheFormat:
             q, k, v = (_last(x, prompt.read) for x in (call.q, call.k, call.v))
             call = call._replace(q=q, k=k, v=v)
         shown = seen(call, prompt.start, self._length(call, prompt))
-        return self.keys.codec.choose(shown), self.values.codec.choose(shown)
+        return self.keys.choose(shown), self.values.choose(shown)
 
     def first_call(self, call: Call, prompt: Prompt) -> tuple[State, State]:
         """The stored form of a first call's keys and values, ``call.k`` and ``call.v`` [B, H, S, *]."""
         chosen = self.choose(call, prompt)
         if prompt.kept is not None:
+            read = call.k.shape[2] if prompt.read is None else prompt.read
             call = call._replace(k=_last(call.k, prompt.kept), v=_last(call.v, prompt.kept))
+            chosen = _without_first(chosen[0], read - prompt.kept), _without_first(chosen[1], read - prompt.kept)
         length, fixed = self._length(call, prompt), prompt.capacity is not None
-        capacity = capacity_for(call.k.shape[2]) if prompt.capacity is None else prompt.capacity
         if fixed:
             length = torch.full((), length, device=call.q.device) if not isinstance(length, Tensor) else length
-        keys = self.keys.pack(call.k, chosen[0], length, capacity, fixed=fixed)
-        return keys, self.values.pack(call.v, chosen[1], length, capacity, fixed=fixed)
+        packed = []
+        for side, rows, choice in zip((self.keys, self.values), (call.k, call.v), chosen, strict=True):
+            capacity = side.capacity_for(rows.shape[2]) if prompt.capacity is None else prompt.capacity
+            packed.append(side.pack(rows, choice, length, capacity, fixed=fixed))
+        return packed[0], packed[1]
 
     @staticmethod
     def _length(call: Call, prompt: Prompt) -> Length:
@@ -160,7 +164,7 @@ class CacheFormat:
         fresh: tuple[State, State] = ({}, {})
         if isinstance(span.start, Tensor) and not span.rolling:
             shown = seen_again(call, span.start, span.columns)
-            fresh = self.keys.codec.choose(shown), self.values.codec.choose(shown)
+            fresh = self.keys.choose(shown), self.values.choose(shown)
         left = self.keys.append(call.k, fresh[0], keys, span)
         return left, {} if values is None else self.values.append(call.v, fresh[1], values, span)
 
@@ -180,6 +184,13 @@ class CacheFormat:
     def _kernels(self) -> PairKernels | None:
         """The Triton kernels of this pair of codecs, or None."""
         return attention.kernels_for(self.keys.codec, self.values.codec)
+
+
+def _without_first(chosen: State, tokens: int) -> State:
+    """The choice for rows without the first ``tokens``."""
+    if BEGIN not in chosen:
+        return chosen
+    return chosen | {BEGIN: (chosen[BEGIN] - tokens).clamp(min=0)}
 
 
 def _last(x: Tensor, tokens: int) -> Tensor:

@@ -18,6 +18,8 @@ class Seen(NamedTuple):
         k, v: [B, H, S, D] and [B, H, S, Dv], all rows in the order of their positions.
         key_valid: [B, S] bool, false for padding; None: all rows are tokens.
         query_valid: [B, N] bool; None: all queries are.
+        scale: of the logits; None is 1 / sqrt(D).
+        query_start: the row of the first query; None: the queries are at the last rows.
     """
 
     q: Tensor
@@ -25,23 +27,33 @@ class Seen(NamedTuple):
     v: Tensor
     key_valid: Tensor | None = None
     query_valid: Tensor | None = None
+    scale: float | None = None
+    query_start: Length | None = None
+
+    @property
+    def first_valid(self) -> Tensor:
+        """[B] int64: the row of each sequence's first token; rows below it are padding on the left."""
+        if self.key_valid is None:
+            return torch.zeros(self.k.shape[0], dtype=torch.int64, device=self.k.device)
+        return (self.key_valid.to(torch.int64).cumsum(1) == 0).sum(1)
 
 
 def seen(call: Call, start: Length | None, length: Length) -> Seen:
     """A first call with queries at rows from ``start`` on (None: the last rows); ``length`` rows hold tokens."""
     if call.mask is None and start is None:
-        return Seen(call.q, call.k, call.v)
+        return Seen(call.q, call.k, call.v, scale=call.scale)
     begin = call.k.shape[2] - call.q.shape[2] if start is None else start
-    return Seen(call.q, call.k, call.v, *_validity(call.mask, call.k, length, begin, call.q.shape[2]))
+    valid = _validity(call.mask, call.k, length, begin, call.q.shape[2])
+    return Seen(call.q, call.k, call.v, *valid, call.scale, start)
 
 
 def seen_again(call: Call, start: Length, columns: int) -> Seen:
     """A call that restarts a cache of fixed size, with a mask of ``columns`` over its rows."""
     if call.mask is None or call.q.shape[2] == 1:  # a single token is never padding: it is all there is to choose by
-        return Seen(call.q, call.k, call.v)
+        return Seen(call.q, call.k, call.v, scale=call.scale)
     positions = start + torch.arange(call.q.shape[2], device=call.q.device)
     valid = valid_keys(call.mask, call.q.shape[0], columns).index_select(1, positions)
-    return Seen(call.q, call.k, call.v, valid, valid)
+    return Seen(call.q, call.k, call.v, valid, valid, call.scale)
 
 
 def valid_keys(mask: Tensor, batch: int, columns: int) -> Tensor:

@@ -22,7 +22,9 @@ from think_compile.cache.state import (
     Span,
     State,
     Stored,
+    capacity_for,
 )
+from think_compile.formats import groups, sinks
 from think_compile.formats.ring import advanced, ring_of
 from think_compile.formats.seen import Seen
 
@@ -32,7 +34,8 @@ class Codec(Protocol):
 
     Attributes:
         name: the name of the codec's device code, if any.
-        group: number of tokens encoded together.
+        group: number of tokens encoded together, in one record: a part with the capacity in its shape has one row for
+            each record. A group is encoded when all its tokens have left the window.
         has_window: whether the latest rows are also stored whole, in a ring.
     """
 
@@ -52,13 +55,13 @@ class Codec(Protocol):
         """A first call's choice for all rows of a sequence."""
 
     def encode(self, rows: Tensor, chosen: State) -> State:
-        """The stored form of ``rows`` [B, H, S, W]."""
+        """The stored form of ``rows`` [B, H, S, W]; S is a multiple of the group."""
 
     def decode(self, state: State, width: int) -> Tensor:
         """[B, H, S, W], the rows decoded from ``state``, in any floating-point dtype."""
 
     def scores(self, queries: Tensor, state: State) -> Tensor:
-        """[B, H, M, S], products of ``queries`` [B, H, M, W] with the rows."""
+        """[B, H, M, S]: products of ``queries`` [B, H, M, W] with the rows."""
 
     def is_lossy(self, width: int) -> bool:
         """Whether decoded rows differ from the original rows."""
@@ -77,12 +80,20 @@ class Side:
         recent: number of latest tokens whose rows stay whole between calls, if the codec is lossy.
         encodes_later: whether tokens of later calls lose their whole rows on leaving the window; if not, the ring
             grows.
+        window_group: the window begins at a multiple of this, itself a multiple of the codec's group.
+        sinks: number of first tokens of each sequence whose rows stay whole, if the codec is lossy.
     """
 
     codec: Codec
     width: int
     recent: int = 0
     encodes_later: bool = True
+    window_group: int = 1
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window_group", max(self.window_group, self.codec.group))
+        object.__setattr__(self, "sinks", self.sinks if self.has_ring else 0)
 
     @property
     def is_lossy(self) -> bool:
@@ -94,17 +105,40 @@ class Side:
         """Whether the latest rows are stored whole, besides their encoded form."""
         return self.codec.has_window
 
+    @property
+    def flushes(self) -> bool:
+        """Whether rows are encoded by whole groups, when they leave the window; else on arrival."""
+        return self.codec.group > 1
+
+    @property
+    def _keeps_begin(self) -> bool:
+        return self.flushes or self.sinks > 0
+
     def parts(self, *, fixed: bool, rolling: bool = False) -> tuple[Part, ...]:
         """All stored tensors; ``fixed``: of a cache of fixed size; ``rolling``: of a rolling buffer."""
         parts = self.codec.parts(self.width)
+        if self._keeps_begin:
+            parts += (Part(sinks.BEGIN, (BATCH_SIZE,), torch.int64),)
+        if self.sinks:
+            parts += (Part(sinks.SINKS, (BATCH_SIZE, HEADS, self.sinks, self.width), replaced=True),)
         if self.has_ring:
-            rows = self.ring_rows(0) if self.encodes_later else RING
+            rows = self.ring_rows(0) if self.encodes_later and not self.flushes else RING
             parts += (Part("ring", (BATCH_SIZE, HEADS, rows, self.width), replaced=True),)
         return (*parts, COUNTERS_PART) if fixed and (self.has_ring or rolling) else parts
 
+    @property
+    def row_parts(self) -> tuple[str, ...]:
+        """Names of the parts that are appended to."""
+        return tuple(part.name for part in self.codec.parts(self.width) if part.is_rows)
+
     def capacity(self, state: State) -> int:
-        """Rows of the parts that are appended to."""
-        return next(state[part.name].shape[2] for part in self.codec.parts(self.width) if part.is_rows)
+        """Tokens for which the appended parts have room."""
+        return state[self.row_parts[0]].shape[2] * self.codec.group
+
+    def capacity_for(self, length: int) -> int:
+        """Tokens to allocate for in a growing cache of ``length`` tokens: a multiple of the group."""
+        capacity = capacity_for(length)
+        return (-(-capacity // self.codec.group) + 1) * self.codec.group if self.flushes else capacity
 
     def decoded(self, state: State) -> Tensor:
         """[B, H, S, W]: the decoded rows, in the ring's dtype if there is a ring."""
@@ -113,11 +147,11 @@ class Side:
 
     def ring_rows(self, room: int) -> int:
         """Rows of a new ring: the window and one group; plus ``room`` if later tokens stay whole."""
-        return self.recent + self.codec.group + (0 if self.encodes_later else room)
+        return self.recent + self.window_group + (0 if self.encodes_later else room)
 
     def whole_tokens(self, ring_rows: int) -> int:
         """How many of the latest tokens have whole rows after a later call."""
-        return self.recent if self.encodes_later else ring_rows - self.codec.group
+        return self.recent if self.encodes_later else ring_rows - self.window_group
 
     def windows(self, state: State) -> tuple[int, int]:
         """How many of the latest tokens have whole rows after a first call, and after a later one."""
@@ -126,19 +160,32 @@ class Side:
     def window_start(self, length: int, whole: int | None = None) -> int:
         """The lowest position with a whole row, if the last ``whole`` of ``length`` tokens stay whole."""
         whole = self.recent if whole is None else whole
-        return max(0, (length - whole) // self.codec.group * self.codec.group)
+        return max(0, (length - whole) // self.window_group * self.window_group)
 
     @property
     def window_rule(self) -> tuple[int, int, bool]:
         """The settings that the window's start depends on, besides the history."""
-        return self.codec.group, self.recent, self.encodes_later
+        return self.window_group, self.recent, self.encodes_later
 
     # ------------------------------------------------------------------------------------------- first calls
 
+    def choose(self, seen: Seen) -> State:
+        """A first call's choice for all rows of a sequence."""
+        chosen = self.codec.choose(seen)
+        return chosen | ({sinks.BEGIN: seen.first_valid} if self._keeps_begin else {})
+
     def pack(self, rows: Tensor, chosen: State, length: Length, capacity: int, *, fixed: bool) -> State:
         """The stored form of rows [B, H, S, W], of which ``length`` hold tokens."""
+        if self.flushes:
+            size = -(-capacity // self.codec.group) * self.codec.group
+            encoded = self.codec.encode(groups.counted(rows, size, chosen[sinks.BEGIN] + self.sinks, length), chosen)
+        else:
+            encoded = self.codec.encode(rows, chosen)
         spare = capacity - rows.shape[2]
-        state = {name: _padded(x, spare) for name, x in self.codec.encode(rows, chosen).items()} | chosen
+        padded = (lambda x: x.contiguous()) if self.flushes else (lambda x: _padded(x, spare))
+        state = {name: padded(x) for name, x in encoded.items()} | chosen
+        if self.sinks:
+            state[sinks.SINKS] = sinks.first_rows(rows, chosen[sinks.BEGIN], self.sinks, length)
         if not self.has_ring:
             return state
         state["ring"] = ring_of(rows, length, self.ring_rows(capacity if fixed else GROWTH_ROWS))
@@ -149,8 +196,8 @@ class Side:
 
     def _window_start(self, length: Tensor, whole: int) -> Tensor:
         start = length - whole
-        if self.codec.group > 1:
-            start = start // self.codec.group * self.codec.group
+        if self.window_group > 1:
+            start = start // self.window_group * self.window_group
         return start.clamp(min=0)
 
     # ------------------------------------------------------------------------------------------- later calls
@@ -165,20 +212,61 @@ class Side:
         for name, chosen in fresh.items():
             assert isinstance(span.start, Tensor)
             state[name].copy_(torch.where(span.start == 0, chosen, state[name]))
-        self.write_rows(new, state, span)
-        replaced = {"ring": advanced(state["ring"], new, span.start)} if self.has_ring else {}
+        ring = state.get("ring")
+        if not self.flushes:
+            self.write_rows(new, state, span)
+        elif isinstance(span.start, Tensor):
+            ring = self._flush(new, state, span.start)
+        replaced = {} if ring is None else {"ring": advanced(ring, new, span.start)}
+        if self.sinks:
+            replaced[sinks.SINKS] = sinks.written(state[sinks.SINKS], state[sinks.BEGIN], new, span.start)
         if not isinstance(span.start, Tensor):
             return replaced
-        for name, x in replaced.items():
-            state[name].copy_(x)
         if COUNTERS in state:
             state[COUNTERS].copy_(self._counters(new.shape[2], state, span))
+        for name, x in replaced.items():
+            state[name].copy_(x)
         return {}
 
     def write_rows(self, new: Tensor, state: State, span: Span) -> None:
         """Write the encoded rows ``new`` [B, H, N, W] in place, but no ring or counters."""
-        for name, rows in self.codec.encode(new, state).items():
-            append_rows(state[name], rows, span)
+        if not self.flushes:
+            for name, rows in self.codec.encode(new, state).items():
+                append_rows(state[name], rows, span)
+
+    def flushed(self, state: State, window_start: int, new_start: int) -> None:
+        """Encode the groups from ``window_start`` to ``new_start``, in place, from the ring of a growing cache."""
+        ring = state["ring"]
+        positions = torch.arange(window_start, new_start, device=ring.device)
+        rows = ring.index_select(2, positions % ring.shape[2])
+        rows = groups.counted(rows, rows.shape[2], state[sinks.BEGIN] + self.sinks, new_start, first=window_start)
+        at = slice(window_start // self.codec.group, new_start // self.codec.group)
+        for name, encoded in self.codec.encode(rows, state).items():
+            state[name][:, :, at] = encoded
+
+    def _flush(self, new: Tensor, state: State, start: Tensor) -> Tensor:
+        """Encode the groups that leave the window of a cache of fixed size; returns the ring as it was before.
+
+        After a rewind to the middle of a group, the ring gets the group's decoded rows.
+        """
+        group, ring, n_new = self.codec.group, state["ring"], new.shape[2]
+        window_start = state[COUNTERS][WINDOW_START]
+        base = torch.minimum(window_start, start // self.window_group * self.window_group)
+        at = base // group + torch.arange(self.window_group // group, device=base.device)
+        decoded = self.decoded(self.records(state, at.clamp(max=self.capacity(state) // group - 1)))
+        ring = groups.restored(ring, decoded, base, torch.minimum(window_start, start), start)
+        count = (n_new + self.window_group - 1) // self.window_group * (self.window_group // group)
+        rows = groups.rows_from(base, count * group, ring, new, start)
+        rows = groups.counted(rows, count * group, state[sinks.BEGIN] + self.sinks, start + n_new, first=base)
+        end = self._window_start(start + n_new, self.recent)
+        if not self.encodes_later:  # a restart is a first call
+            end = torch.where(start == 0, end, base)
+        groups.overwrite(state, self.codec.encode(rows, state), base // group, (end - base) // group)
+        return ring
+
+    def records(self, state: State, at: Tensor) -> State:
+        """The state with only the records ``at`` [n]."""
+        return {name: x.index_select(2, at) if name in self.row_parts else x for name, x in state.items()}
 
     def _counters(self, n_new: int, state: State, span: Span) -> Tensor:
         """The counters of a cache of fixed size after ``n_new`` more tokens."""
@@ -192,7 +280,10 @@ class Side:
         now = self._window_start(end, whole)
         if not self.encodes_later:  # a restart is a first call, which always leaves a window
             now = torch.where(start == 0, self._window_start(end, self.recent), now)
-        return torch.stack([torch.maximum(torch.minimum(state[COUNTERS][WINDOW_START], start), now), end, oldest])
+        before = torch.minimum(state[COUNTERS][WINDOW_START], start)
+        if self.window_group > 1:
+            before = before // self.window_group * self.window_group
+        return torch.stack([torch.maximum(before, now), end, oldest])
 
 
 def _padded(x: Tensor, spare: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -94,18 +95,56 @@ def score_channels(
     return q_energy * _mean_square(k, key_valid)
 
 
-def top_channels(score: Tensor, keep: int) -> Tensor:
-    """[B, H, keep] int64: the highest-scoring channels, ascending; ties go to the lower channel, NaN ranks first.
+def score_values(seen: Seen, observe: int) -> Tensor:
+    """Query-driven energy of each value channel, [B, H, Dv] in fp32 or wider (appendix D of the paper).
 
-    Counts instead of sorting: D is small, and comparisons fuse into the scoring kernel; a sort does not.
+    score[j]^2 = sum over observed queries of the group of (softmax(q K^T / sqrt(D)) V[:, j])^2. A query sees the valid
+    keys up to its own position.
+    """
+    k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (seen.k, seen.v))
+    q, positions, counts = _last_queries(seen, min(observe, seen.q.shape[2]))
+    grouped = q.to(k.dtype).unflatten(1, (k.shape[1], -1))  # [B, H, G, n, D]
+    logits = grouped @ k[:, :, None].mT * (k.shape[3] ** -0.5 if seen.scale is None else seen.scale)
+    visible = torch.arange(k.shape[2], device=k.device) <= positions[:, :, None]  # [B, n, S]
+    if seen.key_valid is not None:
+        visible = visible & seen.key_valid[:, None]
+    probabilities = torch._safe_softmax(logits.masked_fill(~visible[:, None, None], float("-inf")), -1)
+    mixed = (probabilities @ v[:, :, None]).square()
+    return torch.where(counts[:, None, None, :, None], mixed, 0).sum(dim=(2, 3))
+
+
+def _last_queries(seen: Seen, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The last ``count`` valid queries [B, Hq, count, D], their rows [B, count], and which of them are valid."""
+    batch, _, n_new, width = seen.q.shape
+    first = seen.k.shape[2] - n_new if seen.query_start is None else seen.query_start
+    if seen.query_valid is None:
+        at = torch.arange(n_new - count, n_new, device=seen.q.device).expand(batch, -1)
+        return seen.q[:, :, -count:], first + at, torch.ones_like(at, dtype=torch.bool)
+    at = observed_queries(seen.query_valid, count).to(torch.int8).sort(dim=1, stable=True).indices[:, n_new - count :]
+    taken = seen.q.gather(2, at[:, None, :, None].expand(-1, seen.q.shape[1], -1, width))
+    return taken, first + at, seen.query_valid.gather(1, at)
+
+
+def dealt_channels(score: Tensor, counts: tuple[int, ...], size: int) -> Tensor:
+    """[B, H, size] int64: the channels by tiers of these counts, the highest scores first; the rest at the end.
+
+    Ascending within a tier. Ties go to the lower channel, NaN ranks first. Counts instead of sorting: D is small, and
+    comparisons fuse into the scoring kernel; a sort does not.
     """
     score = torch.where(score.isnan(), float("inf"), score)
     channel = torch.arange(score.shape[-1], device=score.device)
-    mine, other = score[..., :, None], score[..., None, :]
     lower = channel[None, :] < channel[:, None]
-    ahead = (other > mine) | ((other == mine) & lower)
-    kept = ahead.sum(-1) < keep
-    slot = (kept[..., None, :] & lower).sum(-1)
-    wanted = torch.arange(keep, device=score.device)[:, None]
-    in_slot = kept[..., None, :] & (slot[..., None, :] == wanted)
+    mine, other = score[..., :, None], score[..., None, :]
+    rank = ((other > mine) | ((other == mine) & lower)).sum(-1)
+    tier = torch.zeros_like(rank)
+    for total in itertools.accumulate(counts):
+        tier = tier + (rank >= total).to(tier.dtype)
+    mine, other = tier[..., :, None], tier[..., None, :]
+    slot = ((other < mine) | ((other == mine) & lower)).sum(-1)
+    in_slot = slot[..., None, :] == torch.arange(size, device=score.device)[:, None]
     return torch.where(in_slot, channel, 0).sum(-1)
+
+
+def top_channels(score: Tensor, keep: int) -> Tensor:
+    """[B, H, keep] int64: the highest-scoring channels, ascending."""
+    return dealt_channels(score, (keep,), keep)

@@ -17,7 +17,7 @@ from think_compile.cache.canonical import CHANNEL, HEAD, to_canonical
 from think_compile.cache.cell import Cell
 from think_compile.cache.handle import Handle, handle_for
 from think_compile.cache.rows import allocating
-from think_compile.cache.state import State, capacity_for
+from think_compile.cache.state import State
 from think_compile.cache.store import Packed
 from think_compile.formats.base import CacheFormat, Side
 from think_compile.passes.prove.kv_cache import CachedAttention, CacheTensor
@@ -83,6 +83,6 @@ def _packed(past: Tensor, of: str, side: Side, tensor: CacheTensor, chosen: Stat
     with allocating():
         rows = to_canonical(past.detach(), layout, int(tensor.size(HEAD)), int(tensor.size(CHANNEL)))
         length = rows.shape[2]
-        state = side.pack(rows, chosen, length, capacity_for(length), fixed=False)
+        state = side.pack(rows, chosen, length, side.capacity_for(length), fixed=False)
         state = {name: x.contiguous() for name, x in state.items()}
         return handle_for(Cell(Packed.made(of, side, state, past.dtype, length)), layout)

@@ -12,7 +12,7 @@ from think_compile.cache.canonical import CHANNEL
 from think_compile.cache.cell import Cell
 from think_compile.cache.handle import Handle, handle_for
 from think_compile.cache.rows import allocating, writable
-from think_compile.cache.state import COUNTERS, capacity_for
+from think_compile.cache.state import COUNTERS
 from think_compile.cache.store import Packed, Store
 from think_compile.config import ThinkConfig
 from think_compile.formats.base import MAX_STEP_QUERIES
@@ -126,13 +126,13 @@ class Program:
     def _take_room(self, args: Sequence[Any]) -> None:
         """Count the rows that a call writes into caches of fixed size; raises if they do not fit."""
         keys = [(args[index].store, number(args)) for index, number in self.written_rows]
-        if any(store.written is None or store.written + n > store.rows.capacity for store, n in keys):
+        if any(store.written is None or store.written + n > store.capacity for store, n in keys):
             self._ask_for_room(args, keys)
         for store, n in keys:
             store.written = None if store.written is None else store.written + n
         for what in self.rewritten.written:
             if what.rolling:
-                args[what.index].store.written = args[what.index].store.rows.capacity
+                args[what.index].store.written = args[what.index].store.capacity
 
     def _ask_for_room(self, args: Sequence[Any], keys: list[tuple[Packed, int]]) -> None:
         if self.starts is None:
@@ -142,9 +142,9 @@ class Program:
         if others and any(store.is_full for store, _ in keys):
             raise BeginsAgain
         for store, n in keys:
-            if start + n > store.rows.capacity:
+            if start + n > store.capacity:
                 raise CacheFull(
-                    f"a cache of {store.rows.capacity} tokens was to take {n} more after {start}; nothing was "
+                    f"a cache of {store.capacity} tokens was to take {n} more after {start}; nothing was "
                     "written. Make it for more tokens (max_cache_len)."
                 )
             store.written = start
@@ -173,7 +173,8 @@ class Program:
         moving = {i for group in self.bounded for i in group if len({stores[j].counters.oldest for j in group}) == 1}
         for index in stores.keys() - moving:
             if stores[index].counters.oldest:
-                stores[index] = stores[index].moved(capacity_for(stores[index].length + counts[index]))
+                store = stores[index]
+                stores[index] = store.from_zero(store.side.capacity_for(store.length + counts[index])).reserve(counts[index])
         return stores
 
     def _fetcher(self, what: plan.Input) -> Fetch:
@@ -268,8 +269,8 @@ class _Made:
     def _store(self, what: plan.NewStore | plan.GrownStore) -> Store:
         parts = {name: self.values[position].contiguous() for name, position in what.positions}
         if isinstance(what, plan.NewStore):
-            length = None if what.fixed else self.number(what.length)
-            store = Packed.made(what.of, what.format.side(what.of), parts, what.dtype, length)
+            length = self.number(what.length)
+            store = Packed.made(what.of, what.format.side(what.of), parts, what.dtype, length, fixed=what.fixed)
             store.written = None if what.written is None else self.number(what.written)
             return store
         store = self.stores[what.index].appended(parts, self.counts[what.index])
@@ -322,14 +323,14 @@ class PackedInputs:
 
     def windows_apart(self, args: Sequence[Any], packed: frozenset[int]) -> bool:
         """Whether growing caches of equal length have different windows, because their histories differ."""
-        windows: dict[int, tuple[int, ...]] = {}
+        windows: dict[Any, tuple[int, ...]] = {}
         for site in self.sites:
             if site.past is None or site.in_buffer or not packed.issuperset(site.past):
                 continue
-            stores = [args[index].store for index in site.past]
-            window = tuple(number for store in stores for number in store.window)
-            if windows.setdefault(stores[0].length, window) != window:
-                return True
+            for store in (args[index].store for index in site.past):
+                rule = store.length, store.side.window_rule
+                if store.side.has_ring and windows.setdefault(rule, store.window) != store.window:
+                    return True
         return False
 
     def _usable(self, site: CachedAttention, args: Sequence[Any], format_of: FormatOf) -> bool:
