@@ -13,7 +13,6 @@ from torch import nn
 from think_compile import adapter
 from think_compile.backend import Backend
 from think_compile.config import ThinkConfig
-from think_compile.formats.base import Codec
 from think_compile.report import Report
 from think_compile.runtime.frames import compiled_call
 
@@ -24,10 +23,12 @@ _backends: weakref.WeakKeyDictionary[nn.Module, Backend] = weakref.WeakKeyDictio
 
 def think_compile(
     model: M,
-    ratio: float = ThinkConfig.ratio,
+    ratio: float | None = None,
     *,
-    keys: Codec | None = None,
-    values: Codec | None = None,
+    keys: Any = None,
+    values: Any = None,
+    group: int = ThinkConfig.group,
+    sinks: int | None = None,
     recent: int = ThinkConfig.recent,
     observe: int = ThinkConfig.observe,
     channel_multiple: int = ThinkConfig.channel_multiple,
@@ -43,9 +44,11 @@ def think_compile(
 
     Args:
         model: any ``nn.Module`` decoder that keeps a key/value cache, or a module around one (of peft, for example).
-        ratio: share of the key channels to drop, in [0, 1); 0 keeps all.
-        keys, values: codecs for the rows of keys and values (docs/formats.md); None: keys pruned by ``ratio``, values
-            whole.
+        ratio: share of the key channels to drop, in [0, 1); 0 keeps all. None: 0.5, or 0 if ``keys`` is given.
+        keys, values: how keys and values are stored: a bit plan (``{8: 0.25, 4: 0.75}``, ``4``, ``"8:0.25+4:0.75"``,
+            ``"balanced"``) or a codec (docs/formats.md). None: keys pruned by ``ratio``, values whole.
+        group: number of tokens that are encoded together in plans with codes (fewer than 16 bits).
+        sinks: number of first tokens of each sequence that stay whole; None: 4 in plans with codes, else 0.
         recent: number of latest tokens whose rows stay whole.
         observe: number of latest queries that score the channels.
         channel_multiple: kept channels are rounded up to a multiple of this.
@@ -64,9 +67,11 @@ def think_compile(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     config = ThinkConfig(
-        ratio=ratio,
+        ratio=ratio,  # type: ignore[arg-type]
         keys=keys,
         values=values,
+        group=group,
+        sinks=sinks,  # type: ignore[arg-type]
         recent=recent,
         observe=observe,
         channel_multiple=channel_multiple,

@@ -32,7 +32,16 @@ BAD_INPUT = (ValueError, TypeError, OSError, ImportError, tc.NothingRewritten)
 DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Model = Annotated[str, typer.Argument(help="A folder, a .gguf file or a hub id.", metavar="MODEL")]
-Ratio = Annotated[float, typer.Option(help="Share of the key channels to drop, in [0, 1).")]
+Ratio = Annotated[
+    float | None, typer.Option(help="Share of the key channels to drop, in [0, 1); 0.5 without --keys.", show_default=False)
+]
+_PLAN = "{}: bits:share+bits:share (8:0.25+4:0.75), one number of bits, or lossless, balanced, small."
+Keys = Annotated[str | None, typer.Option(help=_PLAN.format("Bits of the key channels"), show_default=False)]
+Values = Annotated[str | None, typer.Option(help=_PLAN.format("Bits of the value channels"), show_default=False)]
+Group = Annotated[int, typer.Option(help="Tokens that are encoded together, with codes of 8, 4 or 2 bits.")]
+Sinks = Annotated[
+    int | None, typer.Option(help="First tokens that stay whole; 4 with codes, else 0.", show_default=False)
+]
 Recent = Annotated[int, typer.Option(help="Latest tokens whose keys stay whole.")]
 Observe = Annotated[int, typer.Option(help="Latest queries of the prompt that score the channels.")]
 Multiple = Annotated[int, typer.Option(help="Kept channels are rounded up to a multiple of this.")]
@@ -50,7 +59,9 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling 
 
 @app.command()
 def demo(
-    ratio: Ratio = DEFAULTS.ratio,
+    ratio: Ratio = None,
+    keys: Keys = None,
+    values: Values = None,
     device: Device = "cpu",
     max_new_tokens: NewTokens = 64,
     lowering: Lowering = None,
@@ -62,7 +73,7 @@ def demo(
     with one_line_errors() as console:
         from think_compile.demo import run_demo
 
-        options = _think_options(console, lowering, ratio=ratio)
+        options = _think_options(console, lowering, ratio=ratio, keys=keys, values=values)
         run_demo(console, options, device=_device(device), max_new_tokens=max_new_tokens, source=model)
 
 
@@ -73,7 +84,11 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(help="A text file that holds the prompt.", show_default=False)
     ] = None,
-    ratio: Ratio = DEFAULTS.ratio,
+    ratio: Ratio = None,
+    keys: Keys = None,
+    values: Values = None,
+    group: Group = DEFAULTS.group,
+    sinks: Sinks = None,
     recent: Recent = DEFAULTS.recent,
     observe: Observe = DEFAULTS.observe,
     channel_multiple: Multiple = DEFAULTS.channel_multiple,
@@ -96,6 +111,10 @@ def generate(
             console,
             lowering,
             ratio=ratio,
+            keys=keys,
+            values=values,
+            group=group,
+            sinks=sinks,
             recent=recent,
             observe=observe,
             channel_multiple=channel_multiple,
@@ -120,7 +139,11 @@ def explain(
         typer.Argument(help="A folder, a .gguf file or a hub id.", metavar="MODEL", show_default=False),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A config.json, in place of a model.", show_default=False)] = None,
-    ratio: Ratio = DEFAULTS.ratio,
+    ratio: Ratio = None,
+    keys: Keys = None,
+    values: Values = None,
+    group: Group = DEFAULTS.group,
+    sinks: Sinks = None,
     recent: Recent = DEFAULTS.recent,
     observe: Observe = DEFAULTS.observe,
     channel_multiple: Multiple = DEFAULTS.channel_multiple,
@@ -139,6 +162,10 @@ def explain(
             console,
             lowering,
             ratio=ratio,
+            keys=keys,
+            values=values,
+            group=group,
+            sinks=sinks,
             recent=recent,
             observe=observe,
             channel_multiple=channel_multiple,
@@ -244,8 +271,16 @@ def _think_options(console: Console, lowering: str | None, **options: Any) -> di
         if lowering == "eager":
             console.print("No C++ compiler with Python headers is here: lowering=eager.", highlight=False)
     options["lowering"] = lowering
+    for side in ("keys", "values"):
+        if options.get(side) is not None:
+            options[side] = plan_from(options[side])
     tc.ThinkConfig(**options)
     return options
+
+
+def plan_from(text: str) -> int | str:
+    """A bit plan as a command line gives it."""
+    return int(text) if text.isdecimal() else text
 
 
 def _has_cpp_toolchain() -> bool:

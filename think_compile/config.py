@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from think_compile.formats.base import CacheFormat, Codec, Side
+from think_compile.formats.plan import Plan
 from think_compile.formats.think import Channels
 from think_compile.formats.whole import Whole
 
 LOWERINGS = ("inductor", "eager")
+DEFAULT_RATIO = 0.5
+SINKS = 4  # of plans with codes
 
 
 def fallback_allowed() -> bool:
@@ -42,18 +45,26 @@ def _check_ratio(ratio: Any) -> None:
         raise ValueError(f"ratio must be in [0, 1), the share of key channels to drop; got {ratio}.")
 
 
-def _check_codec(name: str, codec: Any) -> None:
-    if codec is None:
-        return
-    wanted = ("name", "group", "has_window", "parts", "choose", "encode", "decode", "scores", "is_lossy", "describe")
-    missing = [attribute for attribute in wanted if not hasattr(codec, attribute)]
-    if missing or isinstance(codec, type):
-        lacks = "a class and not an object of it" if isinstance(codec, type) else f"without {', '.join(missing)}"
-        raise TypeError(f"{name} must be a codec (docs/formats.md says what that is), got {codec!r}, {lacks}.")
+_CODEC = ("name", "group", "has_window", "parts", "choose", "encode", "decode", "scores", "is_lossy", "describe")
+Stored = Plan | Codec
+
+
+def _stored(side: str, given: Any) -> Stored | None:
+    """A bit plan or a codec, checked."""
+    if given is None:
+        return None
+    missing = [attribute for attribute in _CODEC if not hasattr(given, attribute)]
+    if isinstance(given, type) or 0 < len(missing) < len(_CODEC) - 1:
+        lacks = "a class and not an object of it" if isinstance(given, type) else f"without {', '.join(missing)}"
+        raise TypeError(f"{side} must be a codec (docs/formats.md says what that is), got {given!r}, {lacks}.")
+    if missing:
+        return Plan.of(given, side)
     try:
-        hash(codec)
+        hash(given)
     except TypeError:
-        raise TypeError(f"{name} must be hashable, as a frozen dataclass is; got {codec!r}.") from None
+        raise TypeError(f"{side} must be hashable, as a frozen dataclass is; got {given!r}.") from None
+    codec: Codec = given
+    return codec
 
 
 def _inductor_options(options: Mapping[str, Any]) -> Options:
@@ -98,8 +109,12 @@ class ThinkConfig:
     """The arguments of :func:`think_compile.think_compile`, frozen.
 
     Attributes:
-        ratio: share of the key channels to drop, in [0, 1) (the paper's lambda).
-        keys, values: codecs for the rows (docs/formats.md); None: keys pruned by ``ratio``, values whole.
+        ratio: share of the key channels to drop, in [0, 1) (the paper's lambda); None: 0.5, or 0 if ``keys`` is given.
+        keys, values: bit plans (``{8: 0.25, 4: 0.75}``, ``4``, ``"8:0.25+4:0.75"``, ``"balanced"``; a share of the
+            channels by number of bits, 16 for the model's own dtype) or codecs (docs/formats.md); None: keys pruned by
+            ``ratio``, values whole.
+        group: number of tokens that are encoded together, if a plan has codes.
+        sinks: number of first tokens of each sequence that stay whole; None: 4 if a plan has codes, else 0.
         recent: number of latest tokens whose rows stay whole between calls (the paper's is 32; docs/accuracy.md).
         observe: number of latest queries that score the channels (the paper's observation window).
         channel_multiple: kept channels are rounded up to a multiple of this; 1 is exactly the paper.
@@ -114,9 +129,11 @@ class ThinkConfig:
         inductor_options: options of ``torch._inductor.config`` for the lowering.
     """
 
-    ratio: float = 0.5
-    keys: Codec | None = None
-    values: Codec | None = None
+    ratio: float = None  # type: ignore[assignment]  # a number from __post_init__ on
+    keys: Any = None  # Plan | Codec | None from __post_init__ on
+    values: Any = None
+    group: int = 128
+    sinks: int = None  # type: ignore[assignment]
     recent: int = 64
     observe: int = 32
     channel_multiple: int = 16
@@ -129,15 +146,22 @@ class ThinkConfig:
     inductor_options: Mapping[str, Any] = field(default_factory=dict)  # kept as a read-only, hashable mapping
 
     def __post_init__(self) -> None:
+        for side in ("keys", "values"):
+            object.__setattr__(self, side, _stored(side, getattr(self, side)))
+        if self.ratio is None:
+            object.__setattr__(self, "ratio", DEFAULT_RATIO if self.keys is None else 0.0)
         _check_ratio(self.ratio)
-        _check_codec("keys", self.keys)
-        _check_codec("values", self.values)
-        if self.keys is not None:
-            if self.ratio not in (0, ThinkConfig.ratio):
-                raise ValueError(
-                    f"ratio={self.ratio} drops key channels, and keys={self.keys!r} says how keys are stored: give one."
-                )
-            object.__setattr__(self, "ratio", 0.0)
+        if self.keys is not None and self.ratio != 0:
+            raise ValueError(
+                f"ratio={self.ratio} drops key channels, and keys={str(self.keys)!r} says how keys are stored: give one "
+                f"(ratio={self.ratio} is keys={{16: {1 - self.ratio:g}}})."
+            )
+        _check_int("group", self.group, 2)
+        if self.group % 2:
+            raise ValueError(f"group must be even, since two tokens share a byte; got {self.group}.")
+        if self.sinks is None:
+            object.__setattr__(self, "sinks", SINKS if self._has_codes else 0)
+        _check_int("sinks", self.sinks, 0)
         _check_int("recent", self.recent, 0)
         _check_int("observe", self.observe, 1)
         _check_int("channel_multiple", self.channel_multiple, 1)
@@ -146,6 +170,11 @@ class ThinkConfig:
         _check_bool("strict", self.strict)
         _check_bool("cuda_graphs", self.cuda_graphs)
         _check_bool("static_cache", self.static_cache)
+        if self.sliding and self._window_group > 1:
+            raise ValueError(
+                "sliding=True compresses bounded windows row by row, and codes are encoded in groups of tokens: give "
+                "plans of 16 bits, or leave sliding out."
+            )
         if self.lowering not in LOWERINGS:
             raise ValueError(f"lowering must be one of {LOWERINGS}, got {self.lowering!r}.")
         if self.inductor_options and self.lowering != "inductor":
@@ -167,5 +196,19 @@ class ThinkConfig:
         """The format of a layer with ``head_dim`` key channels and ``value_dim`` value channels."""
         keys = Channels(self.kept_channels(head_dim), self.observe) if self.keys is None else self.keys
         values = Whole() if self.values is None else self.values
-        window = self.recent, self.prune_generated
+        how = {"multiple": self.channel_multiple, "observe": self.observe, "group": self.group}
+        if isinstance(keys, Plan):
+            keys = keys.codec("keys", head_dim, **how)
+        if isinstance(values, Plan):
+            values = values.codec("values", value_dim, **how)
+        window = self.recent, self.prune_generated, math.lcm(keys.group, values.group), self.sinks
         return CacheFormat(Side(keys, head_dim, *window), Side(values, value_dim, *window))
+
+    @property
+    def _has_codes(self) -> bool:
+        return any(isinstance(plan, Plan) and plan.has_codes for plan in (self.keys, self.values))
+
+    @property
+    def _window_group(self) -> int:
+        groups = [stored.group for stored in (self.keys, self.values) if stored is not None and not isinstance(stored, Plan)]
+        return math.lcm(*groups, self.group if self._has_codes else 1)

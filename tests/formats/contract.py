@@ -46,6 +46,7 @@ FORMATS = {
     ),
     "bits, whole values": CacheFormat(_side(KeyBits, ((4, 4),), 3, sinks=2), Side(Whole(), D, 3, window_group=4)),
     "whole keys, bits": CacheFormat(Side(Whole(), D, 3, window_group=4), _side(ValueBits, ((8, 8),), 3, sinks=2)),
+    "ThinK, pruned values": CacheFormat(Side(Channels(4, 4), D, 3), Side(ValueBits(((16, 4),), 4, group=1), D, 3)),
     "bits, two windows": CacheFormat(_side(KeyBits, ((4, 8),), 6), _side(ValueBits, ((4, 8),), 2)),
     "ThinK x integers, two windows": CacheFormat(Side(Channels(4, 4), D, 6), Side(Scaled(), D, 2)),
 }

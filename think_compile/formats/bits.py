@@ -70,14 +70,14 @@ class _Bits(ABC):
         records = (BATCH_SIZE, HEADS, CAPACITY)
         parts = [
             Part("codes", (*records, sum(block.size(self.group) for block in self.blocks)), torch.uint8),
-            Part("scales", (*records, *self._scales_shape()), torch.float16),
+            Part("ranges", (*records, *self._ranges_shape()), torch.float16),
             Part("rows", (*records, self.group, self.whole)),
             Part("channels", (BATCH_SIZE, HEADS, width), torch.int64),
         ]
         return tuple(part for part in parts if 0 not in part.shape)
 
     @abstractmethod
-    def _scales_shape(self) -> tuple[int, ...]: ...
+    def _ranges_shape(self) -> tuple[int, ...]: ...
 
     @abstractmethod
     def _score(self, seen: Seen) -> Tensor: ...
@@ -115,7 +115,7 @@ class _Bits(ABC):
             codes.append(packed(code, block.bits, tokens_last=self.tokens_last))
             scales.append(torch.stack([scale.squeeze(self._axis), zero.squeeze(self._axis)], -2))
         if codes:
-            state |= {"codes": torch.cat(codes, -1), "scales": self._joined(scales)}
+            state |= {"codes": torch.cat(codes, -1), "ranges": self._joined(scales)}
         return state
 
     def decode(self, state: State, width: int) -> Tensor:
@@ -137,7 +137,7 @@ class _Bits(ABC):
             size = block.size(self.group)
             code = unpacked(state["codes"][..., at : at + size], block, self.group, tokens_last=self.tokens_last)
             at += size
-            scale, zero = self._scale_and_zero(state["scales"].float(), index, block)
+            scale, zero = self._scale_and_zero(state["ranges"].float(), index, block)
             parts.append(code * scale + zero)
         return torch.cat(parts, -1).flatten(2, 3)
 
@@ -155,7 +155,7 @@ class _Bits(ABC):
         """Bits per number of a row, with scales and zeros."""
         codes = sum(block.size(self.group) for block in self.blocks) * 8
         scales = 16
-        for size in self._scales_shape():
+        for size in self._ranges_shape():
             scales *= size
         return self.whole / width * WHOLE_BITS + (codes + scales) / (self.group * width)
 
@@ -194,7 +194,7 @@ class KeyBits(_Bits):
     name: ClassVar[str] = "key_bits"
     _axis: ClassVar[int] = -2
 
-    def _scales_shape(self) -> tuple[int, ...]:
+    def _ranges_shape(self) -> tuple[int, ...]:
         return 2, self.coded
 
     def _rows_of(self, seen: Seen) -> Tensor:
@@ -219,7 +219,7 @@ class ValueBits(_Bits):
     tokens_last: ClassVar[bool] = True
     _axis: ClassVar[int] = -1
 
-    def _scales_shape(self) -> tuple[int, ...]:
+    def _ranges_shape(self) -> tuple[int, ...]:
         return len(self.blocks), 2, self.group
 
     def _rows_of(self, seen: Seen) -> Tensor:

@@ -287,8 +287,8 @@ class Side:
 
 
 def _padded(x: Tensor, spare: int) -> Tensor:
-    """A copy of ``x`` [B, H, S, *] with ``spare`` more rows, zero."""
-    return F.pad(x, (0, 0, 0, spare)) if spare else x.clone(memory_format=torch.contiguous_format)
+    """A copy of ``x`` [B, H, S, ...] with ``spare`` more rows, zero."""
+    return F.pad(x, (*[0] * (2 * x.dim() - 6), 0, spare)) if spare else x.clone(memory_format=torch.contiguous_format)
 
 
 def append_rows(buffer: Tensor, rows: Tensor, span: Span) -> None:
