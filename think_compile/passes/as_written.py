@@ -1,7 +1,7 @@
 """Calls on tensor subclasses, such as quantized weights: a trace keeps them as the caller made them.
 
-A class with its own ``__torch_function__`` may implement ``linear``, but none of the ATen operations that ``linear``
-decomposes into. A trace records such a call unchanged, in one node.
+A class with its own ``__torch_function__`` may implement ``linear``, but none of the ATen operations in the
+decomposition of ``linear``. A trace records such a call unchanged, in one node.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def has_own_functions(value: Any) -> bool:
 
 
 def own_classes(graph: Graph) -> set[type]:
-    """The classes of such tensors in a Dynamo graph, and the wrapper classes that only the graph itself makes."""
+    """The classes of such tensors in a Dynamo graph, and the wrapper classes made only by the graph itself."""
     values = {node: node.meta.get("example_value") for node in graph.nodes}
     given = {type(value) for node, value in values.items() if node.op == "placeholder"}
     made = {type(value) for value in values.values() if is_traceable_wrapper_subclass(value)} - given
@@ -40,7 +40,7 @@ def own_classes(graph: Graph) -> set[type]:
 
 
 def calls_as_written(graph: Graph, mode: FakeTensorMode) -> dict[Node, Any]:
-    """The calls of a Dynamo graph that take such tensors, each with a stand-in for its result in a trace.
+    """The calls of a Dynamo graph with such tensors, each with a stand-in for its result in a trace.
 
     Raises:
         Refused: a call writes to an argument, returns a view of one, or returns something other than tensors.
@@ -78,7 +78,7 @@ def _function(node: Node) -> Callable[..., Any]:
 
 
 class _Writes(TorchDispatchMode):
-    """Notes the storages that operations write to, after tensor subclasses have handled the operations."""
+    """Notes the storages written by operations, after tensor subclasses have handled the operations."""
 
     def __init__(self) -> None:
         super().__init__()

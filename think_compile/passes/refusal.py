@@ -59,7 +59,7 @@ class Reason(enum.Enum):
 
 
 class Refused(Exception):
-    """The layer is left as it is, for this reason; ``detail`` names the cause in the graph."""
+    """The layer is left alone for this reason; ``detail`` names the cause in the graph."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -67,13 +67,13 @@ class Refused(Exception):
 
 
 def where(node: Node) -> str:
-    """A node for people: the operation and, when the trace knows it, the line of the model that made it."""
+    """A node for people: the operation and, if known to the trace, its line in the model."""
     line = _last_line_outside_torch(node.meta.get("stack_trace") or "")
     return f"{node.target} ({line})" if line else str(node.target)
 
 
 def _last_line_outside_torch(trace: str) -> str:
-    """Skips torch's own frames: they come last if a torch function mode is on (a default device, say)."""
+    """Skips torch's own frames: they come last if a torch function mode, such as a default device, is on."""
     last, ours = "", True
     for line in (line.strip() for line in trace.splitlines()):
         if line.startswith('File "'):

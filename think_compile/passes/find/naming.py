@@ -18,7 +18,7 @@ from think_compile.passes.find.attention import Attention
 def with_full_path(site: Attention, parameters: Mapping[Node, str], frame: str) -> Attention:
     """``site`` with its path in the model.
 
-    ``parameters`` names the graph's inputs that are parameters; ``frame`` is the module whose code is compiled.
+    ``parameters``: the names of the parameters among the graph's inputs; ``frame``: the module whose code is compiled.
     """
     return replace(site, path=full_path(site.path, site.q, parameters) or frame)
 
@@ -38,7 +38,7 @@ def told_apart(sites: Sequence[Attention]) -> list[Attention]:
 
 
 def full_path(path: str, node: Node, parameters: Mapping[Node, str]) -> str:
-    """The path in the model of the trace's ``path``, told by the nearest parameter that ``node`` depends on."""
+    """The path in the model of the trace's ``path``, told by the nearest parameter among ``node``'s ancestors."""
     name = _nearest_parameter(node, parameters)
     if name is None or name.startswith(f"{path}." if path else "."):
         return path
@@ -49,7 +49,7 @@ def full_path(path: str, node: Node, parameters: Mapping[Node, str]) -> str:
 
 
 def _nearest_parameter(node: Node, parameters: Mapping[Node, str]) -> str | None:
-    """The nearest parameter that ``node`` depends on, or None."""
+    """The name of the nearest parameter among ``node`` and its ancestors, or None."""
     queue, seen = deque([node]), {node}
     while queue:
         node = queue.popleft()

@@ -1,4 +1,4 @@
-"""Written-out attention: a product, a softmax over one of its axes, and a product that sums over that axis.
+"""Written-out attention: a product, a softmax over one of its axes, and a product with a sum over this axis.
 
 Operations between them are accepted and left alone. Only masks are examined, since scoring leaves padding out.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from think_compile.passes import layout as lay
+from think_compile.passes import layout
 from think_compile.passes.find.product import Product, product_of
 
 aten = torch.ops.aten
@@ -22,10 +22,10 @@ MASKED_BELOW = -1e3  # a fill of at most this hides a position
 
 @dataclass(frozen=True)
 class Masking:
-    """A tensor that hides positions, and the logits that it masks.
+    """A mask and the masked logits.
 
     Attributes:
-        mask: the tensor; broadcast to the shape of ``at``.
+        mask: broadcast to the shape of ``at``.
         kind: "add" (float, added), "allow" or "block" (bool).
         at: the masked logits.
         axes: the axes of ``at``, as axes of the product or parts of them.
@@ -44,10 +44,10 @@ class Region:
     Attributes:
         softmax: the softmax.
         logits: the product of queries (left) and keys (right).
-        token_axis: the axis of the logits along which the softmax runs: the keys' tokens.
+        token_axis: the softmax's axis of the logits: the keys' tokens.
         output: the product of probabilities (left) and values (right).
         masks: the maskings of the logits, in order.
-        axes: the axes of the probabilities that enter ``output``, as axes of ``logits`` or parts of them.
+        axes: the axes of the probabilities in ``output``, as axes of ``logits`` or parts of them.
         dropout: probability.
     """
 
@@ -62,17 +62,17 @@ class Region:
 
 @dataclass(frozen=True)
 class _Step:
-    """A tensor that is made from the product, and its axes."""
+    """A tensor made from the product, and its axes."""
 
     node: Node
-    axes: lay.Axes
+    axes: layout.Axes
     masks: tuple[Masking, ...] = ()
     softmax: Node | None = None
-    token_axis: int | None = None  # the axis of the product along which the softmax runs
+    token_axis: int | None = None  # the softmax's axis of the product
     dropout: float = 0.0
 
     def axis_of(self, dim: int) -> int | None:
-        """The axis of the product that equals axis ``dim``, if it is one whole axis."""
+        """The axis of the product at axis ``dim``; None: several axes, or a part of one."""
         atoms = [atom for atom in self.axes[dim % len(self.axes)] if atom.axis is not None]
         return atoms[0].axis if len(atoms) == 1 and not atoms[0].part else None
 
@@ -88,9 +88,9 @@ def find_regions(graph: Graph) -> list[Region]:
 
 
 def _regions_from(product: Product) -> Iterator[Region]:
-    """Follow a product through a softmax to the products that sum over the softmax's axis."""
+    """Follow a product through a softmax to the products with a sum over the softmax's axis."""
     shape = product.node.meta["val"].shape
-    todo, seen = [_Step(product.node, lay.source_axes(shape))], {product.node}
+    todo, seen = [_Step(product.node, layout.source_axes(shape))], {product.node}
     while todo:
         step = todo.pop()
         for user in step.node.users:
@@ -114,7 +114,7 @@ def _is_batched(product: Product) -> bool:
 
 
 def _oriented(product: Product, token_axis: int) -> Product | None:
-    """The product with the keys on the right: only they have the softmax's axis. None if both or neither have it."""
+    """The product with the keys, the only operand with the softmax's axis, on the right; None: there is no such one."""
     left, right = product.out[token_axis]
     if (left is None) == (right is None):
         return None
@@ -143,7 +143,7 @@ def _after(user: Node, step: _Step) -> _Step | None:
         return _after_softmax(user, step, _dims(user.args[1])[0])
     if user.target is aten.exp.default and (dim := _less_its_logsumexp(step.node)) is not None:
         return _after_softmax(user, step, dim)
-    if lay.layout_input(user) is step.node:
+    if layout.layout_input(user) is step.node:
         return _moved(user, step)
     if user.target in (aten.cat.default, aten.slice.Tensor):
         return _lengthened(user, step)
@@ -170,11 +170,11 @@ def _is_sum_of(node: Any, summed: Node) -> bool:
     """Whether ``node`` is the sum along one axis of ``summed``, an exponential: a written-out softmax."""
     if not isinstance(node, Node):
         return False
-    node, _ = lay.walk_back(node)
+    node, _ = layout.walk_back(node)
     if node.target is not aten.sum.dim_IntList or len(_dims(node)) != 1:
         return False
-    source, _ = lay.walk_back(node.args[0])
-    exponential, _ = lay.walk_back(summed)
+    source, _ = layout.walk_back(node.args[0])
+    exponential, _ = layout.walk_back(summed)
     return source is exponential and exponential.target is aten.exp.default
 
 
@@ -182,34 +182,26 @@ def _less_its_logsumexp(node: Node) -> int | None:
     """The axis of the logsumexp in ``x - logsumexp(x)``, or None: another way to write a softmax."""
     if node.target is not aten.sub.Tensor or not isinstance(node.args[1], Node):
         return None
-    total, _ = lay.walk_back(node.args[1])
+    total, _ = layout.walk_back(node.args[1])
     if total.target is not aten.logsumexp.default or len(_dims(total)) != 1:
         return None
-    return _dims(total)[0] if lay.walk_back(total.args[0])[0] is lay.walk_back(node.args[0])[0] else None
+    return _dims(total)[0] if layout.walk_back(total.args[0])[0] is layout.walk_back(node.args[0])[0] else None
 
 
 def _moved(user: Node, step: _Step) -> _Step | None:
     try:
-        axes = lay.apply(user, step.axes)
-    except lay.NotLayout:
+        axes = layout.apply(user, step.axes)
+    except layout.NotLayout:
         return None
     return replace(step, node=user, axes=axes)
 
 
 def _lengthened(user: Node, step: _Step) -> _Step | None:
     """A cat with more columns (attention sinks), or a slice of columns: the axis keeps its meaning."""
-    dim = lay.slice_bounds(user)[0] if user.target is aten.slice.Tensor else _cat_dim(user)
-    if user.target is aten.cat.default and user.args[0][0] is not step.node:
-        return None  # columns would no longer match the tokens
-    if lay.value_of(lay.slice_bounds(user)[1]) != 0 and user.target is aten.slice.Tensor:
-        return None
-    if dim % len(step.axes) != len(step.axes) - 1 or step.axis_of(dim) is None:
-        return None
-    return replace(step, node=user)
-
-
-def _cat_dim(node: Node) -> int:
-    return node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    is_cat, dim = user.target is aten.cat.default, layout.arguments_of(user)["dim"]
+    columns_match = user.args[0][0] is step.node if is_cat else layout.value_of(layout.slice_bounds(user)[1]) == 0
+    is_last = dim % len(step.axes) == len(step.axes) - 1
+    return replace(step, node=user) if columns_match and is_last and step.axis_of(dim) is not None else None
 
 
 def _pointwise(user: Node, step: _Step) -> _Step | None:
@@ -218,8 +210,9 @@ def _pointwise(user: Node, step: _Step) -> _Step | None:
     if not (is_dropout or _name(user) in _CHOICES or torch.Tag.pointwise in getattr(user.target, "tags", ())):
         return None
     rank, own = user.meta["val"].dim(), len(step.axes)
-    axes: lay.Axes = [[lay.Atom(1, None)] for _ in range(rank - own)] + step.axes
-    after = replace(step, node=user, axes=axes, dropout=step.dropout + (_probability(user) if is_dropout else 0.0))
+    axes: layout.Axes = [[layout.Atom(1, None)] for _ in range(rank - own)] + step.axes
+    p, is_on = user.args[1:3] if is_dropout else (0.0, False)
+    after = replace(step, node=user, axes=axes, dropout=step.dropout + (float(p) if is_on else 0.0))
     if step.softmax is not None:
         return after
     return replace(after, masks=(*step.masks, *_maskings(user, step.node, after.order)))
@@ -230,11 +223,6 @@ _CHOICES = ("aten::where", "aten::masked_fill")  # not tagged as pointwise in al
 
 def _name(node: Node) -> str:
     return node.target.name().split(".")[0] if isinstance(node.target, torch._ops.OpOverload) else ""
-
-
-def _probability(node: Node) -> float:
-    p, train = node.args[1:3]
-    return float(p) if train else 0.0
 
 
 def _maskings(user: Node, logits: Node, axes: Order) -> Iterator[Masking]:
@@ -258,9 +246,9 @@ def _is_floating(node: Node) -> bool:
 
 
 def _hides(fill: Any) -> bool:
-    """Whether a value that replaces logits is known to be very small."""
+    """Whether the value of masked logits is known to be very small."""
     if isinstance(fill, Node):
-        fill, _ = lay.walk_back(fill)
+        fill, _ = layout.walk_back(fill)
         makers = (aten.full.default, aten.scalar_tensor.default, aten.full_like.default)
         fill = fill.args[0 if fill.target is aten.scalar_tensor.default else 1] if fill.target in makers else 0
     return isinstance(fill, (int, float)) and fill <= MASKED_BELOW

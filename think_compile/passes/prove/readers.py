@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from think_compile.passes import layout as lay
 from think_compile.passes.find.attention import Attention
 from think_compile.passes.find.region import SOFTMAXES
+from think_compile.passes.layout import layout_input, same_size, scaled_input, value_of, walk_back
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.prove.window import agree
 from think_compile.passes.refusal import Reason, Refused, where
@@ -34,7 +34,7 @@ def _readers(node: Node) -> Iterator[tuple[Node, Node]]:
     for user in node.users:
         if user.target in _LOOKS_AT_SHAPE or (user.target is aten.type_as.default and user.args[0] is not node):
             continue
-        if lay.layout_input(user) is node or lay.scaled_input(user) is node:
+        if layout_input(user) is node or scaled_input(user) is node:
             yield from _readers(user)
         else:
             yield user, node
@@ -55,7 +55,7 @@ def other_reader(root: Node, sites: Sequence[Attention]) -> Node | None:
 
 
 def check_past_readers(past: Node, root: Node) -> None:
-    """Refuse a past that is read by anything but the join ``root``."""
+    """Refuse a past with another reader than the join ``root``."""
     for reader, read in _readers(past):
         is_base = reader.target is aten.slice_scatter.default and reader.args[0] is read
         is_overwritten = reader.target is aten.copy.default and reader.args[0] is read
@@ -96,7 +96,7 @@ def made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:
 def comes_from_outside(q: Node) -> bool:
     """Whether queries are projected in another graph, as when a graph break precedes the attention.
 
-    Keys that enter the graph whole beside such queries belong to the same call. Queries that this graph projects may
+    Keys entering the graph whole beside such queries belong to the same call. Queries projected in this graph may
     attend to an encoder's keys.
     """
     return all(node.target not in PROJECTIONS for node in (q, *made_of(q)))
@@ -108,11 +108,11 @@ def reads_any(site: Attention, inputs: set[Node]) -> bool:
 
 
 def made_of_cache(normalized: Normalized, node: Node, *, projected: bool = False) -> bool:
-    """Whether ``node`` depends on a tensor that leaves the graph: a cache that is changed before it is read.
+    """Whether ``node`` depends on an output of the graph: a cache changed between its output and its reading.
 
     Tensors of fewer than three axes (positions, masks) are no caches. ``projected``: also through projections.
     """
-    kept = [lay.walk_back(output) for output in normalized.outputs if isinstance(output, Node)]
+    kept = [walk_back(output) for output in normalized.outputs if isinstance(output, Node)]
     outputs = {node for source, chain in kept for node in (source, *chain)}
     made = (source for source in made_of(node, projected=projected) if source in outputs)
     values = (source.meta.get("val") for source in made)
@@ -143,8 +143,8 @@ def _reads(attention: Attention, roots: set[Node]) -> bool:
 
 def _alike(a: CachedAttention, b: CachedAttention) -> bool:
     """Whether two attentions read one cache in the same way, under the same mask."""
-    extents = lay.value_of(a.keys.extent), lay.value_of(b.keys.extent)
-    same_tokens = lay.same_size(*extents) and agree(a.window, b.window)
+    extents = value_of(a.keys.extent), value_of(b.keys.extent)
+    same_tokens = same_size(*extents) and agree(a.window, b.window)
     return a is b or (_reading(a) == _reading(b) and same_tokens)
 
 

@@ -1,4 +1,4 @@
-"""Small graphs that answer a question about a call before it runs, from a part of the model's graph."""
+"""Small graphs for questions about a call before the call runs, from a part of the model's graph."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def _ancestors(nodes: Sequence[Any]) -> set[Node]:
 def question(
     normalized: Normalized, about: Sequence[Any], ask: Callable[[Graph, Callable[[Any], Any]], Node]
 ) -> GraphModule | None:
-    """A graph that computes the nodes ``about`` from the caller's inputs; None: that costs too much.
+    """A graph from the caller's inputs to an answer from the nodes ``about``; None: too costly.
 
-    ``ask`` adds the answer to it, given a function from nodes of the caller's graph to their copies.
+    ``ask`` adds the answer to the graph, given a function from nodes of the caller's graph to their copies.
     """
     nodes = _ancestors(about)
     if len(nodes) > MAX_NODES or any(node.target in _COSTLY for node in nodes):
