@@ -39,7 +39,7 @@ _INFERENCE_MODE = {torch.autograd.grad_mode._enter_inference_mode, torch.autogra
 
 
 class NotFunctional(Exception):
-    """The graph changes a tensor in a way without a functional equivalent."""
+    """The graph changes a tensor in a way that a functional graph cannot express."""
 
 
 def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> tuple[GraphModule, list[int]]:
@@ -163,7 +163,7 @@ def _check_apart(group: Sequence[int], tensors: Sequence[Tensor]) -> None:
 
 
 def _holding(held: dict[str, Tensor], traced: GraphModule) -> GraphModule:
-    """Make the first inputs of the trace, the caller's graph's own tensors, attributes of the graph again."""
+    """Turn the first inputs of the trace, tensors held by the caller's graph, back into attributes of the graph."""
     graph_module = GraphModule(traced, traced.graph)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     for (name, tensor), node in zip(held.items(), placeholders, strict=False):

@@ -83,7 +83,7 @@ def same_size(a: Size, b: Size) -> bool:
 
 
 def equal_size(a: Size, b: Size) -> bool:
-    """Whether two sizes are equal in this call; the caller's graph is guarded on an answer not known before."""
+    """Whether two sizes are equal in this call; an answer that was unknown becomes a guard of the caller's graph."""
     return bool(a == b) if isinstance(a, int) and isinstance(b, int) else guard_or_false(a == b)
 
 
@@ -113,7 +113,7 @@ def layout_input(node: Node) -> Node | None:
 
 
 def rounds(node: Node) -> bool:
-    """Whether a layout operation casts to a dtype unable to hold all values of the input's dtype."""
+    """Whether a layout operation casts to a dtype that cannot hold all values of the input's dtype."""
     before, after = (x.meta["val"].dtype for x in (layout_input(node) or node, node))
     return torch.promote_types(before, after) != after
 
@@ -153,7 +153,7 @@ def _is_number(arg: Any) -> bool:
 
 
 def walk_back(node: Node, stop: Node | None = None, *, scaled: bool = False) -> tuple[Node, list[Node]]:
-    """The source of ``node`` before a chain of layout operations, and the chain in execution order.
+    """The tensor from which layout operations make ``node``, and these operations in execution order.
 
     Stops at ``stop``. ``scaled``: also through multiplications and divisions by one number.
     """
@@ -224,7 +224,10 @@ def apply(node: Node, axes: Axes) -> Axes:
     if target is aten.permute.default:
         return [axes[d] for d in node.args[1]]
     if target is aten.transpose.int:
-        return _swapped(axes, *node.args[1:3])
+        a, b = node.args[1:3]
+        swapped = list(axes)
+        swapped[a], swapped[b] = axes[b], axes[a]
+        return swapped
     if target is aten.unsqueeze.default:
         at = node.args[1] % (len(axes) + 1)
         return [*axes[:at], [Atom(1, None)], *axes[at:]]
@@ -249,12 +252,6 @@ def _prefix(node: Node, axes: Axes) -> Axes:
         raise NotLayout("a slice of a merged axis")
     shorter = Atom(node.meta["val"].shape[dim], axes[dim][0].axis)
     return [*axes[:dim], [shorter], *axes[dim + 1 :]]
-
-
-def _swapped(axes: Axes, a: int, b: int) -> Axes:
-    out = list(axes)
-    out[a], out[b] = out[b], out[a]
-    return out
 
 
 def _squeezed(axes: Axes, dim: int) -> Axes:

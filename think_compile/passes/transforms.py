@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from think_compile.passes.as_written import has_own_functions, plain_stand_in
 from think_compile.passes.refusal import Reason, Refused
+from think_compile.passes.walks import part_of
 
 
 @dataclass(frozen=True)
@@ -88,20 +89,10 @@ def _transformed(gm: GraphModule, nodes: Sequence[Node], mode: FakeTensorMode) -
     inside = set(nodes)
     inputs = tuple(dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in inside))
     outputs = tuple(node for node in nodes if any(user not in inside for user in node.users))
-    run = Interpreter(GraphModule(gm, _alone(nodes, inputs, outputs))).run
+    run = Interpreter(GraphModule(gm, part_of(nodes, inputs, outputs))).run
     values = [_fake(mode, node.meta["example_value"]) for node in inputs]
     with torch.no_grad(), tracing(TracingContext(mode)), mode, enable_python_dispatcher(), maybe_enable_thunkify():
         return Transformed(tuple(nodes), inputs, outputs, make_fx(run)(*values))
-
-
-def _alone(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> Graph:
-    graph, copies = Graph(), dict[Node, Node]()
-    for i, node in enumerate(inputs):
-        copies[node] = graph.placeholder(f"given_{i}")
-    for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in outputs))
-    return graph
 
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:

@@ -7,11 +7,10 @@ A site is torch's attention operation, flash-attn's (:mod:`.flash`), or a region
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from think_compile.cache.canonical import CANONICAL, Layout
 from think_compile.passes.find import flash
@@ -39,7 +38,7 @@ class Attention:
         path: its module, as far as known from the trace.
         region: the parts of a written-out attention; mask, scale and is_causal are then unset.
         layout: how the axes of operands and result map to [B, H, tokens, channels]; of a region unset.
-        unsupported: options of the operation without an equivalent for packed keys.
+        unsupported: options of the operation that attention to packed keys lacks.
     """
 
     node: Node
@@ -71,7 +70,8 @@ def find_attention(graph_module: GraphModule) -> list[Attention]:
     with observed("attention", graph) as count:
         sites = [site for node in graph.nodes if (site := _from_operation(node)) is not None]
         sites += [_from_region(region) for region in find_regions(graph)]
-        sites.sort(key=_position(graph))
+        positions = {node: i for i, node in enumerate(graph.nodes)}
+        sites.sort(key=lambda site: positions[site.node])
         count.matches = len(sites)
     return sites
 
@@ -86,21 +86,9 @@ def _from_operation(node: Node) -> Attention | None:
 
 
 def _from_region(region: Region) -> Attention:
-    return Attention(
-        node=region.output.node,
-        operation=region.output.node,
-        q=region.logits.left,
-        k=region.logits.right,
-        v=region.output.right,
-        dropout=region.dropout,
-        path=module_path(region.logits.node),
-        region=region,
-    )
-
-
-def _position(graph: Graph) -> Callable[[Attention], int]:
-    positions = {node: i for i, node in enumerate(graph.nodes)}
-    return lambda site: positions[site.node]
+    keys, values = region.logits, region.output
+    path = module_path(keys.node)
+    return Attention(values.node, values.node, keys.left, keys.right, values.right, region.dropout, path, region=region)
 
 
 def module_path(node: Node) -> str:

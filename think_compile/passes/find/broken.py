@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from think_compile.passes.find.attention import module_path
@@ -18,6 +17,7 @@ from think_compile.passes.normalize import Normalized
 from think_compile.passes.prove.join import JOINS
 from think_compile.passes.prove.readers import made_of
 from think_compile.passes.refusal import Reason
+from think_compile.passes.walks import is_floating
 
 
 def broken_attention(normalized: Normalized) -> list[tuple[Node, Reason]]:
@@ -25,7 +25,7 @@ def broken_attention(normalized: Normalized) -> list[tuple[Node, Reason]]:
     products = [product for node in normalized.graph_module.graph.nodes if (product := product_of(node)) is not None]
     kept = {walk_back(output)[0] for output in normalized.outputs if isinstance(output, Node)}
     found: dict[Any, tuple[Node, Reason]] = {}
-    followed: set[Node | None] = set()  # products with the values of reported products with the keys
+    followed: set[Node | None] = set()  # products with the values; their products with the keys are reported
     for product in products:
         if product.node in followed:
             continue
@@ -33,15 +33,11 @@ def broken_attention(normalized: Normalized) -> list[tuple[Node, Reason]]:
             softmax, (root, _) = _softmax_of(operand), walk_back(operand, scaled=True)
             if softmax is not None and _comes_from_outside(softmax.args[0]):
                 found.setdefault(module_path(softmax) or softmax, (softmax, Reason.GRAPH_BREAK))
-            elif root.target in JOINS and root in kept and not _is_made_of_softmax(other):
+            elif root.target in JOINS and root in kept and all(node.target not in SOFTMAXES for node in made_of(other)):
                 followed.add(following := _next_step(product.node))
                 reason = Reason.GRAPH_BREAK if following is None else Reason.UNKNOWN_ATTENTION
                 found.setdefault(module_path(product.node) or product.node, (product.node, reason))
     return list(found.values())
-
-
-def _is_made_of_softmax(node: Node) -> bool:
-    return any(source.target in SOFTMAXES for source in (node, *made_of(node)))
 
 
 def _next_step(node: Node) -> Node | None:
@@ -66,7 +62,6 @@ def _softmax_of(node: Node) -> Node | None:
 
 
 def _comes_from_outside(logits: Node) -> bool:
-    made = [logits, *made_of(logits)]
-    inputs = [node.meta["val"] for node in made if node.op == "placeholder"]
-    outside = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() > 2]
-    return bool(outside) and all(product_of(node) is None for node in made)
+    made = list(made_of(logits))
+    inputs = [node.meta["val"] for node in made if node.op == "placeholder" and is_floating(node)]
+    return any(x.dim() > 2 for x in inputs) and all(product_of(node) is None for node in made)

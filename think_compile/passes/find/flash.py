@@ -17,7 +17,7 @@ NAME = "flash_attn::_flash_attn_forward"
 LAYOUT: Layout = ((0,), (2,), (1,), (3,))
 # an attention site's field -> the operation's argument
 _FIELDS = {"q": "q", "k": "k", "v": "v", "scale": "softmax_scale", "causal_to_end": "causal", "dropout": "dropout_p"}
-# every other argument is an option without an equivalent for packed keys; these values turn it off
+# every other argument is an option that attention to packed keys lacks; these values turn it off
 _OFF = {"window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "return_softmax": False}
 
 

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 
 from think_compile.passes import layout
 from think_compile.passes.find.product import Product, product_of
+from think_compile.passes.walks import is_floating
 
 aten = torch.ops.aten
 Order = tuple[tuple[tuple[int, int], ...], ...]  # for each axis its factors (axis, part), outermost first
@@ -104,17 +105,13 @@ def _regions_from(product: Product) -> Iterator[Region]:
 def _region(product: Product, step: _Step, output: Product) -> Iterator[Region]:
     assert step.softmax is not None and step.token_axis is not None
     oriented = _oriented(product, step.token_axis)
-    if oriented is not None and _is_batched(oriented):
+    # queries and keys share batch and heads; a router and its input share no axis
+    if oriented is not None and any(None not in axes for axes in oriented.out):
         yield Region(step.softmax, oriented, step.token_axis, output, step.masks, step.order, step.dropout)
 
 
-def _is_batched(product: Product) -> bool:
-    """Whether the operands share an axis, as queries and keys share batch and heads; a router and its input do not."""
-    return any(left is not None and right is not None for left, right in product.out)
-
-
 def _oriented(product: Product, token_axis: int) -> Product | None:
-    """The product with the keys, the only operand with the softmax's axis, on the right; None: there is no such one."""
+    """The product with the keys on the right: only they have the softmax's axis. None if both or neither have it."""
     left, right = product.out[token_axis]
     if (left is None) == (right is None):
         return None
@@ -228,7 +225,7 @@ def _name(node: Node) -> str:
 def _maskings(user: Node, logits: Node, axes: Order) -> Iterator[Masking]:
     if user.target is aten.add.Tensor:
         for other in user.args:
-            if isinstance(other, Node) and other is not logits and _is_floating(other):
+            if isinstance(other, Node) and other is not logits and is_floating(other):
                 yield Masking(other, "add", user, axes)
     if _name(user) == "aten::masked_fill" and _hides(user.args[2]):
         yield Masking(user.args[1], "block", user, axes)
@@ -240,13 +237,8 @@ def _maskings(user: Node, logits: Node, axes: Order) -> Iterator[Masking]:
             yield Masking(condition, "block", user, axes)
 
 
-def _is_floating(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
 def _hides(fill: Any) -> bool:
-    """Whether the value of masked logits is known to be very small."""
+    """Whether the value that replaces masked logits is known to be very small."""
     if isinstance(fill, Node):
         fill, _ = layout.walk_back(fill)
         makers = (aten.full.default, aten.scalar_tensor.default, aten.full_like.default)

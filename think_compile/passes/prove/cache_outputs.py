@@ -21,7 +21,7 @@ aten = torch.ops.aten
 def outputs_holding(
     normalized: Normalized, root: Node, layout: Layout, shape: tuple[Any, ...]
 ) -> tuple[dict[int, Layout], Suffix | None, dict[int, Node]]:
-    """The outputs of ``root`` or its last tokens, with their layouts; the kept tokens; the buffer of each output."""
+    """The outputs that hold ``root`` or its last tokens, with their layouts; the kept tokens; each output's buffer."""
     held, kept = {}, []
     buffers: dict[int, Node] = {}
     for index, output in enumerate(normalized.outputs):

@@ -16,6 +16,7 @@ from think_compile.passes.normalize import Normalized
 from think_compile.passes.prove.cache_layout import source_layout
 from think_compile.passes.prove.window import Suffix, is_prefix, is_suffix, suffix_along
 from think_compile.passes.refusal import Reason, Refused, where
+from think_compile.passes.walks import ancestors, is_floating
 
 aten = torch.ops.aten
 
@@ -173,17 +174,8 @@ _FRESH = {
     aten.empty.memory_format,
     aten.new_empty.default,
 }
-_REMAINDERS = {
-    aten.remainder.Scalar,
-    aten.remainder.Tensor,
-    aten.fmod.Scalar,
-    aten.fmod.Tensor,
-    aten.bitwise_and.Scalar,
-    aten.bitwise_and.Tensor,
-    aten.__and__.Scalar,
-    aten.__and__.Tensor,
-    operator.mod,
-}
+_WRAPPING = (aten.remainder, aten.fmod, aten.bitwise_and, aten.__and__)
+_REMAINDERS = {operator.mod, *(overload for op in _WRAPPING for overload in (op.Scalar, op.Tensor))}
 _ARANGES = {aten.arange.default, aten.arange.start}
 
 
@@ -206,16 +198,14 @@ def _is_consecutive(index: Node) -> bool:
 
 def _wraps(start: Any) -> Node | None:
     """The operation, such as a remainder, for wrapping positions around at the end of a buffer; or None."""
-    todo, seen = [start] if isinstance(start, Node) else [], set[Node]()
-    while todo:
-        node = todo.pop()
+
+    def integers(node: Node) -> list[Node]:
+        return [source for source in node.all_input_nodes if not is_floating(source)]
+
+    for node in ancestors(start, sources=integers) if isinstance(start, Node) else ():
         value = node.meta.get("val")
-        if node in seen or (isinstance(value, torch.Tensor) and value.is_floating_point()):
-            continue
-        seen.add(node)
         if node.target in _REMAINDERS or (isinstance(value, torch.SymInt) and value.node.expr.has(Mod, PythonMod)):
             return node
-        todo += node.all_input_nodes
     return None
 
 

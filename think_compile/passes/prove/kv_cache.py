@@ -8,9 +8,10 @@ Its name and its owner do not matter.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -21,16 +22,10 @@ from think_compile.passes.find.attention import Attention
 from think_compile.passes.find.region import Order, Region
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
+from think_compile.passes.prove import readers
 from think_compile.passes.prove.cache_outputs import fills_buffer, outputs_holding
 from think_compile.passes.prove.join import Join, computed_alike, join_of
 from think_compile.passes.prove.operand import before_suffix, extent_read, laid_out, root_of
-from think_compile.passes.prove.readers import (
-    check_past_readers,
-    comes_from_outside,
-    made_of_cache,
-    other_reader,
-    refuse_half_read,
-)
 from think_compile.passes.prove.roles import (
     QueryLayout,
     key_axes,
@@ -44,7 +39,6 @@ from think_compile.passes.prove.window import Window, agree, check_window, windo
 from think_compile.passes.refusal import Reason, Refused, where
 
 aten = torch.ops.aten
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class CacheTensor:
         interleaved: whether query head i reads KV head i % H; if not, neighbouring query heads share a KV head.
         window: the joined, read and kept tokens; None: all.
         in_rolling_buffer: whether its window fills a buffer of fixed size.
-        read_elsewhere: whether other operations than attention read the values (keys are then refused).
+        read_elsewhere: whether operations other than attention also read the values (such keys are refused).
     """
 
     root: Node
@@ -83,6 +77,12 @@ class CacheTensor:
         return [
             node for node in self.chain if layout.layout_input(node) is None and layout.scaled_input(node) is not None
         ]
+
+    @property
+    def new_tokens(self) -> Any:
+        """Number of new tokens of the call."""
+        new = self.root if self.join.new is None else self.join.new
+        return new.meta["val"].shape[token_axis(self.layout)]
 
     def size(self, axis: int) -> Any:
         """Size of a canonical axis."""
@@ -197,7 +197,7 @@ def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than:
                 findings.refused.append((site, Refused(Reason.UNKNOWN_LAYOUT, str(why))))
         _refuse_cross_attention(normalized, findings)
         _settle_readings(findings)
-        refuse_half_read(findings.cached, findings.refused)
+        readers.refuse_half_read(findings.cached, findings.refused)
         count.matches = len(findings.cached)
     return findings
 
@@ -205,7 +205,7 @@ def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than:
 def _named(normalized: Normalized, site: Attention, refused: Refused) -> Refused:
     """Refuse with the more telling ``LATENT`` if the keys are projected from a cached tensor."""
     may_be = refused.reason in (Reason.CHANNEL_MIXING, Reason.NOT_CACHED)
-    is_latent = may_be and made_of_cache(normalized, site.k, projected=True)
+    is_latent = may_be and readers.made_of_cache(normalized, site.k, projected=True)
     return Refused(Reason.LATENT, refused.detail) if is_latent else refused
 
 
@@ -222,24 +222,22 @@ def _refuse_cross_attention(normalized: Normalized, findings: Findings) -> None:
 
 def _settle_readings(findings: Findings) -> None:
     """Keep one reading per softmax: the proven one, else one refusal. Several proven readings are ambiguous."""
-    ambiguous = [c for many in _by_softmax(findings.cached, lambda c: c.attention) if len(many) > 1 for c in many]
+    n_proven = Counter(_softmax_of(c.attention) for c in findings.cached)
+    del n_proven[None]
+    ambiguous = [c for c in findings.cached if n_proven[_softmax_of(c.attention)] > 1]
     findings.cached = [c for c in findings.cached if c not in ambiguous]
     refused = [(c.attention, Refused(Reason.AMBIGUOUS, where(c.attention.node))) for c in ambiguous]
-    proven = {c.attention.region.softmax for c in findings.cached if c.attention.region is not None}
-    findings.refused = refused + findings.refused
-    for readings in _by_softmax(findings.refused, lambda r: r[0]):
-        region = readings[0][0].region
-        for other in readings if region is not None and region.softmax in proven else readings[1:]:
-            findings.refused.remove(other)
+    settled = {_softmax_of(c.attention) for c in findings.cached}
+    candidates, findings.refused = refused + findings.refused, []
+    for site, why in candidates:
+        softmax = _softmax_of(site)
+        if softmax is None or softmax not in settled:
+            findings.refused.append((site, why))
+        settled.add(softmax)
 
 
-def _by_softmax(found: Sequence[T], site: Callable[[T], Attention]) -> list[list[T]]:
-    groups: dict[Node, list[T]] = {}
-    for one in found:
-        region = site(one).region
-        if region is not None:
-            groups.setdefault(region.softmax, []).append(one)
-    return list(groups.values())
+def _softmax_of(site: Attention) -> Node | None:
+    return None if site.region is None else site.region.softmax
 
 
 _OF_VALUES = {
@@ -266,11 +264,11 @@ def _prove(normalized: Normalized, site: Attention, sites: Sequence[Attention]) 
         if not keys.outputs:
             raise _whole(normalized, keys.root) from None
         raise Refused(_OF_VALUES.get(refused.reason, refused.reason), refused.detail) from None
-    queries = None if site.region is None else query_layout(site.region, _new_tokens(keys))
+    queries = None if site.region is None else query_layout(site.region, keys.new_tokens)
     if site.region is not None and not usable_masks(site.region) and to_product_order(site.region.axes) is None:
         raise Refused(Reason.UNKNOWN_LAYOUT, f"probabilities whose axes are moved at {where(site.node)}")
     found = CachedAttention(site, keys, values, queries)
-    alike = not values.outputs and keys.window is None and layout.equal_size(_new_tokens(keys), found.query_tokens)
+    alike = not values.outputs and keys.window is None and layout.equal_size(keys.new_tokens, found.query_tokens)
     if not keys.outputs and not alike:
         raise _whole(normalized, keys.root)
     _check_pair(found)
@@ -308,12 +306,6 @@ def _arranger(
     return lambda axes: [axes[site.layout.index((axis,))] for axis in range(4)]
 
 
-def _new_tokens(tensor: CacheTensor) -> Any:
-    """Number of new tokens of the call."""
-    new = tensor.root if tensor.join.new is None else tensor.join.new
-    return new.meta["val"].shape[token_axis(tensor.layout)]
-
-
 def _check_pair(site: CachedAttention) -> None:
     keys, values = site.keys, site.values
     if not layout.same_size(keys.size(1), values.size(1)) or keys.interleaved != values.interleaved:
@@ -331,10 +323,10 @@ def _check_pair(site: CachedAttention) -> None:
     if not agree(keys.window, values.window) or not alike:
         raise Refused(Reason.VALUES_NOT_CACHED, "they are bounded in another way than the keys")
     for tensor in (keys, values):
-        if layout.is_unknown(_new_tokens(tensor)):
+        if layout.is_unknown(tensor.new_tokens):
             raise Refused(Reason.UNKNOWN_ROOT, f"how many rows it writes is read from a tensor: {where(tensor.root)}")
-        if not layout.equal_size(_new_tokens(tensor), site.query_tokens):
-            raise Refused(Reason.CROSS_ATTENTION, f"{site.query_tokens} queries, {_new_tokens(tensor)} new keys")
+        if not layout.equal_size(tensor.new_tokens, site.query_tokens):
+            raise Refused(Reason.CROSS_ATTENTION, f"{site.query_tokens} queries, {tensor.new_tokens} new keys")
 
 
 def _groups_heads(site: Attention) -> bool:
@@ -361,17 +353,17 @@ def _cache_tensor(
     shape = _canonical_shape(axes, root.meta["val"].shape[token_axis(roles)])
     interleaved = _is_interleaved(axes[HEAD], shape[HEAD], operand)
     outputs, kept, buffers = outputs_holding(normalized, root, roles, shape)
-    whole = root.op == "placeholder" and comes_from_outside(site.q)
+    whole = root.op == "placeholder" and readers.comes_from_outside(site.q)
     join = Join() if whole else join_of(normalized, root, roles)
     if not outputs and not whole:
-        raise Refused(Reason.TRANSFORMED if made_of_cache(normalized, root) else Reason.NOT_CACHED, where(root))
+        raise Refused(Reason.TRANSFORMED if readers.made_of_cache(normalized, root) else Reason.NOT_CACHED, where(root))
     if (rounding := next(filter(layout.rounds, chain), None)) is not None:
         raise Refused(Reason.TRANSFORMED, where(rounding))
-    other = other_reader(root, sites)
+    other = readers.other_reader(root, sites)
     if other is not None and operand is site.k:
         raise Refused(Reason.KEY_ESCAPES, where(other))
     if join.past is not None:
-        check_past_readers(normalized.placeholders[join.past], root)
+        readers.check_past_readers(normalized.placeholders[join.past], root)
     window = window_of(join.past_suffix, read, kept)
     rolls = window is not None and not join.fixed
     rolls = rolls and fills_buffer(normalized, join, window, root, roles, outputs, buffers)

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def root_of(operand: Node, scaled: bool) -> tuple[Node, list[Node], Node | None]:
-    """The joined tensor of an operand, the layout operations between them, and the slice of a read prefix."""
+    """The joined tensor of an operand, the layout operations between them, and the slice that reads a prefix."""
     root, chain = layout.walk_back(operand, scaled=scaled)
     if root.target is not aten.slice.Tensor:
         return root, chain, None

@@ -14,6 +14,7 @@ from think_compile.passes.layout import layout_input, same_size, scaled_input, v
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.prove.window import agree
 from think_compile.passes.refusal import Reason, Refused, where
+from think_compile.passes.walks import ancestors
 
 if TYPE_CHECKING:
     from think_compile.passes.prove.kv_cache import CachedAttention
@@ -49,9 +50,8 @@ def _uses(root: Node) -> Iterator[tuple[Node, Node]]:
 
 def other_reader(root: Node, sites: Sequence[Attention]) -> Node | None:
     """A reader of a cache other than the attentions ``sites``, or None."""
-    return next(
-        (reader for reader, read in _uses(root) if not any(site.reads_keys(reader, read) for site in sites)), None
-    )
+    others = (reader for reader, read in _uses(root) if not any(site.reads_keys(reader, read) for site in sites))
+    return next(others, None)
 
 
 def check_past_readers(past: Node, root: Node) -> None:
@@ -80,17 +80,14 @@ _ATTENDS = {aten.scaled_dot_product_attention.default, *SOFTMAXES}
 
 
 def made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:
-    """The ancestors of ``node``, back to attentions and projections; ``projected``: also through projections."""
-    todo, seen = [node], {node}
-    while todo:
-        node = todo.pop()
+    """``node`` and its ancestors, back to attentions and projections; ``projected``: also through projections."""
+
+    def sources(node: Node) -> list[Node]:
         if node.op != "call_function" or node.target in _ATTENDS or (node.target in PROJECTIONS and not projected):
-            continue
-        sources = node.all_input_nodes[:1] if node.target in PROJECTIONS else node.all_input_nodes
-        fresh = [source for source in sources if source not in seen]
-        seen.update(fresh)
-        todo += fresh
-        yield from fresh
+            return []
+        return node.all_input_nodes[:1] if node.target in PROJECTIONS else node.all_input_nodes
+
+    return ancestors(node, sources=sources)
 
 
 def comes_from_outside(q: Node) -> bool:
@@ -99,21 +96,21 @@ def comes_from_outside(q: Node) -> bool:
     Keys entering the graph whole beside such queries belong to the same call. Queries projected in this graph may
     attend to an encoder's keys.
     """
-    return all(node.target not in PROJECTIONS for node in (q, *made_of(q)))
+    return all(node.target not in PROJECTIONS for node in made_of(q))
 
 
 def reads_any(site: Attention, inputs: set[Node]) -> bool:
     """Whether the keys or values of an attention depend on one of ``inputs``."""
-    return any(source in inputs for operand in (site.k, site.v) for source in (operand, *made_of(operand)))
+    return any(source in inputs for operand in (site.k, site.v) for source in made_of(operand))
 
 
 def made_of_cache(normalized: Normalized, node: Node, *, projected: bool = False) -> bool:
-    """Whether ``node`` depends on an output of the graph: a cache changed between its output and its reading.
+    """Whether ``node`` depends on a tensor that leaves the graph: a cache that is changed before its reading.
 
     Tensors of fewer than three axes (positions, masks) are no caches. ``projected``: also through projections.
     """
     kept = [walk_back(output) for output in normalized.outputs if isinstance(output, Node)]
-    outputs = {node for source, chain in kept for node in (source, *chain)}
+    outputs = {output for source, chain in kept for output in (source, *chain)} - {node}
     made = (source for source in made_of(node, projected=projected) if source in outputs)
     values = (source.meta.get("val") for source in made)
     return any(isinstance(value, torch.Tensor) and value.dim() > 2 for value in values)

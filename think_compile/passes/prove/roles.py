@@ -103,7 +103,7 @@ def to_product_order(axes: Order) -> tuple[int, ...] | None:
 
 
 def usable_masks(region: Region) -> list[Masking]:
-    """The maskings with axes expressible as the product's own."""
+    """The maskings that can be expressed in the product's own axes."""
     logits, token = region.logits.node.meta["val"], region.token_axis
     return [m for m in region.masks if to_product_order(m.axes) is not None and _as_many(m, logits.shape[token], token)]
 

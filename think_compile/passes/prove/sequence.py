@@ -35,5 +35,5 @@ def _embedded(node: Node) -> Any:
 
 
 def is_cross_attention(q: Node, k: Node, tokens: dict[Node, frozenset[Node]]) -> bool:
-    """Whether the queries depend on more tokens than the keys."""
+    """Whether the queries depend on tokens that the keys do not depend on."""
     return not tokens[q] <= tokens[k]

@@ -35,8 +35,8 @@ class Window:
         joined: number of the past's last tokens to be joined with the call's; None: all.
         read: number of the last joined tokens to be read by the attention; None: all.
         kept: number of the last joined tokens to leave the graph; None: all.
-        bound: upper bound of the past tokens of a later call; None: unknown from the graph.
-        cut: one of the slices.
+        bound: upper bound of the past tokens of a later call; None: the graph does not tell.
+        cut: a slice that bounds the cache.
     """
 
     joined: Any
@@ -98,7 +98,7 @@ def _suffix(node: Node, dim: int, start: object) -> Suffix:
 
 
 def check_window(window: Window | None, larger_than: int | None) -> None:
-    """Refuse a window of at most ``larger_than`` tokens, as far as known (None: any window)."""
+    """Refuse a window that is known to hold at most ``larger_than`` tokens (None: any window)."""
     if window is None:
         return
     if larger_than is None:

@@ -12,17 +12,7 @@ import torch
 from torch.fx import Graph, Node
 
 from think_compile.cache.canonical import BATCH, CANONICAL, CHANNEL, HEAD, TOKEN, to_canonical, token_axis
-from think_compile.cache.state import (
-    BATCH_SIZE,
-    CAPACITY,
-    COUNTERS,
-    COUNTERS_PART,
-    HEADS,
-    RING,
-    Part,
-    Span,
-    Stored,
-)
+from think_compile.cache.state import BATCH_SIZE, CAPACITY, COUNTERS, COUNTERS_PART, HEADS, RING, Part, Span, Stored
 from think_compile.formats.base import CacheFormat, Side, rolled, window_start_of
 from think_compile.kernels import arrange, written_out
 from think_compile.passes.find.region import Masking, Order
@@ -73,7 +63,7 @@ class Draft:
         return node
 
     def canonical(self, node: Node, tensor: CacheTensor) -> Node:
-        """``node``, given with the axes of ``tensor``, as [B, H, S, D]."""
+        """``node``, which has the axes of ``tensor``, as [B, H, S, D]."""
         if tensor.layout == CANONICAL:
             return node
         _, heads, _, width = tensor.shape
@@ -187,12 +177,11 @@ class Draft:
         Layers of equal length share this input, unless their histories differ.
         """
         key = start, side.window_rule
-        if key in self.window_starts and not self.windows_apart:
-            node = self.window_starts[key]
-            self.inputs[node] = Counter((*self.inputs[node].indices, index), "window_start")
-            return node
-        self.window_starts[key] = self.input(f"window_start_{index}", Counter((index,), "window_start"))
-        return self.window_starts[key]
+        if key not in self.window_starts or self.windows_apart:
+            self.window_starts[key] = self.input(f"window_start_{index}", Counter((), "window_start"))
+        node = self.window_starts[key]
+        self.inputs[node] = Counter((*self.inputs[node].indices, index), "window_start")
+        return node
 
     def span(self, site: CachedAttention, new: Node, *, joined: bool = False) -> Span:
         """The span of a later call with rows ``new``; ``joined``: with all joined rows, also unread ones."""
@@ -200,14 +189,13 @@ class Draft:
             columns = site.keys.size(TOKEN) if joined else site.keys.extent
             return Span(self._fixed_start(site, new), 0, self.number(columns))
         tokens = self._tokens(site, new)
+        end, first = self._joined_rows(site) if site.in_rolling_buffer else self._growing_start(site)
+        start, oldest = end, first
         if site.in_rolling_buffer:
-            rows, first = self._joined_rows(site)
             counters = self._part(site, site.past[0], COUNTERS_PART)
-            start, oldest = (self.call(rolled, counters, row) for row in (rows, first))
-            span = Span(start, oldest, self.sum(self.sum(rows, first, operator.sub), tokens), rolling=True)
-        else:
-            start, oldest = self._growing_start(site)
-            span = Span(start, oldest, self.sum(self.sum(start, oldest, operator.sub), tokens))
+            start, oldest = (self.call(rolled, counters, row) for row in (end, first))
+        columns = self.sum(self.sum(end, first, operator.sub), tokens)
+        span = Span(start, oldest, columns, rolling=site.in_rolling_buffer)
         read = None if joined or site.window is None else self.number(site.window.read)
         if read is None:
             return span

@@ -150,9 +150,9 @@ class Rewritten:
         sides: (input index, whether the buffer is rolling) of all handles of fixed size in packed form.
     """
 
-    graph_module: GraphModule
-    inputs: list[Input]
-    outputs: list[Output]
+    graph_module: GraphModule = field(init=False)
+    inputs: list[Input] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
     replaced: list[tuple[int, Output]] = field(default_factory=list)
     appended: list[tuple[int, Any]] = field(default_factory=list)
     copied: list[int] = field(default_factory=list)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from think_compile.cache.canonical import CANONICAL, TOKEN
+from think_compile.cache.canonical import CANONICAL
 from think_compile.kernels import answers
 from think_compile.passes.layout import same_size
 from think_compile.passes.normalize import Normalized
@@ -38,9 +38,8 @@ class PromptOnly:
 
 def find_prompt_only(normalized: Normalized, sites: Sequence[CachedAttention]) -> PromptOnly | None:
     """The caches of ``sites`` for which own rows may suffice; None: no such cache, or too costly a check."""
-    eligible = [site for site in sites if _is_eligible(site)]
     refused = {site.keys.root for site in sites if not _is_eligible(site)}
-    eligible = [site for site in eligible if site.keys.root not in refused]
+    eligible = [site for site in sites if site.keys.root not in refused]
     if not eligible:
         return None
     about = [node for site in eligible for node in (site.keys.join.start, site.attention.mask)]
@@ -68,19 +67,13 @@ def _is_eligible(site: CachedAttention) -> bool:
         return False
     if not (_is_plain(site.keys) and _is_plain(site.values)):
         return False
-    if not same_size(_own(site), site.query_tokens) or attention.q.meta["val"].dtype != attention.k.meta["val"].dtype:
+    same_dtype = attention.q.meta["val"].dtype == attention.k.meta["val"].dtype
+    if not same_dtype or not same_size(site.keys.new_tokens, site.query_tokens):
         return False
     if attention.mask is None:
         return attention.is_causal
     *_, rows, columns = attention.mask.meta["val"].shape
     return same_size(rows, site.query_tokens) and same_size(columns, site.keys.extent)
-
-
-def _own(site: CachedAttention) -> Any:
-    """Number of rows written by the call."""
-    new, layout = site.keys.join.new, site.keys.layout
-    assert new is not None
-    return new.meta["val"].shape[next(i for i, group in enumerate(layout) if TOKEN in group)]
 
 
 def _is_plain(tensor: CacheTensor) -> bool:

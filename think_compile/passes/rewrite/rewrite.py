@@ -22,26 +22,14 @@ from think_compile.passes.layout import arranged, stride_order
 from think_compile.passes.normalize import AUTOCAST, Normalized
 from think_compile.passes.observe import observed
 from think_compile.passes.prove.kv_cache import CachedAttention, CacheTensor
+from think_compile.passes.rewrite import plan
 from think_compile.passes.rewrite.draft import Draft, FormatOf
-from think_compile.passes.rewrite.plan import (
-    Chosen,
-    Constant,
-    CopiedHandle,
-    GrownStore,
-    NewStore,
-    Output,
-    Positions,
-    Returned,
-    Rewritten,
-    SameHandle,
-    Written,
-)
+from think_compile.passes.rewrite.plan import Positions
 from think_compile.passes.rewrite.prompt_only import passes_heads_once
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 _WRITE = {CacheFormat.step, CacheFormat.append, CacheFormat.join_values}  # these write in place
-SIDES = ("keys", "values")
 
 
 def rewrite(
@@ -52,11 +40,11 @@ def rewrite(
     prompt_only: frozenset[Node] = frozenset(),
     windows_apart: bool = False,
     pending: Sequence[CachedAttention] = (),
-) -> Rewritten:
+) -> plan.Rewritten:
     """Rewrite ``sites``.
 
     ``packed``: inputs with handles on packed stores. ``prompt_only``: key caches whose first call reads only its own
-    rows. ``windows_apart``: as in :class:`.draft.Draft`. ``pending``: attentions of first calls with a choice only.
+    rows. ``windows_apart``: as in :class:`.draft.Draft`. ``pending``: attentions that need only a first call's choice.
     """
     with observed("rewrite", normalized.graph_module.graph) as count:
         rewriter = _Rewriter(normalized, packed, format_of, prompt_only, windows_apart)
@@ -80,12 +68,8 @@ class _Rewriter(Draft):
         super().__init__(normalized, format_of, windows_apart)
         self.packed, self.prompt_only = packed, prompt_only
         self.results: list[Node] = []
-        self.made: dict[int, Output] = {}  # output index of the normalized graph -> how it is made
-        self.appended: list[tuple[int, Any]] = []
-        self.copied: list[int] = []
-        self.written: list[Written] = []
-        self.chosen: list[Chosen] = []
-        self.sides: list[tuple[int, bool]] = []
+        self.made: dict[int, plan.Output] = {}  # output index of the normalized graph -> how it is made
+        self.rewritten = plan.Rewritten()
 
     def choose(self, pending: Sequence[CachedAttention]) -> None:
         """Make the first call's choice, after the attentions; attentions, keys and values stay unchanged."""
@@ -97,9 +81,9 @@ class _Rewriter(Draft):
                     names = [p.name for p in format.side(of).parts(fixed=False) if not (p.is_rows or p.replaced)]
                     positions = self._results(chosen, i, names)
                     index = self.normalized.placeholders.index(tensor.root)
-                    self.chosen.append(Chosen(index, of, format, positions))
+                    self.rewritten.chosen.append(plan.Chosen(index, of, format, positions))
 
-    def run(self, sites: Sequence[CachedAttention]) -> Rewritten:
+    def run(self, sites: Sequence[CachedAttention]) -> plan.Rewritten:
         for readers in _by_cache(sites):
             past = readers[0].past
             if past is not None and self.packed.issuperset(past):
@@ -108,14 +92,12 @@ class _Rewriter(Draft):
                 self._first_call_of_prompt(readers)
             else:
                 self._first_call(readers)
-        outputs, replaced = self._finish_outputs()
+        self._finish_outputs()
         self._drop_unused()
-        graph_module = GraphModule(self.normalized.graph_module, self.graph)
         self.graph.lint()
-        order = self.graph.find_nodes(op="placeholder")
-        inputs = [self.inputs[n] for n in order]
-        fixed = self.copied, self.written, self.chosen, self.sides
-        return Rewritten(graph_module, inputs, outputs, replaced, self.appended, *fixed)
+        self.rewritten.graph_module = GraphModule(self.normalized.graph_module, self.graph)
+        self.rewritten.inputs = [self.inputs[n] for n in self.graph.find_nodes(op="placeholder")]
+        return self.rewritten
 
     def _result(self, node: Node) -> int:
         self.results.append(node)
@@ -186,7 +168,9 @@ class _Rewriter(Draft):
             length, dtype = _length_kept(tensor), tensor.root.meta["val"].dtype
             n_written = written if of == "keys" else None
             for index, layout in tensor.outputs.items():
-                self.made[index] = NewStore(of, format, positions, length, site.in_buffer, layout, dtype, n_written)
+                self.made[index] = plan.NewStore(
+                    of, format, positions, length, site.in_buffer, layout, dtype, n_written
+                )
 
     # ------------------------------------------------------------------------------------------- later calls
 
@@ -317,42 +301,40 @@ class _Rewriter(Draft):
             if site.in_buffer:
                 self._leave_fixed(site, of, tensor, index)
                 continue
-            self.appended.append((index, site.query_tokens))
+            self.rewritten.appended.append((index, site.query_tokens))
             kept = None if site.window is None else _length_kept(tensor)
             for output, layout in tensor.outputs.items():
-                self.made[output] = GrownStore(index, left, layout, kept)
+                self.made[output] = plan.GrownStore(index, left, layout, kept)
 
     def _leave_fixed(self, site: CachedAttention, of: str, tensor: CacheTensor, index: int) -> None:
-        self.sides.append((index, site.in_rolling_buffer))
+        self.rewritten.sides.append((index, site.in_rolling_buffer))
         if of == "keys":
-            self.written.append(Written(index, site.query_tokens, site.in_rolling_buffer))
+            self.rewritten.written.append(plan.Written(index, site.query_tokens, site.in_rolling_buffer))
         in_place = index in self.normalized.written
         if not in_place:
-            self.copied.append(index)
+            self.rewritten.copied.append(index)
         for output in tensor.outputs:
-            self.made[output] = SameHandle(index) if in_place else CopiedHandle(index)
+            self.made[output] = plan.SameHandle(index) if in_place else plan.CopiedHandle(index)
 
     # ----------------------------------------------------------------------------------------------- closing
 
-    def _finish_outputs(self) -> tuple[list[Output], list[tuple[int, Output]]]:
+    def _finish_outputs(self) -> None:
         output = self.graph.output_node()
-        values = list(output.args[0])
-        replaced: list[tuple[int, Output]] = []
+        values, written = list(output.args[0]), self.normalized.written
         with self.graph.inserting_before(output):
-            for position, index in enumerate(self.normalized.written):
+            for position, index in enumerate(written):
                 made = self.made.get(position)
                 if made is None:  # no cache: copied back, as the model wrote it
                     self.call(aten.copy_.default, self.caller_inputs[index], values[position])
-                elif not isinstance(made, SameHandle | CopiedHandle):
-                    replaced.append((index, made))
-        outputs = [self._finish_output(i, values[i]) for i in range(len(self.normalized.written), len(values))]
+                elif not isinstance(made, plan.SameHandle | plan.CopiedHandle):
+                    self.rewritten.replaced.append((index, made))
+        self.rewritten.outputs = [self._finish_output(i, values[i]) for i in range(len(written), len(values))]
         output.args = (tuple(self.results),)
-        return outputs, replaced
 
-    def _finish_output(self, index: int, value: Any) -> Output:
+    def _finish_output(self, index: int, value: Any) -> plan.Output:
         if index in self.made:
             return self.made[index]
-        return Returned(self._result(value)) if isinstance(value, Node) else Constant(value)
+        return plan.Returned(self._result(value)) if isinstance(value, Node) else plan.Constant(value)
 
     def _drop_unused(self) -> None:
         """Drop dead nodes, then unread inputs: above all the packed handles, which have no dense value."""
