@@ -7,7 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -21,7 +21,7 @@ from think_compile.cache.rows import writable
 from think_compile.config import ThinkConfig, fallback_allowed
 from think_compile.passes.find.attention import Attention, find_attention, module_path
 from think_compile.passes.find.broken import broken_attention
-from think_compile.passes.find.naming import full_path, told_apart, with_full_path
+from think_compile.passes.find.naming import full_path, told_apart
 from think_compile.passes.normalize import Normalized, normalize
 from think_compile.passes.prove.kv_cache import CachedAttention, Findings, find_caches
 from think_compile.passes.prove.readers import reads_any
@@ -141,7 +141,8 @@ class Backend:
         self.paths = {} if model is None else {id(module): path for path, module in model.named_modules()}
         work.frame = "" if running is None else self.innermost_module(running.names)
         found = find_attention(work.normalized.graph_module)
-        work.sites = told_apart([with_full_path(site, names, work.frame) for site in found])
+        paths = [full_path(site.path, site.q, names) or work.frame for site in found]
+        work.sites = told_apart([replace(site, path=path) for site, path in zip(found, paths, strict=True)])
         if work.sites:
             return
         for part, why in broken_attention(work.normalized):

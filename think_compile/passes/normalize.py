@@ -90,7 +90,8 @@ def _normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
         with torch.no_grad(), tracing(TracingContext(mode)):
             graph_module, written = functional_graph(gm, fakes, mode)
         count.matches, count.graph = len(placeholders), graph_module.graph
-    _keep_values(graph_module, fakes)
+    for node, fake in zip(graph_module.graph.find_nodes(op="placeholder"), fakes, strict=True):
+        node.meta.setdefault("val", fake)
     _drop_assertions(graph_module)
     canonicalize(graph_module)
     return Normalized(graph_module, written, sources)
@@ -136,11 +137,6 @@ def _fake(mode: FakeTensorMode, node: Node, value: Any) -> Any:
     if torch.utils._python_dispatch.is_traceable_wrapper_subclass(value):
         return plain_stand_in(mode, value)
     return value
-
-
-def _keep_values(graph_module: GraphModule, fakes: Sequence[Any]) -> None:
-    for node, fake in zip(graph_module.graph.find_nodes(op="placeholder"), fakes, strict=True):
-        node.meta.setdefault("val", fake)
 
 
 def _drop_assertions(graph_module: GraphModule) -> None:

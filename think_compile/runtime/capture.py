@@ -42,7 +42,7 @@ class Replayed:
         if self.refused:
             return self.launched(values)
         for capture in self.captures:
-            if capture.fits(values):
+            if capture.signature.matches(values):
                 self.latest = capture
                 return capture.replay(values)
         self.latest = None
@@ -93,7 +93,7 @@ class Signature:
     __hash__ = None  # type: ignore[assignment]
 
     def matches(self, values: Sequence[Any]) -> bool:
-        """Whether ``values`` have this signature."""
+        """Whether ``values`` have this signature: a replay can stand in for running the lowered graph on them."""
         same_places = self.pointers == [values[i].data_ptr() for i in self.placed]
         same_looks = self.large_looks == [look(values[i]) for i in self.large]
         return same_places and same_looks and self.looks == [look(values[i]) for i in self.others]
@@ -180,10 +180,6 @@ class Capture:
         inputs = {x.untyped_storage().data_ptr() for x in (*values, *self.inputs) if isinstance(x, Tensor)}
         if any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in inputs for x in self.outputs):
             raise NotCaptured("an output is an input")
-
-    def fits(self, values: Sequence[Any]) -> bool:
-        """Whether a replay can stand in for running the lowered graph on ``values``."""
-        return self.signature.matches(values)
 
     def replay(self, values: Sequence[Any] | Mapping[int, Any]) -> list[Any]:
         """The outputs of a call with ``values``; only the copied inputs are needed."""

@@ -15,14 +15,6 @@ from think_compile.passes.find.attention import Attention
 from think_compile.passes.walks import ancestors
 
 
-def with_full_path(site: Attention, parameters: Mapping[Node, str], frame: str) -> Attention:
-    """``site`` with its path in the model.
-
-    ``parameters``: the names of the parameters among the graph's inputs; ``frame``: the module whose code is compiled.
-    """
-    return replace(site, path=full_path(site.path, site.q, parameters) or frame)
-
-
 def told_apart(sites: Sequence[Attention]) -> list[Attention]:
     """The sites under unique names: "path", "path#2", ... for the attentions of one module."""
     places: dict[str, list[Node]] = {}
@@ -38,7 +30,10 @@ def told_apart(sites: Sequence[Attention]) -> list[Attention]:
 
 
 def full_path(path: str, node: Node, parameters: Mapping[Node, str]) -> str:
-    """The path in the model of the trace's ``path``, told by the nearest parameter among ``node``'s ancestors."""
+    """The path in the model of the trace's ``path``, told by the nearest parameter among ``node``'s ancestors.
+
+    ``parameters``: the names of the parameters among the graph's inputs.
+    """
     name = next((parameters[source] for source in ancestors(node) if source in parameters), None)
     if name is None or name.startswith(f"{path}." if path else "."):
         return path

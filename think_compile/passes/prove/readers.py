@@ -128,14 +128,11 @@ def _fits_all(
     site: CachedAttention, cached: Sequence[CachedAttention], refused: Sequence[tuple[Attention, Refused]]
 ) -> bool:
     roots = {site.keys.root, site.values.root}
-    if len(roots) == 1 or any(_reads(attention, roots) for attention, _ in refused):
+    uses = [use for root in roots for use in _uses(root)]
+    if len(roots) == 1 or any(attention.reads_keys(*use) for attention, _ in refused for use in uses):
         return False
     others = [other for other in cached if roots & {other.keys.root, other.values.root}]
     return all(_alike(site, other) for other in others)
-
-
-def _reads(attention: Attention, roots: set[Node]) -> bool:
-    return any(attention.reads_keys(*use) for root in roots for use in _uses(root))
 
 
 def _alike(a: CachedAttention, b: CachedAttention) -> bool:

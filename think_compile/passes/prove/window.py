@@ -86,11 +86,7 @@ def suffix_along(node: Node, before: Sequence[Node], source: Node, axis: int) ->
     sliced = layout.follow(before, layout.source_axes(source.meta["val"].shape))[dim]
     if [(atom.axis, atom.part) for atom in sliced] != [(axis, 0)]:
         return None
-    return _suffix(node, dim, layout.value_of(start))
-
-
-def _suffix(node: Node, dim: int, start: object) -> Suffix:
-    size = node.meta["val"].shape[dim]
+    size, start = node.meta["val"].shape[dim], layout.value_of(start)
     bound = size if isinstance(size, int) else None
     if isinstance(start, int) and start < 0:  # the bound holds even while there are fewer tokens
         bound = -start
