@@ -1,8 +1,8 @@
 """The adapter to Hugging Face's ``generate``, used in no other file: what wrapping a model changes and restores.
 
-For static caches, ``generate`` would compile the model's call again. By default it makes a growing cache, whose steps
-no CUDA graph can replay. On a GPU this adapter makes it use a cache of fixed size, in one of a few sizes, so that a
-second prompt needs no compilation.
+For static caches, ``generate`` would compile the model's call again. By default ``generate`` makes a growing cache,
+whose steps no CUDA graph can replay. On a GPU this adapter gives ``generate`` a cache of fixed size, in one of a few
+sizes: a second prompt needs no compilation.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SMALLEST = 256  # tokens
 
 
 def called_by_generate(model: nn.Module) -> list[nn.Module]:
-    """The modules that the model's ``generate`` may call: ``model``, and models inside it.
+    """The modules that the model's ``generate`` may call: ``model``, and models inside.
 
-    The stock ``generate`` calls the model itself. The ``generate`` of a wrapper, or of a decoder that follows an
-    image encoder, may call the ``generate`` of a model inside.
+    The stock ``generate`` calls the model itself. The ``generate`` of a wrapper, or of a decoder after an image
+    encoder, may call the ``generate`` of a model inside.
     """
     if _owner(type(model), "generate") is _owner(type(model), PREPARE) is not None:
         return [model]
@@ -34,7 +34,7 @@ def called_by_generate(model: nn.Module) -> list[nn.Module]:
 
 
 def on_wrap(model: nn.Module, *, static_cache: bool) -> None:
-    """Change what ``generate`` does; ``static_cache``: also which cache it makes on a GPU.
+    """Change ``generate``; ``static_cache``: also its choice of a cache on a GPU.
 
     The model's own settings do not change: they are saved, copied and pickled with the model.
     """
@@ -53,9 +53,9 @@ def on_restore(model: nn.Module) -> None:
 
 
 def _around(cls: type, name: str, ours: Callable[..., Any]) -> None:
-    """Wrap a method with ``ours``, once, in the class that defines it.
+    """Wrap a method with ``ours``, once, in its defining class.
 
-    The model itself is not changed: its attributes are copied and pickled with it.
+    The model itself is not changed: its attributes are copied and pickled with the model.
     """
     owner = _owner(cls, name)
     if owner is None or hasattr(vars(owner)[name], "think_compile"):
@@ -71,7 +71,7 @@ def _around(cls: type, name: str, ours: Callable[..., Any]) -> None:
 
 
 def _owner(cls: type, name: str) -> type | None:
-    """The class that defines a method of ``cls``; None: there is none."""
+    """The defining class of a method of ``cls``; None: there is none."""
     return next((base for base in cls.__mro__ if name in vars(base)), None)
 
 
@@ -106,9 +106,8 @@ def _is_open(model: Any, settings: Any, model_kwargs: Any, mode: Any) -> bool:
     """Whether the user did not choose a cache, and a static one gives the same result as a growing one."""
     given = any(model_kwargs.get(name) is not None for name in ("cache", "past_key_values"))
     chosen = settings.cache_implementation is not None or settings.use_cache is False or given
-    one_token_a_step = (
-        getattr(mode, "value", mode) in ("greedy_search", "sample") and settings.num_return_sequences == 1
-    )
+    mode = getattr(mode, "value", mode)
+    one_token_a_step = mode in ("greedy_search", "sample") and settings.num_return_sequences == 1
     fits = getattr(model, "_can_compile_fullgraph", False) and not model.config.is_encoder_decoder
     return _on_gpu(model) and _has_plain_keys(model) and fits and one_token_a_step and not chosen and _is_whole(model)
 
@@ -121,16 +120,12 @@ def _is_whole(model: Any) -> bool:
     """Whether this process runs all layers of the model.
 
     Under pipeline parallelism other processes run some of them, and identities take their places. A static cache gets
-    its length from its first layer. A later stage never fills that layer, so its tokens would be wrong.
+    its length from its first layer. A later stage never fills this layer, so its tokens would be wrong.
     """
-    return getattr(model, "_pp_stage", None) is None and not _misses_layers(model)
-
-
-def _misses_layers(model: Any) -> bool:
-    """Whether an identity takes the place of one of the layers in the model's configuration."""
     n_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers)
-    return any(isinstance(layer, nn.Identity) for one in lists for layer in one)
+    misses_layers = any(isinstance(layer, nn.Identity) for one in lists for layer in one)
+    return getattr(model, "_pp_stage", None) is None and not misses_layers
 
 
 def _has_plain_keys(model: Any) -> bool:

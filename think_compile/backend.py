@@ -7,7 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -21,7 +21,7 @@ from think_compile.cache.rows import writable
 from think_compile.config import ThinkConfig, fallback_allowed
 from think_compile.passes.find.attention import Attention, find_attention, module_path
 from think_compile.passes.find.broken import broken_attention
-from think_compile.passes.find.naming import full_path, told_apart, with_full_path
+from think_compile.passes.find.naming import full_path, told_apart
 from think_compile.passes.normalize import Normalized, normalize
 from think_compile.passes.prove.kv_cache import CachedAttention, Findings, find_caches
 from think_compile.passes.prove.readers import reads_any
@@ -29,7 +29,7 @@ from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.report import Ledger, Report, refused_graph, refused_record, rewritten_record, sentence
 from think_compile.runtime.graph import CompiledGraph, FailedGraph
 from think_compile.runtime.pending import Pending
-from think_compile.runtime.running import RUNNING, FrameFailure
+from think_compile.runtime.running import RUNNING
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ ISSUES = "please report it with this message and the model's name"
 
 
 class ThinkWarning(UserWarning):
-    """A part of a model was left as it was, although pruning was requested."""
+    """A part of a model was left unchanged, although pruning was requested."""
 
 
 class NothingRewritten(RuntimeError):
@@ -45,7 +45,7 @@ class NothingRewritten(RuntimeError):
 
 
 class _LeaveAlone(Exception):
-    """A graph stays as the model wrote it; the reason was already reported."""
+    """A graph is left unchanged; the reason was already reported."""
 
 
 @dataclass
@@ -85,11 +85,6 @@ class Backend:
             return FailedGraph(self, gm, error)
 
     @property
-    def may_fall_back(self) -> bool:
-        """Whether an internal failure leaves a graph as the model wrote it instead of raising."""
-        return not self.config.strict and fallback_allowed()
-
-    @property
     def lowered(self) -> list[Any]:
         """The lowerings of the live graphs."""
         return [program.lowered for graph in self.graphs for program in graph.programs.values()]
@@ -102,7 +97,7 @@ class Backend:
 
     @property
     def passes(self) -> tuple[Callable[[_Work], None], ...]:
-        """The passes, in order. Rewriting comes last, at call time: it depends on which caches are packed."""
+        """The passes, in order. Rewriting comes last, at call time: the result depends on the packed caches."""
         return (
             self._leave_gradients,
             self._normalize,
@@ -146,7 +141,8 @@ class Backend:
         self.paths = {} if model is None else {id(module): path for path, module in model.named_modules()}
         work.frame = "" if running is None else self.innermost_module(running.names)
         found = find_attention(work.normalized.graph_module)
-        work.sites = told_apart([with_full_path(site, names, work.frame) for site in found])
+        paths = [full_path(site.path, site.q, names) or work.frame for site in found]
+        work.sites = told_apart([replace(site, path=path) for site, path in zip(found, paths, strict=True)])
         if work.sites:
             return
         for part, why in broken_attention(work.normalized):
@@ -158,7 +154,7 @@ class Backend:
         work.findings = find_caches(work.normalized, work.sites, self.config.smallest_window)
 
     def _parameter_names(self, normalized: Normalized, example_inputs: Sequence[Any]) -> dict[Node, str]:
-        """The graph's inputs that are parameters of the model, with their names there."""
+        """The parameters of the model among the graph's inputs, with their names in the model."""
         model = self.model()
         names = {} if model is None else {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
         inputs = zip(normalized.placeholders, example_inputs, strict=True)
@@ -170,7 +166,7 @@ class Backend:
         return max(held, key=lambda path: path.count("."), default="")
 
     def _own_tensors(self, example_inputs: Sequence[Any]) -> frozenset[int]:
-        """The graph's inputs that are the model's parameters and buffers."""
+        """The model's parameters and buffers among the graph's inputs."""
         model = self.model()
         own = set() if model is None else {id(x) for x in (*model.parameters(), *model.buffers())}
         return frozenset(i for i, x in enumerate(example_inputs) if id(x) in own)
@@ -224,7 +220,7 @@ class Backend:
             writable(tensor).copy_(handle.dense())
 
     def _plain(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The graph as the model wrote it; if handles reach it, it runs operation by operation."""
+        """The graph as the model wrote it; with handles among its inputs, operation by operation."""
         placeholders = gm.graph.find_nodes(op="placeholder")
         has_handles = any(isinstance(node.meta.get("example_value"), Handle) for node in placeholders)
         if self.config.lowering == "eager" or has_handles or self.dry:
@@ -242,35 +238,33 @@ class Backend:
 
     # ----------------------------------------------------------------------------------------------- failures
 
-    def excuse(self, error: Exception, layers: Sequence[Attention] = ()) -> None:
-        """Record that a graph failed and the plain one succeeded; raises ``error`` if falling back is forbidden."""
-        self._excuse(error, "Calls of this graph run", layers)
-
-    def excuse_frame(self, failure: FrameFailure) -> None:
-        """Record that Dynamo failed on code that runs as written; raises as :meth:`excuse`."""
-        self._excuse(failure.error, "Calls of this kind run", ())
-
-    def _excuse(self, error: Exception, what: str, layers: Sequence[Attention]) -> None:
-        if not self.may_fall_back:
+    def excuse(self, error: Exception, scope: str, layers: Sequence[Attention] = ()) -> None:
+        """Record our failure on calls of a ``scope`` ("graph", "kind"), run plain now; raises if that is forbidden."""
+        if self.config.strict or not fallback_allowed():
             raise error
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         refused = Refused(Reason.FAILED, said)
         records = [refused_record(site, refused) for site in layers]
         self.ledger.give_up(records or [refused_graph(refused)])
-        self.warn_once(f"an internal failure, {said}. {what} as the model wrote them, with no saving; {ISSUES}.")
+        self.warn_once(
+            f"an internal failure, {said}. Calls of this {scope} run as the model wrote them, with no saving; {ISSUES}."
+        )
         log.debug("internal failure", exc_info=error)
 
     # ---------------------------------------------------------------------------------------------- reporting
 
     def _refuse_graph(self, refused: Refused, layer: str = "") -> None:
         self.ledger.add([refused_graph(refused, layer)])
-        text = f"a graph of the model was left as it was: {refused.reason.value} [{refused.detail}]"
+        self._complain(f"a graph of the model was left as it was: {refused.reason.value} [{refused.detail}]")
+
+    def _complain(self, text: str) -> None:
+        """Warn, or raise if strict."""
         if self.config.strict:
             raise NothingRewritten(f"strict=True, and {text}")
         self.warn_once(text)
 
     def record(self, normalized: Normalized, sites: Sequence[CachedAttention]) -> None:
-        """Note the layers that a graph compresses."""
+        """Note the layers compressed by a graph."""
         self.ledger.add(rewritten_record(site, normalized.sources, self.config) for site in sites)
 
     def _record_findings(self, work: _Work) -> None:
@@ -293,15 +287,11 @@ class Backend:
         if self.checked or self.graphs_refused_for_gradients:
             return
         self.checked = True
-        if self.ledger.layers:
-            return
-        text = "nothing was rewritten: no attention with a cache was found in the graphs of the first call"
-        if self.config.strict:
-            raise NothingRewritten(f"strict=True, and {text}")
-        self.warn_once(text)
+        if not self.ledger.layers:
+            self._complain("nothing was rewritten: no attention with a cache was found in the graphs of the first call")
 
     def warn_once(self, text: str) -> None:
-        """Warn once for each text; ``explain`` does not warn, it returns a report."""
+        """Warn once for each text; ``explain`` does not warn: the reasons are in its report."""
         if text not in self.warned and not self.dry:
             self.warned.add(text)
             warnings.warn(f"think_compile: {text}", ThinkWarning, stacklevel=2)

@@ -39,7 +39,7 @@ def load_model(
     or a hub id. ``dtype="auto"`` is the dtype of the checkpoint.
 
     Raises:
-        OSError: ``source`` does not exist or has no causal LM that transformers can load; the message is one sentence.
+        OSError: ``source`` does not exist or has no causal LM known to transformers; the message is one sentence.
         ImportError: ``source`` is a GGUF file, and packages to read it are missing.
     """
     where, options = _locate(source, trust_remote_code)
@@ -82,7 +82,7 @@ def explain(
             return told()
     except RuntimeError as error:  # many kinds: the value may be read while tracing, compiling or running
         log.info("%s cannot run on fake tensors (%s): it gets random weights", type(config).__name__, error)
-    torch._dynamo.reset()  # compile again what failed with fake tensors
+    torch._dynamo.reset()  # drop the failed compilations
     try:
         return told()
     except RuntimeError as error:
@@ -158,7 +158,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _forget_quantization(model: Any) -> None:
-    """Marks a model that was dequantised on loading as unquantised, so that it can be saved like any other."""
+    """Marks a model that was dequantised on loading as unquantised, so that saving works."""
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

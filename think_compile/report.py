@@ -17,7 +17,7 @@ from think_compile.passes.find.attention import Attention
 from think_compile.passes.prove.kv_cache import CachedAttention
 from think_compile.passes.refusal import Reason, Refused
 
-# How a trace names call arguments and modules' dictionaries, and how a person writes them.
+# The spelling of call arguments and modules' dictionaries in a trace, and a person's spelling.
 _SPELLINGS = (
     (r"^L\['kwargs'\]\['(\w+)'\]", r"\1"),
     (r"^L\['(\w+)'\]", r"\1"),
@@ -30,37 +30,37 @@ class LayerRecord:
     """One attention layer.
 
     Attributes:
-        layer: module path, if the trace gives it.
+        layer: module path, if known from the trace.
         cache: "growing", "sliding" (bounded), "fixed" or "none".
         source: the past keys' name in the trace, or "" while there are none.
         axes: the cache's axes, of B(atch) H(ead) S(equence) D(channel); merged ones in brackets.
         q_heads, kv_heads, head_dim: sizes.
-        kept: channels of a key that are stored for tokens outside the window.
+        kept: stored channels of a key outside the window.
         stored: how keys and values are stored, as text.
-        reason: why the layer was left alone; None: it was rewritten.
-        detail: the part of the graph that caused the refusal; for a rewritten layer, a remark.
+        reason: why the layer was left alone; None for a rewritten layer.
+        detail: the cause of the refusal in the graph; for a rewritten layer, a remark.
     """
 
     layer: str
-    cache: str
-    source: str
-    axes: str
-    q_heads: int | None
-    kv_heads: int | None
-    head_dim: int | None
-    kept: int | None
-    reason: Reason | None
-    detail: str
+    cache: str = "none"
+    source: str = ""
+    axes: str = ""
+    q_heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    kept: int | None = None
+    reason: Reason | None = None
+    detail: str = ""
     stored: str = ""
 
     @property
     def sentence(self) -> str:
-        """The layer and why it was left alone."""
+        """The layer and the reason why it was left alone."""
         return f"{self.layer or '(attention)'}: {self.why}"
 
     @property
     def why(self) -> str:
-        """The reason, and the part of the graph that caused it."""
+        """The reason, and its cause in the graph."""
         assert self.reason is not None
         return self.reason.value + (f" [{self.detail}]" if self.detail else "")
 
@@ -100,25 +100,16 @@ def _why_all(config: ThinkConfig, head_dim: int) -> str:
 
 
 def refused_record(site: Attention, refused: Refused) -> LayerRecord:
-    """The record of a layer that was left alone."""
+    """The record of a layer left alone."""
     shape, head_axis = site.q.meta["val"].shape, site.layout.index((HEAD,))
-    return LayerRecord(
-        layer=site.path,
-        cache="none",
-        source="",
-        axes="",
-        q_heads=int(shape[head_axis]) if site.region is None and len(shape) == 4 else None,
-        kv_heads=None,
-        head_dim=int(shape[-1 if site.region is None else site.region.logits.contracted[0]]),
-        kept=None,
-        reason=refused.reason,
-        detail=refused.detail,
-    )
+    q_heads = int(shape[head_axis]) if site.region is None and len(shape) == 4 else None
+    head_dim = int(shape[-1 if site.region is None else site.region.logits.contracted[0]])
+    return replace(refused_graph(refused, site.path), q_heads=q_heads, head_dim=head_dim)
 
 
 def refused_graph(refused: Refused, layer: str = "") -> LayerRecord:
-    """The record of a graph about which little is known."""
-    return LayerRecord(layer, "none", "", "", None, None, None, None, refused.reason, refused.detail)
+    """The record of a graph whose layers are unknown."""
+    return LayerRecord(layer, reason=refused.reason, detail=refused.detail)
 
 
 def sentence(refused: Sequence[tuple[Attention, Refused]]) -> str:
@@ -179,7 +170,7 @@ def _stored(stores: Iterable[Store]) -> int:
 
 
 def _dense(stores: Iterable[Store]) -> int:
-    """Bytes that plain tensors of the same logical shapes would hold; stores with shared rows count once."""
+    """Bytes of plain tensors of the same logical shapes; stores with shared rows count once."""
     longest: dict[int, int] = {}
     for store in stores:
         batch, heads, length, width = store.logical_shape
@@ -191,7 +182,7 @@ def _dense(stores: Iterable[Store]) -> int:
 
 @dataclass(frozen=True)
 class Report:
-    """What think_compile did to a model.
+    """The effect of think_compile on a model.
 
     Attributes:
         config: the settings in force.
@@ -219,18 +210,10 @@ class Report:
         live = list(cells)
         keys = [cell.store for cell in live if cell.of_keys]
         values = [cell.store for cell in live if not cell.of_keys]
-        layers = ledger.layers.values()
-        return cls(
-            config,
-            tuple(r for r in layers if r.reason is None),
-            tuple(r for r in layers if r.reason is not None),
-            ledger.graphs,
-            _stored(keys),
-            _dense(keys),
-            _stored(values),
-            _dense(values),
-            _rank(),
-        )
+        sizes = _stored(keys), _dense(keys), _stored(values), _dense(values)
+        rewritten = tuple(r for r in ledger.layers.values() if r.reason is None)
+        refused = tuple(r for r in ledger.layers.values() if r.reason is not None)
+        return cls(config, rewritten, refused, ledger.graphs, *sizes, _rank())
 
     @property
     def problems(self) -> tuple[LayerRecord, ...]:
@@ -239,12 +222,12 @@ class Report:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that the live caches hold, keys and values."""
+        """Bytes of the live caches, keys and values."""
         return self.stored_key_bytes + self.stored_value_bytes
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes that plain caches of the same tokens would hold, keys and values."""
+        """Bytes of plain caches of the same tokens, keys and values."""
         return self.dense_key_bytes + self.dense_value_bytes
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from think_compile.report import Report
 
 @dataclass(frozen=True)
 class Generation:
-    """One finished call of ``generate``; it keeps the cache alive, since a report counts live caches only."""
+    """One finished call of ``generate``, with its cache: a report counts live caches only."""
 
     tokens: list[int]  # the new ones
     text: str
@@ -38,7 +38,7 @@ class ConsoleStreamer(TextStreamer):
 def stream_generation(
     model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor], max_new_tokens: int, console: Console
 ) -> Generation:
-    """Greedy generation from ``inputs`` [1, S], printed while it runs."""
+    """Greedy generation from ``inputs`` [1, S], printed as tokens arrive."""
     started = time.perf_counter()
     out = model.generate(
         **inputs,

@@ -1,8 +1,8 @@
-"""Two calls of a model: one that fills a cache, which is pruned when it leaves, and one that reads it.
+"""Two calls of a model: the first fills and prunes a cache, the second reads the pruned cache.
 
-Every evaluation here is made of these. The first call gets contexts padded on the left, the second what follows them,
-padded on the right, several of one context if need be; both get an attention mask and position ids, so that the kinds
-of calls stay few and a compiled model is compiled for few.
+Every evaluation here is made of these calls. The first gets contexts padded on the left. The second gets their
+continuations padded on the right, several of one context if need be. Both get an attention mask and position ids: the
+kinds of calls, and so the compilations, stay few.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from think_compile import hf
 from think_compile.evals.methods import Dense
@@ -25,24 +26,19 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens to be scored: ``first`` fills a cache, ``later`` reads it.
+    """Tokens to be scored: ``first`` fills a cache, ``later`` reads the cache.
 
-    ``targets`` are what the last tokens of ``first + later`` are to be followed by.
+    ``targets`` are the expected next tokens after each of the last tokens of ``first + later``.
     """
 
     first: Ids
     later: Ids
     targets: Ids
 
-    @property
-    def through_cache(self) -> int:
-        """How many targets are predicted by the second call."""
-        return min(len(self.targets), len(self.later))
-
 
 @dataclass
 class Filled:
-    """What a first call leaves: [B, P] each, and the cache of those tokens."""
+    """The result of a first call: [B, P] each, and the cache of these tokens."""
 
     cache: Any
     mask: Tensor
@@ -52,7 +48,7 @@ class Filled:
 
 @dataclass(frozen=True)
 class Scored:
-    """A piece's logits [len(targets), V], and how many of them were read through narrow keys."""
+    """A piece's logits [len(targets), V], and the number of logits computed with narrow keys."""
 
     logits: Tensor
     narrow: int
@@ -64,9 +60,9 @@ class TwoCalls:
 
     Attributes:
         model: a Hugging Face causal LM.
-        method: what is in force on it.
-        pad: token id that fills up.
-        around: what every call runs in, beside ``no_grad``; autocast for example.
+        method: the method in force on the model.
+        pad: token id for padding.
+        around: the context of every call beside ``no_grad``; autocast for example.
     """
 
     model: Any
@@ -87,7 +83,7 @@ class TwoCalls:
 
     def fill(self, contexts: Sequence[Ids], *, all_logits: bool = False) -> Filled:
         """The first call, on contexts of one token or more; logits of the last token, or of all."""
-        ids, mask = _padded(contexts, self.pad, left=True, device=self.model.device)
+        ids, mask = _padded(contexts, self.pad, "left", self.model.device)
         cache = self.method.new_cache()
         last = {} if all_logits or not self.can_keep_last else {"logits_to_keep": 1}
         output = self._call(ids, mask, cache, **last)
@@ -96,7 +92,7 @@ class TwoCalls:
 
     def read(self, filled: Filled, continuations: Sequence[Ids]) -> Tensor:
         """The second call, one continuation for each sequence of the cache; logits [B, N, V], padded on the right."""
-        ids, mask = _padded(continuations, self.pad, left=False, device=self.model.device)
+        ids, mask = _padded(continuations, self.pad, "right", self.model.device)
         return self._call(ids, torch.cat([filled.mask, mask], 1), filled.cache).logits
 
     def _call(self, ids: Tensor, mask: Tensor, cache: Any, **options: Any) -> Any:
@@ -108,19 +104,19 @@ class TwoCalls:
             return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
 
     def score(self, pieces: Sequence[Piece], rows: int) -> list[Scored]:
-        """The pieces' logits, in order. Equal ``first`` share a cache; ``rows`` is the most of a second call.
+        """The pieces' logits, in order. Equal ``first`` share a cache; ``rows`` is the largest batch of a second call.
 
-        All pieces have something to read, or none has.
+        Either all pieces have ``later`` tokens, or none has.
         """
-        return self.score_behind(self.fill_for(pieces), pieces, rows)
+        return self.score_after(self.fill_for(pieces), pieces, rows)
 
     def fill_for(self, pieces: Sequence[Piece]) -> Filled:
         """The first call of :meth:`score`."""
         beyond = any(len(piece.targets) > len(piece.later) for piece in pieces)
         return self.fill(_contexts(pieces), all_logits=beyond)
 
-    def score_behind(self, filled: Filled, pieces: Sequence[Piece], rows: int) -> list[Scored]:
-        """The rest of :meth:`score`, on what :meth:`fill_for` left."""
+    def score_after(self, filled: Filled, pieces: Sequence[Piece], rows: int) -> list[Scored]:
+        """The rest of :meth:`score`, after :meth:`fill_for`."""
         contexts = _contexts(pieces)
         reads = list(dict.fromkeys((contexts.index(p.first), p.later) for p in pieces if p.later))
         logits = dict(zip(reads, self._read_all(filled, reads, rows), strict=True))
@@ -129,10 +125,11 @@ class TwoCalls:
         for piece in pieces:
             row = contexts.index(piece.first)
             own = logits[row, piece.later][: len(piece.later)] if piece.later else filled.logits[row, :0]
-            head = filled.logits[row, len(piece.first) * -1 :]
+            head = filled.logits[row, -len(piece.first) :]
             joined = own if len(own) >= len(piece.targets) else torch.cat([head, own])
             narrow = pruned and self.method.narrow_tokens(len(piece.first), len(piece.first)) > 0
-            scored.append(Scored(joined[-len(piece.targets) :], piece.through_cache if narrow else 0))
+            through_cache = min(len(piece.targets), len(piece.later))  # targets predicted by the second call
+            scored.append(Scored(joined[-len(piece.targets) :], through_cache if narrow else 0))
         return scored
 
     def _read_all(self, filled: Filled, reads: Sequence[tuple[int, Ids]], rows: int) -> Iterable[Tensor]:
@@ -145,7 +142,7 @@ class TwoCalls:
 
 
 def _vary(tensor: Tensor) -> None:
-    """Tell a compiler at once that other calls come with other sizes: one trace less for each kind of call."""
+    """Announce other sizes in other calls to a compiler: one trace less for each kind of call."""
     for axis, size in enumerate(tensor.shape):
         if size > 1:
             torch._dynamo.maybe_mark_dynamic(tensor, axis)
@@ -156,7 +153,7 @@ def _contexts(pieces: Sequence[Piece]) -> list[Ids]:
 
 
 def _branch(filled: Filled, rows: list[int]) -> Filled:
-    """Sequences of what was filled, on a cache of their own.
+    """Some of the sequences of a first call, on a cache of their own.
 
     Raises:
         ValueError: a layer's cache cannot be divided by sequences.
@@ -174,18 +171,15 @@ def _branch(filled: Filled, rows: list[int]) -> Filled:
     return Filled(cache, filled.mask[index], filled.logits, filled.ids[index])
 
 
-def _padded(rows: Sequence[Ids], pad: int, *, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, longest]."""
-    longest = max(len(row) for row in rows)
-    gaps = [longest - len(row) for row in rows]
-    pairs = list(zip(rows, gaps, strict=True))
-    ids = [[pad] * gap + list(row) if left else list(row) + [pad] * gap for row, gap in pairs]
-    mask = [[0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in pairs]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+def _padded(rows: Sequence[Ids], pad: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, longest], padded on ``side``."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = pad_sequence([torch.ones_like(row) for row in ids], True, padding_side=side)
+    return pad_sequence(ids, True, pad, side).to(device), mask.to(device)
 
 
 def batches(pieces: Sequence[Piece], size: int) -> Iterable[list[int]]:
-    """Indices of pieces that are scored together, the longest first.
+    """Indices of pieces for each common pair of calls, the longest first.
 
     A batch holds whole groups of equal ``first``, at most ``size`` pieces unless one group is larger.
     """

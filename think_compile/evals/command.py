@@ -1,4 +1,4 @@
-"""What the commands `eval` and `lm-eval` do, once their arguments are read."""
+"""The work of the commands `eval` and `lm-eval`, after their arguments are read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def listed(text: str, what: str) -> list[str]:
     """The items of a comma-separated list.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are none.
     """
     items = [item.strip() for item in text.split(",") if item.strip()]
     if not items:
@@ -38,7 +38,7 @@ def settings_from(methods: str, ratios: str, **options: Any) -> list[Settings]:
     """All runs of a task, from comma-separated methods and ratios, checked.
 
     Raises:
-        ValueError, TypeError: as of :meth:`Settings.of`; a ratio is no number.
+        ValueError, TypeError: as :meth:`Settings.of`; a ratio is not a number.
     """
     numbers: list[float] = []
     for item in listed(ratios, "--ratio"):
@@ -53,7 +53,7 @@ def batch_size_from(text: str) -> int | str:
     """A number of sequences, or ``auto``.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: for any other text.
     """
     if text == "auto":
         return text
@@ -73,7 +73,7 @@ def run_eval(
     folder: Path,
     where: dict[str, Any],
 ) -> None:
-    """Runs all tasks under all methods and prints the table; ``where`` are arguments of ``hf.load_model``.
+    """Runs all tasks under all methods and prints the table; ``where``: arguments of ``hf.load_model``.
 
     ``source`` None is the demonstration's model.
     """
@@ -95,10 +95,10 @@ def _load(console: Console, source: str | None, where: dict[str, Any]) -> tuple[
 
 
 def run_lm_eval(arguments: Sequence[str]) -> None:
-    """The harness's own command line, which knows the model ``think`` and our tasks as well.
+    """The harness's own command line, with the model ``think`` and our tasks.
 
     Raises:
-        OSError: a task's data cannot be had.
+        OSError: a task's data is not available.
     """
     before = sys.argv
     sys.argv = ["lm-eval", *arguments]
@@ -119,7 +119,7 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
 
 
 def _included(parsed: Any) -> list[str]:
-    """Folders of tasks that the user names, in the arguments or in a configuration file."""
+    """The user's folders of tasks, from the arguments or a configuration file."""
     if parsed.include_path is not None:
         return [parsed.include_path]
     config = getattr(parsed, "config", None)
@@ -129,7 +129,7 @@ def _included(parsed: Any) -> list[str]:
 
 @contextmanager
 def _quiet(logger: str) -> Iterator[None]:
-    """Warnings of the harness about model objects, which are how it is used here, would hide what matters."""
+    """Silence warnings of the harness about model objects, as used here: they would hide the results."""
     log = logging.getLogger(logger)
     before = log.level
     log.setLevel(logging.ERROR)

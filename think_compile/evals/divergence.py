@@ -1,7 +1,7 @@
-"""How far a method's next-token distributions are from the dense model's: KL divergence and top-1 agreement.
+"""The distance of a method's next-token distributions from the dense model's: KL divergence and top-1 agreement.
 
 Finer than task accuracy: a context is prefilled and pruned, a continuation is read in one call (teacher forcing), and
-at each of its tokens the two distributions are compared.
+the two distributions are compared at each token of the continuation.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from think_compile.evals.settings import Settings
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of a context and of what follows it."""
+    """Token ids of a context and of its continuation."""
 
     context: Ids
     continuation: Ids
 
     @classmethod
     def of(cls, tokenizer: Any, context: str, continuation: str) -> Sample:
-        """From texts, tokenized together; a token that both share belongs to the continuation."""
+        """From texts, tokenized together; a token of both texts belongs to the continuation."""
         whole, alone = (tokenizer(text)["input_ids"] for text in (context + continuation, context))
         shared = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), len(alone))
         return cls(tuple(whole[:shared]), tuple(whole[shared:]))
@@ -40,10 +40,10 @@ class Distance:
 
     Attributes:
         kl: KL(dense || method) in nats, mean over the tokens of the continuation.
-        agreement: share of those tokens at which both find the same token most probable.
-        tokens: of all continuations.
-        through_pruned: those that were predicted with the narrow key of at least one token.
-        told: what was really done, as the method tells.
+        agreement: share of these tokens with the same most probable prediction of both.
+        tokens: number of tokens of all continuations.
+        through_pruned: number of tokens predicted with the narrow key of at least one token.
+        told: the method's account of its work.
     """
 
     kl: list[float]
@@ -65,12 +65,12 @@ class _Compared:
 class Divergence:
     """The dense model's predictions on some samples, to compare methods with.
 
-    They stay in main memory: tokens of all continuations x vocabulary numbers of the model's precision.
+    The predictions stay in main memory: tokens of all continuations x vocabulary numbers of the model's precision.
 
     Args:
         model: a Hugging Face causal LM, not wrapped.
         samples: contexts longer than ``held_back`` tokens.
-        held_back: tokens of a context that go through the pruned cache with the continuation.
+        held_back: number of last tokens of a context that read the pruned cache together with the continuation.
         batch_size: samples of a call.
 
     Raises:
@@ -86,7 +86,7 @@ class Divergence:
         self.dense = self._predictions(Settings(method="dense"))[0]
 
     def of(self, settings: Settings) -> Distance:
-        """Of a method; ``held_back`` is that of the samples.
+        """The distance of a method; its ``held_back`` is ignored for the samples' own.
 
         Raises:
             ValueError: the method cannot be put in force on the model.
@@ -96,7 +96,7 @@ class Divergence:
         return self._distance(compared, told)
 
     def of_simulated(self, methods: Sequence[Settings]) -> list[Distance]:
-        """As :meth:`of` for simulated methods; they share first calls, so that many cost little more than one.
+        """As :meth:`of` for simulated methods with common first calls: many methods cost little more than one.
 
         Raises:
             ValueError: methods cannot be simulated on the model.
@@ -112,14 +112,14 @@ class Divergence:
                 for number, settings in enumerate(methods):
                     with closing(Simulation(self.model, settings)) as method:
                         own = replace(filled, cache=method.of_recorded(filled.cache, recorder.layers))
-                        scored = TwoCalls(self.model, method).score_behind(own, pieces, self.batch_size)
+                        scored = TwoCalls(self.model, method).score_after(own, pieces, self.batch_size)
                         told[number] = method.told()
                     compared = [_compare(*pair) for pair in zip(expected, scored, strict=True)]
                     found[number] |= dict(zip(batch, compared, strict=True))
         return [self._distance(*one) for one in zip(found, told, strict=True)]
 
     def _expected(self, index: int) -> Tensor:
-        """The dense model's log-probabilities of a sample, [N, V]; in fp64, as others are nearly the same."""
+        """The dense model's log-probabilities of a sample, [N, V]; in fp64, since a method's are nearly the same."""
         return self.dense[index].logits.double().log_softmax(-1)
 
     def _distance(self, compared: dict[int, _Compared], told: dict[str, Any]) -> Distance:
@@ -133,7 +133,7 @@ class Divergence:
         )
 
     def _predictions(self, settings: Settings) -> tuple[dict[int, Scored], dict[str, Any]]:
-        """Of each sample, logits [N, V] on the host; what was really done."""
+        """Each sample's logits [N, V] on the host; the method's account of its work."""
         found: dict[int, Scored] = {}
         with closing(apply(self.model, settings)) as method, tqdm(total=len(self.pieces), desc=settings.method) as bar:
             calls = TwoCalls(self.model, method)

@@ -1,8 +1,8 @@
 """The methods side by side: the compiled one, the plain model, and rules simulated on the plain model.
 
-A simulated method keeps a dense cache. Through transformers' registry of attention functions it sees the queries and
-keys of each layer: a call without a past chooses the channels to keep by a rule, and later calls attend to keys whose
-dropped channels are zero where a method would have pruned them.
+A simulated method keeps a dense cache, and sees the queries and keys of each layer through transformers' registry of
+attention functions. A call without a past chooses the kept channels by a rule. Later calls attend to keys with zeros in
+the dropped channels of pruned tokens.
 """
 
 from __future__ import annotations
@@ -27,43 +27,43 @@ from think_compile import hf
 from think_compile.cache.handle import Handle
 from think_compile.cache.store import Packed
 from think_compile.evals.rules import RULES, Observed, Seen, best, last_valid, valid_keys
-from think_compile.evals.settings import Settings
+from think_compile.evals.settings import THINK_OPTIONS, Settings
 
 # ----------------------------------------------------------------------------------------------- methods in force
 
 
 class Dense:
-    """The plain model: method "dense", and what the others have in common."""
+    """The plain model: method "dense", and the base class of the others."""
 
     def __init__(self, model: Any, settings: Settings) -> None:
         self.model, self.settings = model, settings
 
     def new_cache(self) -> DynamicCache:
-        """An empty cache to be given to the model."""
+        """An empty cache for the model."""
         return DynamicCache(config=self.model.config)
 
     def prunes(self, cache: DynamicCache) -> bool:
-        """Whether a layer of a cache that was filled has dropped channels."""
+        """Whether a layer of a filled cache has dropped channels."""
         return False
 
     def narrow_tokens(self, first: int, past: int) -> int:
-        """Tokens whose keys are narrow for a call behind ``past`` tokens, of which the first call had ``first``."""
+        """Number of narrow keys for a call after ``past`` tokens, ``first`` of them from the first call."""
         config = self.settings.config
         return max(0, (past if config.prune_generated else first) - config.recent)
 
     def effective_ratio(self) -> float:
-        """Share of the key channels that were really dropped, mean over the layers that were seen."""
+        """Actual share of dropped key channels, mean over the layers seen so far."""
         return 0.0
 
     def note(self, cache: DynamicCache) -> None:
-        """Take note of a cache that was just filled, for :meth:`told`."""
+        """Take note of a newly filled cache, for :meth:`told`."""
 
     def told(self) -> dict[str, Any]:
-        """What was really done, for the results."""
+        """An account of the actual work, for the results."""
         return {"effective_ratio": self.effective_ratio()}
 
     def close(self) -> None:
-        """Give the model back as it was."""
+        """Restore the model."""
 
 
 class Compiled(Dense):
@@ -71,26 +71,23 @@ class Compiled(Dense):
 
     def __init__(self, model: Any, settings: Settings) -> None:
         super().__init__(model, settings)
-        config = settings.config
-        options = {name: getattr(config, name) for name in ("prune_generated", "sliding", "lowering")}
-        sizes = {name: getattr(config, name) for name in ("ratio", "recent", "observe", "channel_multiple")}
-        think_compile.think_compile(model, **sizes, **options)
+        think_compile.think_compile(model, **{name: getattr(settings.config, name) for name in THINK_OPTIONS})
         self.largest = self.report()
 
     def prunes(self, cache: DynamicCache) -> bool:
-        """As of :class:`Dense`; asks what is stored."""
+        """As of :class:`Dense`; judged by the stored caches."""
         stores = [layer.keys.store for layer in cache.layers if isinstance(layer.keys, Handle)]
         return any(isinstance(store, Packed) and store.is_lossy for store in stores)
 
     def effective_ratio(self) -> float:
-        """As of :class:`Dense`; layers that keep a cache and were left alone count as 0."""
+        """As of :class:`Dense`; layers left alone count as 0 if they keep a cache."""
         report = self.report()
         kept = [record.kept / record.head_dim for record in report.rewritten if record.kept and record.head_dim]
         layers = len(report.rewritten) + len(report.problems)
         return (len(kept) - sum(kept)) / layers if layers else 0.0
 
     def report(self) -> think_compile.Report:
-        """What think_compile did to the model."""
+        """The current report on the model."""
         return think_compile.report(self.model)
 
     def note(self, cache: DynamicCache) -> None:
@@ -98,7 +95,7 @@ class Compiled(Dense):
         self.largest = max(self.largest, self.report(), key=lambda report: report.dense_bytes)
 
     def told(self) -> dict[str, Any]:
-        """As of :class:`Dense`; bytes are those of the largest caches that were alive at a time."""
+        """As of :class:`Dense`; bytes are those of the largest caches alive at one time."""
         report = self.report()
         sizes = ("stored_key_bytes", "dense_key_bytes", "stored_value_bytes", "dense_value_bytes")
         return {
@@ -114,7 +111,7 @@ class Compiled(Dense):
 
 
 class SimulatedLayer(DynamicLayer):
-    """A layer's dense cache that remembers which channels are kept, in step with its sequences."""
+    """A layer's dense cache with a mask of the kept channels for each of its sequences."""
 
     kept: Tensor | None = None  # [B, Hkv or Hq, D], once the first call has chosen them
     first = 0  # tokens of that call
@@ -157,7 +154,8 @@ class Simulation(Dense):
             )
         self.cache: DynamicCache | None = None  # of the call that runs
         self.before = model.config._attn_implementation
-        self.name = _free_name()
+        names = (f"think_compile_simulated_{number}" for number in itertools.count())
+        self.name = next(name for name in names if name not in ALL_ATTENTION_FUNCTIONS)
         ALL_ATTENTION_FUNCTIONS[self.name] = self._attend
         ALL_MASK_ATTENTION_FUNCTIONS.register(self.name, sdpa_mask)  # stays, and serves the next of this name
         model.set_attn_implementation(self.name)
@@ -184,7 +182,7 @@ class Simulation(Dense):
         return first if self.settings.method == "kvpress" else super().narrow_tokens(first, past)
 
     def effective_ratio(self) -> float:
-        """As of :class:`Dense`; of the cache that was read last."""
+        """As of :class:`Dense`; of the last read cache."""
         if self.cache is None:
             return 0.0
         dropped = [1 - kept.float().mean().item() for kept in _decided(self.cache)]
@@ -197,7 +195,7 @@ class Simulation(Dense):
         del ALL_ATTENTION_FUNCTIONS[self.name]
 
     def _before_call(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Takes note of the cache of the call that begins."""
+        """Takes note of the call's cache."""
         cache = next((kwargs[name] for name in hf.CACHE_NAMES if kwargs.get(name) is not None), None)
         if cache is not None and any(type(layer) is DynamicLayer for layer in cache.layers):
             raise ValueError(
@@ -218,7 +216,7 @@ class Simulation(Dense):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     def _layer(self, module: Any) -> SimulatedLayer | None:
-        """Where the cache of an attention module is, if it is one that is pruned."""
+        """The cache of an attention module, if pruned; else None."""
         index = getattr(module, "layer_idx", None)
         if self.cache is None or index is None or index >= len(self.cache.layers):
             return None
@@ -226,7 +224,7 @@ class Simulation(Dense):
         return layer if isinstance(layer, SimulatedLayer) else None
 
     def observed(self, seen: Seen) -> Observed:
-        """What the rule judges a layer's first call by."""
+        """The rule's view of a layer's first call."""
         scored, length = seen.valid, seen.k.shape[2]
         if self.settings.score_over == "old":
             old = seen.valid & (torch.arange(length, device=seen.k.device) < self.narrow_tokens(length, length))
@@ -242,7 +240,7 @@ class Simulation(Dense):
         return best(RULES[self.settings.method](self.observed(seen)), keep)
 
     def of_recorded(self, cache: DynamicCache, layers: Sequence[Seen]) -> DynamicCache:
-        """The cache that this method would have of a first call that :class:`Recorder` saw; ``cache`` stays as it is.
+        """This method's cache after a first call seen by :class:`Recorder`; ``cache`` stays unchanged.
 
         Raises:
             ValueError: fewer queries were kept than score.
@@ -260,7 +258,7 @@ class Simulation(Dense):
     def _pruned(
         self, layer: SimulatedLayer, key: Tensor, value: Tensor, past: int, module: Any
     ) -> tuple[Tensor, Tensor, Any]:
-        """Keys whose dropped channels are zero where they are old, and what attends to them."""
+        """Keys with zeros in the dropped channels of old tokens, values, and the module to attend to them."""
         kept = layer.kept
         assert kept is not None
         if kept.shape[0] != key.shape[0]:
@@ -274,11 +272,11 @@ class Simulation(Dense):
 
 
 class Recorder(Simulation):
-    """Prunes nothing, and keeps what each layer's first call shows, for many methods to choose from.
+    """Prunes nothing, and keeps each layer's first call as a basis for the choices of many methods.
 
     Attributes:
-        layers: of the first call that was made last.
-        observe: as many queries are kept.
+        layers: of the latest first call.
+        observe: number of kept queries.
     """
 
     def __init__(self, model: Any, observe: int) -> None:
@@ -297,22 +295,17 @@ class Recorder(Simulation):
         return torch.ones_like(seen.k[:, :, 0], dtype=torch.bool)
 
 
-def _free_name() -> str:
-    names = (f"think_compile_simulated_{number}" for number in itertools.count())
-    return next(name for name in names if name not in ALL_ATTENTION_FUNCTIONS)
-
-
 def _decided(cache: DynamicCache) -> list[Tensor]:
-    """The masks of kept channels of the layers that have chosen."""
+    """The masks of kept channels of all layers with a choice."""
     layers = [layer for layer in cache.layers if isinstance(layer, SimulatedLayer)]
     return [layer.kept for layer in layers if layer.kept is not None]
 
 
 def apply(model: Any, settings: Settings) -> Dense:
-    """Puts a method in force on a Hugging Face causal LM; ``close()`` of what it returns undoes that.
+    """Puts a method in force on a Hugging Face causal LM, until ``close()`` of the returned object.
 
     Raises:
-        ValueError: the model is wrapped by think_compile already, or the method cannot be simulated on it.
+        ValueError: the model is wrapped by think_compile already, or does not support the simulation.
     """
     kinds = {"dense": Dense, "think": Compiled}
     return kinds.get(settings.method, Simulation)(model, settings)

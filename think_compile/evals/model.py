@@ -1,7 +1,7 @@
 """The model ``think`` of lm-evaluation-harness: every request is answered through the pruned cache.
 
-The harness's own ``hf`` model scores a continuation in one pass that reads no cache, so that every method of cache
-compression looks like the dense model. Here the context is prefilled and pruned first.
+The harness's own ``hf`` model scores a continuation in one pass without a cache: every method of cache compression
+looks like the dense model. Here the context is prefilled and pruned first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from think_compile.evals.methods import apply
 from think_compile.evals.questions import Halves, tails
 from think_compile.evals.settings import Settings
 
-log = logging.getLogger("lm_eval.models.think")  # a child of the harness's, whose handler and level it has
+log = logging.getLogger("lm_eval.models.think")  # a child of the harness's, for its handler and level
 
 Request = tuple[Any, list[int], list[int]]  # (strings or None, context, continuation)
 Answer = tuple[float, bool]
@@ -36,15 +36,15 @@ Answer = tuple[float, bool]
 
 @dataclass
 class Counters:
-    """What was counted since the model was made.
+    """Counts since the model was made.
 
     Attributes:
         scored_tokens: tokens of continuations and documents.
-        scored_through_pruned: those that were predicted with the narrow key of at least one token.
+        scored_through_pruned: scored tokens predicted with the narrow key of at least one token.
         generated_tokens, generated_through_pruned: the same of generated tokens; the first of a prompt comes from the
             exact first call, unless the task says ``prune_before``.
         contexts: contexts of requests; windows of documents.
-        truncated_contexts: those that were cut on the left to the model's length.
+        truncated_contexts: contexts cut on the left to the model's length.
     """
 
     scored_tokens: int = 0
@@ -57,31 +57,25 @@ class Counters:
 
 @register_model("think")
 class ThinkLM(HFLM):
-    """A Hugging Face causal LM behind a pruned key cache, for lm-evaluation-harness.
+    """A Hugging Face causal LM with a pruned key cache, for lm-evaluation-harness.
 
     Args:
         pretrained: a hub id, a folder, a ``.gguf`` file or a model object (then with ``tokenizer``).
         ratio, recent, observe, channel_multiple, prune_generated, sliding, lowering: as of ``think_compile``.
         method: a key of :data:`think_compile.evals.settings.METHODS`.
         dense: the same protocol without pruning; short for method "dense".
-        held_back: last tokens of a context that are not prefilled but read the pruned cache with the continuation, so
-            that a continuation of one token is predicted through it; of a shorter context all but the first.
-        split: share of each window of a document that is prefilled; the rest reads its pruned cache.
+        held_back: number of last tokens of a context that read the pruned cache with the continuation, so that even a
+            continuation of one token is predicted through it; of a shorter context all but the first.
+        split: prefilled share of each window of a document; the rest reads the pruned cache.
         score_over, seed: as of :class:`think_compile.evals.settings.Settings`.
-        device: as of ``HFLM``; the CPU if it is a GPU and there is none.
+        device: as of ``HFLM``; the CPU in place of a missing GPU.
         **options: of ``HFLM``.
 
     Raises:
         ValueError, TypeError: a bad argument, before a model is loaded; an encoder-decoder model.
     """
 
-    def __init__(
-        self,
-        pretrained: Any,
-        *,
-        device: str | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, pretrained: Any, *, device: str | None = None, **options: Any) -> None:
         own = {name: options.pop(name) for name in ("dense", *Settings.names()) if name in options}
         self.settings = Settings.of(**own)
         device = _available(device)
@@ -96,7 +90,7 @@ class ThinkLM(HFLM):
         self.calls = TwoCalls(self.model, self.method, self.tokenizer.pad_token_id, self._autocast)
 
     def _get_backend(self, *args: Any, **kwargs: Any) -> None:
-        """As of ``HFLM``, which calls it before a model is loaded."""
+        """As of ``HFLM``; called before a model is loaded."""
         super()._get_backend(*args, **kwargs)
         if self.backend != "causal":
             raise ValueError(
@@ -105,7 +99,7 @@ class ThinkLM(HFLM):
             )
 
     def close(self) -> None:
-        """Gives a model object back as it was."""
+        """Restores a given model object."""
         self.method.close()
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -134,7 +128,7 @@ class ThinkLM(HFLM):
 
     @contextmanager
     def _reading_the_cache(self, how: str) -> Any:
-        """Makes sure that some token was ``how`` ("scored", "generated") through a pruned cache, where there is one."""
+        """Raises if a method prunes and no token was ``how`` ("scored", "generated") through a pruned cache."""
         before = asdict(self.counters)
         yield
         n_tokens, through = (
@@ -142,7 +136,7 @@ class ThinkLM(HFLM):
         )
         if n_tokens and not through and self.settings.prunes:
             raise ValueError(self._nothing_pruned(how, n_tokens))
-        self._log_counters()
+        log.info("%s: %s", self.settings.method, asdict(self.counters))
 
     def _nothing_pruned(self, how: str, n_tokens: int) -> str:
         config = self.settings.config
@@ -161,8 +155,7 @@ class ThinkLM(HFLM):
         """As of ``HFLM``. Windows of a document come without strings, and are split in two."""
         pieces = [self._piece(*request) for request in requests]
         answers: list[Answer | None] = [None] * len(requests)
-        quiet = disable_tqdm or self.rank != 0
-        size = self._batch_size_for(requests, override_bs)
+        size, quiet = self._batch_size_for(requests, override_bs), disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=quiet, desc="Running loglikelihood requests") as bar:
             for batch in batches(pieces, size):
                 scored = self.calls.score([pieces[index] for index in batch], size)
@@ -181,13 +174,13 @@ class ThinkLM(HFLM):
         tokens = whole[-(self.max_length + 1) :]
         self.counters.contexts += 1
         self.counters.truncated_contexts += len(tokens) < len(whole)
-        inputs = len(tokens) - 1  # the last token is predicted, and not read
+        inputs = len(tokens) - 1  # the last token is only predicted
         if strings is None:
             first = max(1, int(inputs * self.settings.split))
         else:
             kept = len(tokens) - len(continuation)  # of the context
             held = min(self.settings.held_back, kept - 1)
-            first = kept - held if held else inputs  # of one token nothing can be held back: all in one exact call
+            first = kept - held if held else inputs  # a single token cannot be held back: all in one exact call
         return Piece(tuple(tokens[:first]), tuple(tokens[first:-1]), tuple(continuation))
 
     def _batch_size_for(self, requests: Sequence[Request], override: int | None) -> int:
@@ -208,11 +201,11 @@ class ThinkLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As of ``HFLM``, with one generation argument more.
 
-        ``prune_before``: a text. What stands before its last occurrence in the context is prefilled and pruned; the
-        rest goes through the pruned cache in one call, and decoding goes on from there.
+        ``prune_before``: a text. The context before its last occurrence is prefilled and pruned; the rest goes through
+        the pruned cache in one call, followed by decoding.
 
         Raises:
-            ValueError: a context does not contain that text, or begins with it. Channels are to be dropped, and no
+            ValueError: a context does not contain this text, or begins with it. Channels are to be dropped, and no
                 token was generated through a pruned cache.
         """
         for request in requests:
@@ -229,7 +222,7 @@ class ThinkLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """As of ``HFLM``; counts what is cut, and remembers the strings for :meth:`_model_generate`, called next."""
+        """As of ``HFLM``; counts cut contexts, and remembers the strings for the following :meth:`_model_generate`."""
         self._strings = list(strings)
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         length = left_truncate_len or ids.shape[1]
@@ -280,16 +273,13 @@ class ThinkLM(HFLM):
     # ------------------------------------------------------------------------------------------------------- accounts
 
     def get_model_info(self) -> dict[str, Any]:
-        """As of ``HFLM``, with the settings, the counters and what is stored."""
+        """As of ``HFLM``, with the settings, the counters and the method's account."""
         told = self.settings.described() | asdict(self.counters) | self.method.told()
         return super().get_model_info() | {"think": told}
 
-    def _log_counters(self) -> None:
-        log.info("%s: %s", self.settings.method, asdict(self.counters))
-
 
 def _available(device: str | None) -> str:
-    """The device, or where there is no GPU the CPU: the harness's command line asks for cuda:0 of its own accord."""
+    """The device, or the CPU in place of a missing GPU: the harness's command line asks for cuda:0 by default."""
     if device is not None and not device.startswith("cuda"):
         return device
     return (device or "cuda") if torch.cuda.is_available() else "cpu"
@@ -306,7 +296,7 @@ def _load_gguf(path: str, device: str, options: dict[str, Any]) -> tuple[Any, di
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Of a model object ``HFLM`` ignores what it does not know, so that a misspelt option would do nothing."""
+    """Refuse unknown options: for a model object, ``HFLM`` would ignore a misspelt one."""
     known = inspect.signature(HFLM.__init__).parameters
     unknown = sorted(set(options) - set(known))
     if unknown:

@@ -1,4 +1,4 @@
-"""Contexts in two halves: the text, which is prefilled and pruned, and the question, which reads the pruned cache."""
+"""Contexts in two halves: a text, prefilled and pruned, and a question that reads the pruned cache."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from think_compile.evals.calls import Ids, TwoCalls
 def tails(tokenizer: Any, strings: Sequence[str], text: str) -> list[Ids]:
     """The last tokens of each string, from the last occurrence of ``text`` on.
 
-    The string is tokenized whole, so that both halves together have its ids; a token that reaches into ``text``
-    belongs to the second half. Fast tokenizers say where a token stands. With another one, the first half is what the
-    ids have in common with those of the text before.
+    The whole string is tokenized: its ids are those of both halves. A token on the border belongs to the second half.
+    Fast tokenizers tell the places of tokens. With another tokenizer, the first half is the common beginning of the ids
+    of the string and of the text before ``text``.
     """
     return [_tail(tokenizer, string, string.rindex(text)) for string in strings]
 
@@ -42,33 +42,33 @@ class Halves:
 
     @classmethod
     def of(cls, context: Tensor, mask: Tensor, tails: list[Ids], text: str) -> Halves:
-        """From a batch [B, S] that is padded on the left, and the second halves.
+        """From a batch [B, S], padded on the left, and the second halves.
 
         Raises:
             ValueError: truncation to the model's length has left nothing of a first half, or the tokenizer puts
-                tokens behind a text.
+                tokens after a text.
         """
         rows = [tuple(ids[real.bool()].tolist()) for ids, real in zip(context, mask, strict=True)]
         for row, tail in zip(rows, tails, strict=True):
             if len(tail) >= len(row):
                 raise ValueError(
                     f"prune_before={text!r}: of a context {len(row)} tokens fit the model's length, and {len(tail)} "
-                    "stand at or behind that text: nothing is left to prefill."
+                    "stand at or after that text: nothing is left to prefill."
                 )
             if row[-len(tail) :] != tail:
-                raise ValueError(f"prune_before={text!r}: the tokenizer puts tokens of its own behind a text.")
+                raise ValueError(f"prune_before={text!r}: the tokenizer puts tokens of its own after a text.")
         return cls([row[: -len(tail)] for row, tail in zip(rows, tails, strict=True)], tails)
 
     def of_equal_tails(self) -> Iterable[list[int]]:
-        """Rows that go through the model together: where second halves differ in length there would be gaps in them,
-        and what stands behind a gap would find fewer tokens in the recent window."""
+        """Rows for common calls. Second halves of different lengths would need gaps, and tokens after a gap would find
+        fewer tokens in the recent window."""
         rows: dict[int, list[int]] = {}
         for row, tail in enumerate(self.tails):
             rows.setdefault(len(tail), []).append(row)
         return rows.values()
 
     def filled(self, rows: Sequence[int], calls: TwoCalls) -> tuple[Tensor, Tensor, Any]:
-        """Ids and mask [B, P + N] of some rows, and the cache of their heads, as ``generate`` wants them."""
+        """Ids and mask [B, P + N] of some rows, and the cache of their heads, as arguments of ``generate``."""
         filled = calls.fill([self.heads[row] for row in rows])
         ids = torch.tensor([self.tails[row] for row in rows], device=filled.ids.device)
         mask = torch.cat([filled.mask, torch.ones_like(ids)], 1)

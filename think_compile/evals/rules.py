@@ -1,4 +1,4 @@
-"""Rules that say how much each key channel matters, in fp32: from what a layer's first call shows of its attention."""
+"""Rules for scoring each key channel, in fp32, from the attention of a layer's first call."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Seen:
-    """A layer's first call, before anything is chosen.
+    """A layer's first call, before a choice of channels.
 
     Attributes:
         q: queries [B, Hq, N, D], after position embedding; of the last N tokens.
         k: keys [B, Hkv, S, D].
-        valid: [B, S], true for keys that some query may attend to.
+        valid: [B, S], true for keys visible to some query.
         layer: its number.
     """
 
@@ -28,14 +28,14 @@ class Seen:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a rule judges by.
+    """The input of a rule.
 
     Attributes:
         q: queries [B, Hq, N, D].
         k: keys [B, Hkv, S, D].
-        queries: [B, N], true for those that score.
-        keys: [B, S], true for those that are scored.
-        valid: [B, S], true for those that some query may attend to.
+        queries: [B, N], true for observed queries.
+        keys: [B, S], true for keys to be scored.
+        valid: [B, S], true for keys visible to some query.
         seed: of random rules; differs between layers.
     """
 
@@ -73,7 +73,7 @@ def per_query_head(seen: Observed) -> Tensor:
 
 
 def magnitude(seen: Observed) -> Tensor:
-    """Key energy alone, [B, Hkv, D]: the norm-based pruning that ThinK (arXiv 2407.21018) compares itself with."""
+    """Key energy alone, [B, Hkv, D]: the norm-based pruning in the comparisons of ThinK (arXiv 2407.21018)."""
     return energy(seen.k, seen.keys)
 
 
@@ -81,7 +81,7 @@ def attended(seen: Observed) -> Tensor:
     """Each key counts as much as the observed queries attend to it, [B, Hkv, D].
 
     Mean over the queries i and the heads of the group of q_ij^2 sum_s p_is k_sj^2, p being the causal attention with
-    scale 1 / sqrt(D): what dropping channel j costs the logits, where they matter. Not of the paper.
+    scale 1 / sqrt(D): the error of the attended logits without channel j. Not from the paper.
     """
     heads, width = seen.k.shape[1], seen.k.shape[3]
     q = seen.q.float().unflatten(1, (heads, seen.groups))  # [B, Hkv, G, N, D]
@@ -95,14 +95,14 @@ def attended(seen: Observed) -> Tensor:
 
 
 def _causal(seen: Observed) -> Tensor:
-    """[B, N, S]: what each query attends to; the queries are those of the last tokens."""
+    """[B, N, S]: the visible keys of each query; the queries are those of the last tokens."""
     count, length = seen.q.shape[2], seen.k.shape[2]
     positions = torch.arange(length, device=seen.k.device)
     return (positions <= positions[length - count :, None]) & seen.valid[:, None]
 
 
 def at_random(seen: Observed) -> Tensor:
-    """Uniform scores [B, Hkv, D]: the same for all sequences, so that they do not depend on the batch."""
+    """Uniform scores [B, Hkv, D]: the same for all sequences, and so independent of the batch."""
     batch, heads, _, width = seen.k.shape
     scores = torch.rand(heads, width, generator=torch.Generator().manual_seed(seen.seed))
     return scores.to(seen.k.device).expand(batch, -1, -1)
@@ -125,7 +125,7 @@ def best(scores: Tensor, keep: int) -> Tensor:
 
 
 def valid_keys(mask: Tensor | None, k: Tensor) -> Tensor:
-    """[B, S]: keys that some query may attend to; ``mask`` is None, boolean or additive, [B or 1, H or 1, N, S]."""
+    """[B, S]: keys visible to some query; ``mask`` is None, boolean or additive, [B or 1, H or 1, N, S]."""
     if mask is None:
         return torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
     if mask.dtype != torch.bool:
@@ -135,5 +135,5 @@ def valid_keys(mask: Tensor | None, k: Tensor) -> Tensor:
 
 def last_valid(valid: Tensor, count: int) -> Tensor:
     """[B, S]: the last ``count`` valid positions of each sequence."""
-    behind = valid.flip(1).long().cumsum(1).flip(1)  # valid positions from here on
-    return valid & (behind <= count)
+    from_here = valid.flip(1).long().cumsum(1).flip(1)  # valid positions from here on
+    return valid & (from_here <= count)

@@ -1,4 +1,4 @@
-"""Runs of tasks under several methods on one loaded model, each written to a file as soon as it is there.
+"""Runs of tasks under several methods on one loaded model, each written to a file on completion.
 
 A run whose file exists with the same settings and versions is read instead. The model is wrapped once for each method
 and ratio, and all tasks run on it, since wrapping means compiling.
@@ -33,7 +33,7 @@ from think_compile.evals.tasks import FOLDER
 
 PACKAGES = ("think-compile", "torch", "transformers", "lm-eval", "datasets")
 KEPT_OF_SAMPLES = ("doc_id", "doc_hash", "prompt_hash", "target", "filter", "filtered_resps")
-# What datasets and the hub's client raise where there is no network or no such data; offline mode is a ConnectionError.
+# Errors of datasets and the hub's client without network or for unknown data; offline mode is a ConnectionError.
 NO_DATA = (ConnectionError, DatasetNotFoundError, DataFilesNotFoundError, LocalEntryNotFoundError)
 
 Record = dict[str, Any]
@@ -69,7 +69,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: there is no such task.
-        OSError: a task's data cannot be had, which its message names.
+        OSError: a task's data is not available; the message names the data.
     """
     manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
     if any(name not in manager.task_index and not Path(name).is_file() for name in names):
@@ -87,7 +87,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
 
 
 def no_data(name: str, error: Exception, manager: TaskManager) -> str:
-    """One sentence: which data a task lacks, and what to do."""
+    """One sentence: the missing data of a task, and the remedy."""
     entry = manager.task_index.get(name)
     config = (entry.cfg or {}) if entry is not None else {}
     parts = [str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key)]
@@ -109,7 +109,7 @@ class Runner:
         name: of the model, for the records.
         folder: where records are kept.
         protocol: how tasks are asked.
-        batch_size: as of ``HFLM``; no part of the settings, as it changes rounding only.
+        batch_size: as of ``HFLM``; not part of the settings, since only rounding depends on it.
         console: gets a line for each run.
     """
 
@@ -150,7 +150,7 @@ class Runner:
         )
 
     def settings_of(self, task: str, settings: Settings) -> dict[str, Any]:
-        """What decides the numbers of a run, but for the machine."""
+        """Everything with an influence on the numbers of a run, except the machine."""
         told = {"task": task, "model": self.name, "dtype": str(self.model.dtype), "device": self.model.device.type}
         return told | asdict(self.protocol) | settings.described() | {"versions": versions()}
 
@@ -161,13 +161,10 @@ class Runner:
         return self.folder / re.sub(r"\W+", "_", task) / f"{label(settings)}-{digest}.json"
 
     def _read(self, task: str, settings: Settings) -> Record | None:
-        """The record of an earlier run; None if there is none, or none that is whole."""
-        path = self.path(task, settings)
-        if not path.is_file():
-            return None
+        """The complete record of an earlier run, or None."""
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            record = json.loads(self.path(task, settings).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
             return None
         return record if record["settings"] == self.settings_of(task, settings) else None
 
@@ -200,10 +197,10 @@ def label(settings: Settings) -> str:
 
 
 def _machine(device: torch.device) -> str:
-    """What computed."""
+    """The name of the GPU or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Versions of the packages with an influence on the numbers."""
     return {package: version(package) for package in PACKAGES}

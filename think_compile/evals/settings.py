@@ -1,4 +1,4 @@
-"""What is evaluated: a method, its arguments and the protocol, checked before any model loads."""
+"""The settings of an evaluation: a method, its arguments and the protocol, checked before any model loads."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _WORDS = {"true": True, "false": False}
 
 @dataclass(frozen=True)
 class Settings:
-    """A method and how it is asked.
+    """A method and its protocol.
 
     Attributes:
         method: a key of ``METHODS``.
-        config: what is pruned; ``lowering`` is of method "think" alone.
-        held_back: tokens of a context that go through the pruned cache with the continuation.
-        split: share of a rolling window that is prefilled, in (0, 1).
-        score_over: simulated methods: keys that score the channels, "all" or "old", those out of the window.
+        config: the pruning; ``lowering`` is for method "think" alone.
+        held_back: number of last tokens of a context that read the pruned cache together with the continuation.
+        split: prefilled share of a rolling window, in (0, 1).
+        score_over: simulated methods: keys for scoring the channels, "all" or "old" (outside the window).
         seed: of method "random".
     """
 
@@ -66,7 +66,7 @@ class Settings:
         ``dense`` is short for method "dense"; the rest are options of ``ThinkConfig`` or attributes of this class.
 
         Raises:
-            TypeError, ValueError: an argument is unknown, has the wrong type or is out of range; says what is allowed.
+            TypeError, ValueError: an argument is unknown, has the wrong type or is out of range.
         """
         known = cls.names()
         unknown = sorted(set(options) - set(known))
@@ -93,7 +93,7 @@ class Settings:
         return self.method != "dense" and self.config.ratio > 0
 
     def described(self) -> dict[str, Any]:
-        """What decides the numbers, as JSON holds it: options that the method does not read are left out."""
+        """Everything with an influence on the numbers, for JSON, without options unused by the method."""
         told: dict[str, Any] = {"method": self.method, "held_back": self.held_back, "split": self.split}
         if self.method == "dense":
             return told
@@ -110,7 +110,7 @@ def _require(fits: bool, name: str, allowed: str, got: Any) -> None:
 
 
 def _typed(value: Any) -> Any:
-    """A number or boolean that came as a string."""
+    """A number or boolean, possibly from a string."""
     if not isinstance(value, str):
         return value
     if value.lower() in _WORDS:

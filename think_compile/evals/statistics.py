@@ -1,7 +1,7 @@
-"""How sure a measured accuracy is, and a difference to the dense model on the same samples.
+"""Confidence intervals of a measured accuracy, and of a difference to the dense model on the same samples.
 
-Samples are compared in pairs: what one sample costs under two methods varies far less than samples among each
-other. Intervals are percentiles of the bootstrap (Efron and Tibshirani, 1993, chapter 13) over samples.
+Samples are compared in pairs: one sample's scores under two methods differ far less than the scores of two samples.
+Intervals are percentiles of the bootstrap (Efron and Tibshirani, 1993, chapter 13) over samples.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
-BLOCK = 4_000_000  # numbers that are resampled at a time, which bounds the memory
+BLOCK = 4_000_000  # numbers resampled at a time: a bound of the memory
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean of ``n`` samples, and the interval that its bootstrap gives."""
+    """A mean of ``n`` samples, and its bootstrap interval."""
 
     mean: float
     low: float
@@ -28,83 +29,70 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """The mean of what ``n`` samples differ by: ours less dense."""
+    """The mean difference of ``n`` pairs of samples: ours less dense."""
 
     @property
     def visible(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
-def mean_interval(
-    values: Sequence[float], *, seed: int = 0, resamples: int = 10_000, confidence: float = 0.95
-) -> Estimate:
-    """The mean of one series.
+def mean_interval(values: Sequence[float], **bootstrap: Any) -> Estimate:
+    """The mean of one series; ``bootstrap`` as of :func:`_interval`.
 
     Raises:
-        ValueError: no values, or one that is not finite.
+        ValueError: no values, or a value that is not finite.
     """
     series = _columns(values)
-    return Estimate(*_interval(series, np.ones_like(series), seed, resamples, confidence), len(series))
+    return Estimate(*_interval(series, np.ones_like(series), **bootstrap))
 
 
-def paired_difference(
-    ours: Sequence[float], dense: Sequence[float], *, seed: int = 0, resamples: int = 10_000, confidence: float = 0.95
-) -> Difference:
-    """The mean of ``ours[i] - dense[i]``: two scores of each sample.
+def paired_difference(ours: Sequence[float], dense: Sequence[float], **bootstrap: Any) -> Difference:
+    """The mean of ``ours[i] - dense[i]``: two scores of each sample; ``bootstrap`` as of :func:`_interval`.
 
     Raises:
-        ValueError: the series differ in length, are empty or hold a number that is not finite.
+        ValueError: the series differ in length, are empty or contain infinities or NaN.
     """
-    differences = np.subtract(*_columns(ours, dense).T)
-    ones = np.ones_like(differences)[:, None]
-    return Difference(*_interval(differences[:, None], ones, seed, resamples, confidence), len(differences))
+    differences = np.subtract(*_columns(ours, dense).T)[:, None]
+    return Difference(*_interval(differences, np.ones_like(differences), **bootstrap))
 
 
 def ratio_difference(
-    ours_nll: Sequence[float],
-    dense_nll: Sequence[float],
-    sizes: Sequence[int],
-    *,
-    seed: int = 0,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
+    ours_nll: Sequence[float], dense_nll: Sequence[float], sizes: Sequence[int], **bootstrap: Any
 ) -> Difference:
     """The difference in bits per byte: sum(ours_nll - dense_nll) / (sum(sizes) ln 2), samples resampled whole.
 
     Args:
         ours_nll: negative log-likelihoods in nats.
         dense_nll: those of the dense model, of the same samples.
-        sizes: bytes that were scored, of each sample.
-        seed: of the resampling.
-        resamples: how many times.
-        confidence: share of the resamples that the interval holds.
+        sizes: scored bytes of each sample.
+        bootstrap: as of :func:`_interval`.
 
     Raises:
-        ValueError: the series differ in length, are empty or hold a number that is not finite, or a size below 1.
+        ValueError: the series differ in length, are empty or contain infinities or NaN, or a size is below 1.
     """
     ours, dense, scored = _columns(ours_nll, dense_nll, sizes).T
     if scored.min() < 1:
         raise ValueError(f"A sample has {scored.min():g} bytes; bits per byte need at least one.")
     bits = (ours - dense)[:, None] / math.log(2)
-    return Difference(*_interval(bits, scored[:, None], seed, resamples, confidence), len(bits))
+    return Difference(*_interval(bits, scored[:, None], **bootstrap))
 
 
 def resolution(n: int, discordant: float, *, confidence: float = 0.95) -> float:
-    """The smallest change of an accuracy that a paired comparison of ``n`` samples makes visible.
+    """The smallest visible change of an accuracy in a paired comparison of ``n`` samples.
 
-    A change of d, when the outcome of a share q of the samples differs in either direction, has the standard error
-    sqrt((q - d^2) / n) (McNemar's test). It is visible from d = z times that, so d = z sqrt(q / (n + z^2)). No change
-    is larger than q: where q is too small, the smallest is that of outcomes that all change in one direction,
-    q = d, which is z^2 / (n + z^2).
+    If the outcomes of a share q of the samples differ in either direction, a change of d has the standard error
+    sqrt((q - d^2) / n) (McNemar's test). The change is visible from z standard errors on: d = z sqrt(q / (n + z^2)). No
+    change exceeds q. For too small a q, the smallest visible change has all differences in one direction: q = d, which
+    is z^2 / (n + z^2).
 
     Args:
         n: samples.
         discordant: q, in [0, 1].
-        confidence: two-sided; z is the normal quantile that belongs to it.
+        confidence: two-sided; z is its normal quantile.
 
     Raises:
-        ValueError: ``n`` is below 1 or ``discordant`` no share.
+        ValueError: ``n`` is below 1 or ``discordant`` is outside [0, 1].
     """
     if n < 1 or not 0 <= discordant <= 1:
         raise ValueError(
@@ -126,22 +114,25 @@ def _columns(*series: Sequence[float]) -> np.ndarray:
 
 
 def _interval(
-    numerators: np.ndarray, weights: np.ndarray, seed: int, resamples: int, confidence: float
-) -> tuple[float, float, float]:
-    """sum(numerators) / sum(weights), both [n, 1], and the percentiles of its resamples: mean, low, high."""
+    numerators: np.ndarray, weights: np.ndarray, *, seed: int = 0, resamples: int = 10_000, confidence: float = 0.95
+) -> tuple[float, float, float, int]:
+    """sum(numerators) / sum(weights), both [n, 1], and the percentiles of its resamples: mean, low, high, n.
+
+    ``seed`` is of the resampling, ``confidence`` the share of the ``resamples`` within the interval.
+    """
     if resamples < 1 or not 0 < confidence < 1:
         raise ValueError(f"{resamples} resamples at confidence {confidence}: expected at least 1 and one in (0, 1).")
-    # Around the first sample's ratio, so that rounding does not spread ratios that are all equal.
+    # Around the first sample's ratio: rounding then leaves equal ratios equal.
     centre = numerators[0, 0] / weights[0, 0]
     pairs = np.concatenate([numerators - centre * weights, weights], axis=1)
     sums = _resampled_sums(pairs, seed, resamples)
     low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.5 - confidence / 2, 0.5 + confidence / 2])
     mean = pairs[:, 0].sum() / pairs[:, 1].sum()
-    return float(centre + mean), float(centre + low), float(centre + high)
+    return float(centre + mean), float(centre + low), float(centre + high), len(pairs)
 
 
 def _resampled_sums(pairs: np.ndarray, seed: int, resamples: int) -> np.ndarray:
-    """Sums [resamples, 2] over rows of ``pairs`` [n, 2] that are drawn with replacement."""
+    """Sums [resamples, 2] over rows of ``pairs`` [n, 2], drawn with replacement."""
     generator, n = np.random.default_rng(seed), len(pairs)
     block = max(1, BLOCK // n)
     sizes = [min(block, resamples - start) for start in range(0, resamples, block)]

@@ -1,4 +1,4 @@
-"""What a set of runs says: each metric beside the dense model's, with the paired difference."""
+"""A table of runs: each metric beside the dense model's, with the paired difference."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def _table(records: Sequence[Record]) -> Table:
 
 
 def through_pruned(record: Record) -> str:
-    """For example ``120/128``: tokens that were predicted with narrow keys, of all."""
+    """For example ``120/128``: tokens predicted with narrow keys, of all."""
     counters = record["counters"]
     narrow = counters["scored_through_pruned"] + counters["generated_through_pruned"]
     return f"{narrow}/{counters['scored_tokens'] + counters['generated_tokens']}"
 
 
 def difference(ours: Record, dense: Record, key: str) -> Difference | None:
-    """The paired difference of a metric (``name,filter``); None if it is neither a mean nor in bits per byte.
+    """The paired difference of a metric (``name,filter``); None for metrics other than means and bits per byte.
 
     Raises:
         ValueError: the two runs are not of the same samples.
@@ -71,7 +71,7 @@ def difference(ours: Record, dense: Record, key: str) -> Difference | None:
 
 
 def sample_values(record: Record, key: str) -> dict[Any, Any]:
-    """What the samples contribute to a metric, by the prompt they are of."""
+    """The samples' contributions to a metric, by prompt."""
     name, kind = key.split(",", 1)
     return {(s["doc_id"], s["doc_hash"]): s[name] for s in record["samples"] if s["filter"] == kind and name in s}
 

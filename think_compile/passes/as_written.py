@@ -1,7 +1,7 @@
 """Calls on tensor subclasses, such as quantized weights: a trace keeps them as the caller made them.
 
-A class with its own ``__torch_function__`` may implement ``linear``, but none of the ATen operations that ``linear``
-decomposes into. A trace records such a call unchanged, in one node.
+A class with its own ``__torch_function__`` may implement ``linear``, but none of the ATen operations in the
+decomposition of ``linear``. A trace records such a call unchanged, in one node.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def has_own_functions(value: Any) -> bool:
 
 
 def own_classes(graph: Graph) -> set[type]:
-    """The classes of such tensors in a Dynamo graph, and the wrapper classes that only the graph itself makes."""
+    """The classes with their own functions in a Dynamo graph, and the wrapper classes that only the graph makes."""
     values = {node: node.meta.get("example_value") for node in graph.nodes}
     given = {type(value) for node, value in values.items() if node.op == "placeholder"}
     made = {type(value) for value in values.values() if is_traceable_wrapper_subclass(value)} - given
@@ -40,13 +40,12 @@ def own_classes(graph: Graph) -> set[type]:
 
 
 def calls_as_written(graph: Graph, mode: FakeTensorMode) -> dict[Node, Any]:
-    """The calls of a Dynamo graph that take such tensors, each with a stand-in for its result in a trace.
+    """The calls of a Dynamo graph on tensors of such classes, each with a stand-in for its result in a trace.
 
     Raises:
         Refused: a call writes to an argument, returns a view of one, or returns something other than tensors.
     """
-    calls = [node for node in graph.nodes if node.op.startswith("call_") and _takes_own(node)]
-    return {node: _checked(node, mode) for node in calls}
+    return {node: _checked(node, mode) for node in graph.nodes if node.op.startswith("call_") and _takes_own(node)}
 
 
 def _takes_own(node: Node) -> bool:
@@ -78,7 +77,7 @@ def _function(node: Node) -> Callable[..., Any]:
 
 
 class _Writes(TorchDispatchMode):
-    """Notes the storages that operations write to, after tensor subclasses have handled the operations."""
+    """Notes the storages written by operations, after tensor subclasses have handled the operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,10 +86,9 @@ class _Writes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         if any(not issubclass(cls, FakeTensor) for cls in types if cls is not Tensor):
             return NotImplemented
-        names = [argument.name for argument in func._schema.arguments]
-        given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-        info = {argument.name: argument.alias_info for argument in func._schema.arguments}
-        written = [x for name, x in given.items() if (alias := info.get(name)) is not None and alias.is_write]
+        schema = func._schema.arguments
+        given = dict(zip((a.name for a in schema), args, strict=False)) | (kwargs or {})
+        written = [given.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write]
         self.storages |= _storages(pytree.tree_leaves(written))
         return func(*args, **(kwargs or {}))
 

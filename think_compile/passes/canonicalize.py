@@ -1,4 +1,4 @@
-"""Rewrite equivalent cache writes and attention calls into the forms that the later passes read.
+"""Rewrite equivalent cache writes and attention calls into the forms read by the later passes.
 
 A write by select_scatter, scatter or where becomes a slice_scatter or an index_copy. An assignment to positions gets
 rows with all axes. A roll with new rows at the end becomes a cat. An attention without a head axis gets one. Each new
@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from think_compile.passes import layout as lay
+from think_compile.passes import layout
 
 aten = torch.ops.aten
 Rule = Callable[[GraphModule, Node], Node | None]
@@ -51,7 +51,9 @@ def _call(graph_module: GraphModule, like: Node, target: Any, *args: Any, **kwar
 def _same_shape(a: Node, b: Node, but: int | None = None) -> bool:
     """Whether two tensors have the same shape, except for axis ``but``."""
     x, y = a.meta["val"].shape, b.meta["val"].shape
-    return len(x) == len(y) and all(i == but or lay.same_size(m, n) for i, (m, n) in enumerate(zip(x, y, strict=True)))
+    return len(x) == len(y) and all(
+        i == but or layout.same_size(m, n) for i, (m, n) in enumerate(zip(x, y, strict=True))
+    )
 
 
 def _select_scatter(graph_module: GraphModule, node: Node) -> Node | None:
@@ -64,9 +66,7 @@ def _select_scatter(graph_module: GraphModule, node: Node) -> Node | None:
     if index < 0 and not isinstance(size, int):
         return None
     index = index + size if index < 0 else index
-    if row.target is aten.copy.default:  # look through the copy at the written row
-        row = lay.layout_input(row) or row
-    rows = _call(graph_module, node, aten.unsqueeze.default, row, dim)
+    rows = _call(graph_module, node, aten.unsqueeze.default, layout.uncopied(row), dim)
     return _call(graph_module, node, aten.slice_scatter.default, base, rows, dim, index, index + 1)
 
 
@@ -74,24 +74,29 @@ def _scatter(graph_module: GraphModule, node: Node) -> Node | None:
     """``base.scatter(dim, positions repeated over every other axis, rows)``."""
     base, dim, index, rows = node.args
     dim %= base.meta["val"].dim()
-    positions, chain = lay.walk_back(index)
+    positions, chain = layout.walk_back(index)
     if not (_same_shape(index, rows) and _same_shape(base, rows, but=dim)):
         return None
-    if lay.same_size(positions.meta["val"].numel(), 1):
+    n_positions = positions.meta["val"].numel()
+    if layout.same_size(n_positions, 1):
         positions = _call(graph_module, node, aten.reshape.default, positions, [1])
-    elif positions.meta["val"].dim() != 1 or not _runs_along(positions, chain, dim):
-        return None
+    else:
+        fills_axis = layout.same_size(n_positions, rows.meta["val"].shape[dim])
+        if not fills_axis or _own_axis(positions, chain) != dim - base.meta["val"].dim():
+            return None
     return _call(graph_module, node, aten.index_copy.default, base, dim, positions, rows)
 
 
-def _runs_along(positions: Node, chain: list[Node], dim: int) -> bool:
-    """Whether ``positions`` [N], through views and copies, vary along axis ``dim`` only and fill it."""
+def _own_axis(source: Node, chain: list[Node]) -> int | None:
+    """The only axis along which a ``source`` [N] varies after views and copies, counted from the last; else None."""
+    if source.meta["val"].dim() != 1:
+        return None
     try:
-        axes = lay.follow(chain, lay.source_axes(positions.meta["val"].shape))
-    except lay.NotLayout:
-        return False
-    own = [i for i, atoms in enumerate(axes) if any(atom.axis is not None for atom in atoms)]
-    return own == [dim] and len(axes[dim]) == 1 and not axes[dim][0].part
+        axes = layout.follow(chain, layout.source_axes(source.meta["val"].shape))
+    except layout.NotLayout:
+        return None
+    own = [i for i, atoms in enumerate(axes) for atom in atoms if atom.axis is not None]  # two for a split axis
+    return own[0] - len(axes) if len(own) == 1 else None
 
 
 def _where(graph_module: GraphModule, node: Node) -> Node | None:
@@ -99,12 +104,12 @@ def _where(graph_module: GraphModule, node: Node) -> Node | None:
     condition, row, base = node.args
     if not (_is_tensor(row) and _is_tensor(base)) or row.meta["val"].dtype != base.meta["val"].dtype:
         return None
-    hit, chain = lay.walk_back(condition)
+    hit, chain = layout.walk_back(condition)
     dim = _hit_axis(hit, chain, base)
     position = None if dim is None else _position(hit)
     if dim is None or position is None or not _same_shape(base, row, but=dim):
         return None
-    if not (lay.same_size(row.meta["val"].shape[dim], 1) and _same_shape(base, node)):
+    if not (layout.same_size(row.meta["val"].shape[dim], 1) and _same_shape(base, node)):
         return None
     if isinstance(position, int):
         return _call(graph_module, node, aten.slice_scatter.default, base, row, dim, position, position + 1)
@@ -117,30 +122,24 @@ def _is_tensor(arg: Any) -> bool:
 
 
 def _hit_axis(hit: Node, chain: list[Node], base: Node) -> int | None:
-    """The axis of ``base`` that the comparison ``hit`` covers, through the views ``chain``, or None."""
-    if hit.target not in (aten.eq.Tensor, aten.eq.Scalar) or hit.meta["val"].dim() != 1:
-        return None
-    try:
-        axes = lay.follow(chain, lay.source_axes(hit.meta["val"].shape))
-    except lay.NotLayout:
+    """The axis of ``base`` covered by the comparison ``hit``, through the views ``chain``, or None."""
+    axis = _own_axis(hit, chain) if hit.target in (aten.eq.Tensor, aten.eq.Scalar) else None
+    if axis is None:
         return None
     shape = base.meta["val"].shape
-    own = [i for i, atoms in enumerate(axes) if any(atom.axis is not None for atom in atoms)]
-    if len(own) != 1:
-        return None
-    dim = own[0] - len(axes) + len(shape)
-    return dim if lay.same_size(hit.meta["val"].shape[0], shape[dim]) else None
+    dim = axis + len(shape)
+    return dim if dim >= 0 and layout.same_size(hit.meta["val"].shape[0], shape[dim]) else None
 
 
 def _position(hit: Node) -> Node | int | None:
     """The one position of ``arange == position``: an int64 tensor, or a number >= 0; else None."""
     for columns, position in (hit.args[:2], hit.args[1::-1]):
-        if not isinstance(columns, Node) or not _counts_from_zero(lay.walk_back(columns)[0]):
+        if not isinstance(columns, Node) or not _counts_from_zero(layout.walk_back(columns)[0]):
             continue
         if isinstance(position, int):
             return position if position >= 0 else None
         if _is_tensor(position) and position.meta["val"].dtype == torch.int64:
-            return position if lay.same_size(position.meta["val"].numel(), 1) else None
+            return position if layout.same_size(position.meta["val"].numel(), 1) else None
     return None
 
 
@@ -157,13 +156,13 @@ def _index_put(graph_module: GraphModule, node: Node) -> Node | None:
 def _index_put_of_all_axes(graph_module: GraphModule, node: Node) -> Node | None:
     """``x[:, :, positions] = rows`` of one sequence, where ``rows`` lack the axes of size one in front."""
     base, indices, rows = node.args[:3]
-    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
-    if len(given) != 1 or rows.meta["val"].dim() >= base.meta["val"].dim():
+    indexed = layout.indexed_axis(node)
+    if indexed is None or rows.meta["val"].dim() >= base.meta["val"].dim():
         return None
-    dim, index = given[0]
+    dim, index = indexed
     rows = _with_axes_in_front(graph_module, node, rows, base)
     shape = rows.meta["val"].shape
-    if not _same_shape(rows, base, but=dim) or not lay.same_size(shape[dim], index.meta["val"].numel()):
+    if not _same_shape(rows, base, but=dim) or not layout.same_size(shape[dim], index.meta["val"].numel()):
         return None
     return _call(graph_module, node, node.target, base, indices, rows, *node.args[3:], **node.kwargs)
 
@@ -177,11 +176,11 @@ def _with_axes_in_front(graph_module: GraphModule, node: Node, rows: Node, base:
 
 def _rolled_index_put(graph_module: GraphModule, node: Node) -> Node | None:
     """``x = base.roll(-n); x[:, -n:] = rows``, with a constant index."""
-    base, indices, rows = node.args[:3]
-    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
-    if base.target is not aten.roll.default or any(node.args[3:]) or node.kwargs or len(given) != 1:
+    base, _, rows = node.args[:3]
+    indexed = layout.indexed_axis(node)
+    if base.target is not aten.roll.default or any(node.args[3:]) or node.kwargs or indexed is None:
         return None
-    dim, index = given[0]
+    dim, index = indexed
     positions = _constant(graph_module, index)
     if positions is None or positions.dtype == torch.bool or positions.dim() != 1:
         return None
@@ -195,34 +194,31 @@ def _rolled_index_put(graph_module: GraphModule, node: Node) -> Node | None:
 def _rolled_slice_scatter(graph_module: GraphModule, node: Node) -> Node | None:
     """As :func:`_rolled_index_put`, with a slice to the end."""
     base, rows = node.args[:2]
-    dim, start, end, step = lay.slice_bounds(node, first=2)
+    dim, start, _, _ = layout.slice_bounds(node)
     size = base.meta["val"].shape[dim]
-    to_the_end = isinstance(end, int) and (end >= lay.EVERYTHING or (isinstance(size, int) and end == size))
-    if base.target is not aten.roll.default or step != 1 or not to_the_end or not isinstance(start, int):
+    if base.target is not aten.roll.default or not layout.runs_to_end(node) or not isinstance(start, int):
         return None
     n = -start if start < 0 else size - start if isinstance(size, int) else 0
-    if rows.target is aten.copy.default:  # look through the copy at the written rows
-        rows = lay.layout_input(rows) or rows
-    return _moved_up(graph_module, node, base, dim, n, rows)
+    return _moved_up(graph_module, node, base, dim, n, layout.uncopied(rows))
 
 
 def _moved_up(graph_module: GraphModule, node: Node, roll: Node, dim: int, n: int, rows: Node) -> Node | None:
     """All but the first ``n`` rows of the rolled tensor, followed by ``rows``."""
-    source, shifts, dims = roll.args[0], roll.args[1], roll.args[2] if len(roll.args) > 2 else []
+    source, shifts, dims = layout.arguments_of(roll).values()
     rank = source.meta["val"].dim()
     if n < 1 or list(shifts) != [-n] or [d % rank for d in dims] != [dim % rank]:
         return None
     rows = _with_axes_in_front(graph_module, node, rows, source)
-    if not _same_shape(rows, source, but=dim % rank) or not lay.same_size(rows.meta["val"].shape[dim], n):
+    if not _same_shape(rows, source, but=dim % rank) or not layout.same_size(rows.meta["val"].shape[dim], n):
         return None
     if rows.meta["val"].dtype != source.meta["val"].dtype:
         return None
-    kept = _call(graph_module, node, aten.slice.Tensor, source, dim, n, lay.EVERYTHING)
+    kept = _call(graph_module, node, aten.slice.Tensor, source, dim, n, layout.EVERYTHING)
     return _call(graph_module, node, aten.cat.default, [kept, rows], dim)
 
 
 def _constant(graph_module: GraphModule, node: Any) -> torch.Tensor | None:
-    """The value of a tensor that the graph holds itself, such as a constant made from numbers, or None."""
+    """The value of a tensor held by the graph itself, such as a constant made from numbers, or None."""
     while isinstance(node, Node) and node.target in (aten.lift_fresh_copy.default, aten.detach.default):
         node = node.args[0]
     if not isinstance(node, Node) or node.op != "get_attr":

@@ -1,6 +1,6 @@
 """Trace a graph of torch calls once, into functional ATen operations.
 
-``aot_export_module`` traces twice. Its first trace only finds the needs of training steps, outputs that share memory,
+``aot_export_module`` traces twice. Its first trace only finds the needs of training steps, outputs with shared memory,
 and tensor subclasses. As there, the trace is pre-dispatch: attention and ``linear`` stay whole.
 """
 
@@ -46,12 +46,12 @@ def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMod
     """Trace ``gm`` with its fake ``inputs``.
 
     Returns:
-        The graph, and the indices of the inputs that are written to. The graph has the inputs of ``gm``. Its outputs
-        are the new values of the written inputs, then the outputs of ``gm``.
+        The graph, and the indices of the written inputs. The graph has the inputs of ``gm``. Its outputs are the new
+        values of the written inputs, then the outputs of ``gm``.
 
     Raises:
-        NotFunctional: an input's shape or storage is changed, a written input shares memory with another, or a tensor
-            that ``gm`` holds itself is written to.
+        NotFunctional: an input's shape or storage is changed, a written input shares memory with another, or one of
+            the tensors of ``gm`` itself is written to.
     """
     held = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
     fakes = _distinct([*(mode.from_tensor(tensor, static_shapes=True) for tensor in held.values()), *inputs])
@@ -69,7 +69,7 @@ def functional_graph(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMod
             written[:] = _written(args, wrapped)
             return tuple(from_fun(x) for x in (*(wrapped[i] for i in written), *outputs))
 
-    mode.epoch += 1  # numbers that an earlier trace read from tensors do not count in this one
+    mode.epoch += 1  # numbers read from tensors by an earlier trace do not count in this one
     with mode, enable_python_dispatcher(), FunctionalTensorMode(pre_dispatch=True, export=True):
         traced = make_fx(call, record_module_stack=True, pre_dispatch=True)(*fakes)
     _check_functional(traced.graph)
@@ -106,7 +106,7 @@ def _distinct(fakes: Sequence[Any]) -> list[Any]:
 
 
 class _Interpreter(PropagateUnbackedSymInts):
-    """Runs a graph node by node, so that the traced nodes keep the metadata.
+    """Runs a graph node by node, to keep the metadata in the traced nodes.
 
     Skips inference modes: there are no gradients anyway, and torch 2.11 finds no writes in them. Records the calls of
     ``as_written`` unchanged, with the given results. Records the traced operations of the parts of ``transformed``.
@@ -139,7 +139,7 @@ class _Interpreter(PropagateUnbackedSymInts):
 
 
 def _written(args: Sequence[Any], wrapped: Sequence[Any]) -> list[int]:
-    """Indices of the inputs that the call has written to; ``wrapped``: ``args`` as wrapped by functionalization."""
+    """Indices of the inputs written by the call; ``wrapped``: ``args`` as wrapped by functionalization."""
     tensors = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
     for i in tensors:
         if has_metadata_mutation(wrapped[i], args[i], check_only_storage_mutation=False):
@@ -163,7 +163,7 @@ def _check_apart(group: Sequence[int], tensors: Sequence[Tensor]) -> None:
 
 
 def _holding(held: dict[str, Tensor], traced: GraphModule) -> GraphModule:
-    """Make the first inputs of the trace, the tensors that the caller's graph holds itself, its own again."""
+    """Turn the first inputs of the trace, tensors held by the caller's graph, back into attributes of the graph."""
     graph_module = GraphModule(traced, traced.graph)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     for (name, tensor), node in zip(held.items(), placeholders, strict=False):

@@ -1,4 +1,4 @@
-"""Which axis is which: follow a tensor through operations that only move, split, merge or repeat its axes.
+"""Follow the axes of a tensor through operations that only move, split, merge or repeat axes.
 
 An axis is a list of atoms: factors of the source's axes, in order. Repeating adds atoms without a source axis. The head
 axis of repeated keys is [heads of the source, copies]; a merged [batch*head] axis is [batch, head]. One algebra serves
@@ -7,6 +7,7 @@ every layout, and no layout is assumed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,7 @@ Axes = list[list[Atom]]
 
 
 def place(part: int) -> tuple[int, ...]:
-    """The path to a part of an axis: at each split, outer (0) or inner (1). The parts of an axis sort by it."""
+    """The path to a part of an axis: at each split, outer (0) or inner (1). The parts of an axis sort by path."""
     way: list[int] = []
     while part:
         way.append((part - 1) % 2)
@@ -73,7 +74,7 @@ def place(part: int) -> tuple[int, ...]:
 
 
 class NotLayout(Exception):
-    """The operation does more than move axes; the message says what."""
+    """An operation does more than move axes; the message names the operation."""
 
 
 def same_size(a: Size, b: Size) -> bool:
@@ -82,17 +83,17 @@ def same_size(a: Size, b: Size) -> bool:
 
 
 def equal_size(a: Size, b: Size) -> bool:
-    """Whether two sizes are equal in this call; if that is not known, the caller's graph is guarded on the answer."""
+    """Whether two sizes are equal in this call; an answer that was unknown becomes a guard of the caller's graph."""
     return bool(a == b) if isinstance(a, int) and isinstance(b, int) else guard_or_false(a == b)
 
 
 def is_unknown(size: Size) -> bool:
-    """Whether a size is read from a tensor, so that a trace cannot know it."""
+    """Whether a size is read from a tensor, and so unknown to a trace."""
     return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
 def source_axes(shape: Sequence[Size]) -> Axes:
-    """The axes of a tensor that is itself the source."""
+    """The axes of the source itself."""
     return [[Atom(size, axis)] for axis, size in enumerate(shape)]
 
 
@@ -101,7 +102,7 @@ def layout_input(node: Node) -> Node | None:
     if node.op != "call_function":
         return None
     if node.target is aten.slice_scatter.default:  # all is overwritten: the result is the written tensor
-        return node.args[1] if slice_keeps_all(node, first=2) else None
+        return node.args[1] if slice_keeps_all(node) else None
     if node.target is aten.copy.default:  # the old content is gone
         return node.args[1] if _same_kind(node.args[1], node) else None
     if node.target is aten.slice.Tensor and not slice_keeps_all(node):
@@ -118,7 +119,7 @@ def rounds(node: Node) -> bool:
 
 
 def arranged(node: Node) -> Iterator[Node]:
-    """All nodes that layout operations and cuts make of ``node``."""
+    """All results of layout operations and cuts of ``node``."""
     for user in node.users:
         if layout_input(user) is node or (user.target in _CUTS and user.args[0] is node):
             yield user
@@ -132,7 +133,7 @@ def _same_kind(a: Node, b: Node) -> bool:
 
 
 def scaled_input(node: Node) -> Node | None:
-    """The tensor that ``node`` multiplies or divides by one number (:func:`scale_of`), or None."""
+    """The tensor multiplied or divided by one number (:func:`scale_of`) in ``node``, or None."""
     if node.op != "call_function" or node.target not in SCALES:
         return None
     tensor, number = node.args[:2]
@@ -142,7 +143,7 @@ def scaled_input(node: Node) -> Node | None:
 
 
 def scale_of(node: Node) -> Any:
-    """The number by which a scaling ``node`` multiplies or divides: a constant or a node."""
+    """The factor or divisor of a scaling ``node``: a constant or a node."""
     return node.args[0] if node.args[1] is scaled_input(node) else node.args[1]
 
 
@@ -152,7 +153,7 @@ def _is_number(arg: Any) -> bool:
 
 
 def walk_back(node: Node, stop: Node | None = None, *, scaled: bool = False) -> tuple[Node, list[Node]]:
-    """The tensor that ``node`` is made from by layout operations, and these operations in execution order.
+    """The tensor from which layout operations make ``node``, and these operations in execution order.
 
     Stops at ``stop``. ``scaled``: also through multiplications and divisions by one number.
     """
@@ -166,13 +167,15 @@ def walk_back(node: Node, stop: Node | None = None, *, scaled: bool = False) -> 
     return node, chain[::-1]
 
 
-def slice_bounds(node: Node, first: int = 1) -> tuple[int, Any, Any, Any]:
-    """(dim, start, end, step) of a slice (``first`` 1) or slice_scatter (2) node."""
-    given = list(node.args[first:]) + [None] * 4
-    dim = given[0] if given[0] is not None else node.kwargs.get("dim", 0)
-    start = given[1] if given[1] is not None else node.kwargs.get("start")
-    end = given[2] if given[2] is not None else node.kwargs.get("end")
-    step = given[3] if given[3] is not None else node.kwargs.get("step", 1)
+def arguments_of(node: Node) -> dict[str, Any]:
+    """The arguments of a call of an operator by name, in the order of its schema, with its defaults."""
+    schema = list(enumerate(node.target._schema.arguments))
+    return {a.name: node.args[i] if i < len(node.args) else node.kwargs.get(a.name, a.default_value) for i, a in schema}
+
+
+def slice_bounds(node: Node) -> tuple[int, Any, Any, Any]:
+    """(dim, start, end, step) of a slice or slice_scatter node."""
+    dim, start, end, step = (arguments_of(node)[name] for name in ("dim", "start", "end", "step"))
     return dim, 0 if start is None else start, EVERYTHING if end is None else end, step
 
 
@@ -181,16 +184,34 @@ def value_of(arg: Any) -> Any:
     return arg.meta["val"] if isinstance(arg, Node) else arg
 
 
-def slice_keeps_all(node: Node, first: int = 1) -> bool:
-    """Whether a slice keeps its whole axis: it runs from 0 to the end, or to the known size."""
-    dim, start, end, step = slice_bounds(node, first)
-    size = node.args[0].meta["val"].shape[dim]
+def slice_keeps_all(node: Node) -> bool:
+    """Whether a slice keeps its whole axis."""
+    return runs_from_zero(node) and runs_to_end(node)
+
+
+def runs_from_zero(node: Node) -> bool:
+    """Whether a slice takes an axis from its first element, without a step."""
+    _, start, _, step = slice_bounds(node)
+    return step == 1 and same_size(value_of(start), 0)
+
+
+def runs_to_end(node: Node) -> bool:
+    """Whether a slice takes an axis up to its last element, without a step."""
+    dim, _, end, step = slice_bounds(node)
     end = value_of(end)
-    return same_size(value_of(start), 0) and step == 1 and (_is_everything(end) or same_size(end, size))
+    is_everything = isinstance(end, int) and end >= EVERYTHING
+    return step == 1 and (is_everything or same_size(end, node.args[0].meta["val"].shape[dim]))
 
 
-def _is_everything(end: Any) -> bool:
-    return isinstance(end, int) and end >= EVERYTHING
+def uncopied(rows: Node) -> Node:
+    """The rows of a write, before their copy into a slice of the target."""
+    return layout_input(rows) or rows if rows.target is aten.copy.default else rows
+
+
+def indexed_axis(node: Node) -> tuple[int, Node] | None:
+    """The only indexed axis of an index_put, and its index; None: several axes."""
+    given = [(dim, index) for dim, index in enumerate(node.args[1]) if index is not None]
+    return given[0] if len(given) == 1 else None
 
 
 def apply(node: Node, axes: Axes) -> Axes:
@@ -203,7 +224,10 @@ def apply(node: Node, axes: Axes) -> Axes:
     if target is aten.permute.default:
         return [axes[d] for d in node.args[1]]
     if target is aten.transpose.int:
-        return _swapped(axes, *node.args[1:3])
+        a, b = node.args[1:3]
+        swapped = list(axes)
+        swapped[a], swapped[b] = axes[b], axes[a]
+        return swapped
     if target is aten.unsqueeze.default:
         at = node.args[1] % (len(axes) + 1)
         return [*axes[:at], [Atom(1, None)], *axes[at:]]
@@ -230,12 +254,6 @@ def _prefix(node: Node, axes: Axes) -> Axes:
     return [*axes[:dim], [shorter], *axes[dim + 1 :]]
 
 
-def _swapped(axes: Axes, a: int, b: int) -> Axes:
-    out = list(axes)
-    out[a], out[b] = out[b], out[a]
-    return out
-
-
 def _squeezed(axes: Axes, dim: int) -> Axes:
     dim %= len(axes)
     if not all(same_size(atom.size, 1) for atom in axes[dim]):
@@ -250,7 +268,7 @@ def _repeated(node: Node, axes: Axes) -> Axes:
         times = node.args[1]
         padded: Axes = [[] for _ in range(len(times) - len(axes))] + axes
         return [atoms if n == 1 else [Atom(n, None), *atoms] for n, atoms in zip(times, padded, strict=True)]
-    repeats, dim = node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    repeats, dim = (arguments_of(node)[name] for name in ("repeats", "dim"))
     if dim is None or not isinstance(repeats, int):
         raise NotLayout("repeat_interleave flattens")
     return [[*atoms, Atom(repeats, None)] if i == dim % len(axes) else atoms for i, atoms in enumerate(axes)]
@@ -266,14 +284,11 @@ def _expanded(axes: Axes, shape: Sequence[Size]) -> Axes:
 
 
 def _product(atoms: Sequence[Atom]) -> Size:
-    total: Size = 1
-    for atom in atoms:
-        total = total * atom.size
-    return total
+    return math.prod(atom.size for atom in atoms)
 
 
 def _regroup(axes: Axes, shape: Sequence[Size]) -> Axes:
-    """The axes after a view: the same atoms in the same order, regrouped; an atom that spans two axes is split."""
+    """The axes after a view: the same atoms in the same order, regrouped; an atom across two axes is split."""
     flat = [atom for atoms in axes for atom in atoms]
     out: Axes = []
     for size in shape:
@@ -306,7 +321,7 @@ def _take(flat: list[Atom], size: Size) -> tuple[list[Atom], list[Atom]]:
 
 
 def _must_split(atom: Atom, done: Size, size: Size) -> bool:
-    """Whether an atom exceeds an axis of ``size`` that is filled up to ``done``; raises if it does not factor."""
+    """Whether an atom exceeds an axis of ``size`` filled up to ``done``; raises if no split fits."""
     if not all(isinstance(n, int) for n in (atom.size, done, size)):
         outer = size // done
         is_whole = same_size(atom.size, outer)

@@ -31,7 +31,7 @@ class Normalized:
         graph_module: placeholders as the caller's inputs; each has its fake value in ``meta["val"]``. The outputs are
             first the new values of written inputs, then the caller's own outputs.
         written: for each new value, the index of the written input.
-        sources: for each input, where Dynamo found it ("L['self']...", for people), or "".
+        sources: Dynamo's name of each input's place ("L['self']...", for people), or "".
     """
 
     graph_module: GraphModule
@@ -48,10 +48,10 @@ class Normalized:
 
 
 def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
-    """Export ``gm``, a graph that Dynamo hands to a backend, with plain tensors in place of tensor subclasses.
+    """Export ``gm``, a graph from Dynamo for a backend, with plain tensors in place of tensor subclasses.
 
     Raises:
-        Refused: it writes to memory that it also reads through another input; torch cannot trace one of its
+        Refused: the graph writes to memory also read through another input; torch cannot trace one of its
             control-flow operations, function transforms or tensor subclasses; or an input is sharded.
     """
     _refuse_sharded(gm, example_inputs)
@@ -90,14 +90,15 @@ def _normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> Normalized:
         with torch.no_grad(), tracing(TracingContext(mode)):
             graph_module, written = functional_graph(gm, fakes, mode)
         count.matches, count.graph = len(placeholders), graph_module.graph
-    _keep_values(graph_module, fakes)
+    for node, fake in zip(graph_module.graph.find_nodes(op="placeholder"), fakes, strict=True):
+        node.meta.setdefault("val", fake)
     _drop_assertions(graph_module)
     canonicalize(graph_module)
     return Normalized(graph_module, written, sources)
 
 
 def _drop_idle_dropout(gm: GraphModule) -> None:
-    """Replace a dropout that is off by its input, to which the export would otherwise forbid writes."""
+    """Replace an inactive dropout by its input: otherwise the export would forbid writes to the input."""
     for node in gm.graph.find_nodes(op="call_function", target=torch.nn.functional.dropout):
         p, training, _ = (*node.args[1:], *[None] * 3)[:3]
         p = node.kwargs.get("p", 0.5) if p is None else p
@@ -138,13 +139,8 @@ def _fake(mode: FakeTensorMode, node: Node, value: Any) -> Any:
     return value
 
 
-def _keep_values(graph_module: GraphModule, fakes: Sequence[Any]) -> None:
-    for node, fake in zip(graph_module.graph.find_nodes(op="placeholder"), fakes, strict=True):
-        node.meta.setdefault("val", fake)
-
-
 def _drop_assertions(graph_module: GraphModule) -> None:
-    """Drop dtype assertions: they hold by construction, and would keep tensors alive that nothing else reads."""
+    """Drop dtype assertions: they hold by construction, and would keep otherwise unread tensors alive."""
     target = torch.ops.aten._assert_tensor_metadata.default
     for node in graph_module.graph.find_nodes(op="call_function", target=target):
         graph_module.graph.erase_node(node)

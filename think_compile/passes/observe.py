@@ -21,7 +21,7 @@ class Count:
 
 @contextmanager
 def observed(name: str, graph: torch.fx.Graph | None) -> Iterator[Count]:
-    """Log the pass's line on exit. The pass sets ``matches`` and, if it makes a new graph, ``graph``."""
+    """Log the pass's line on exit. The pass sets ``matches`` and, for a new graph, ``graph``."""
     count = Count()
     dump = log.isEnabledFor(logging.DEBUG)
     if dump and graph is not None:

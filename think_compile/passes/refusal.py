@@ -22,20 +22,20 @@ class Reason(enum.Enum):
     CHANNEL_MIXING = "an operation between cache and attention mixes or splits the channels"
     LATENT = "the cache holds a latent, which a projection turns into keys (multi-head latent attention)"
     SLIDING = "the layer keeps a bounded window of tokens, so its cache is small already (sliding=True prunes it)"
-    SLIDING_BUFFER = "the layer keeps a bounded window of tokens in a buffer, and not simply the last ones that fill it"
+    SLIDING_BUFFER = "the layer keeps a bounded window of tokens in a buffer, other than the last tokens filling it"
     WINDOW_TOO_SMALL = "the layer keeps a bounded window of tokens, all of which stay whole"
-    UNKNOWN_WINDOW = "the layer keeps a bounded window of tokens, and not simply the last ones in order"
+    UNKNOWN_WINDOW = "the layer keeps a bounded window of tokens, other than the last tokens in order"
     CROSS_ATTENTION = "the keys are not one for each query (cross-attention, or a full window that is shifted)"
     NO_JOIN_SEEN = "the keys come into the graph whole (cross-attention, or a graph break before the attention)"
     GRAPH_BREAK = "a graph break cuts the attention in two"
     UNKNOWN_ATTENTION = (
-        "between the product with the keys and that with the values heads or tokens are mixed, or there is no softmax"
+        "heads or tokens are mixed between the products with the keys and with the values, or there is no softmax"
     )
     UNKNOWN_LAYOUT = "the cache's axes cannot be told apart"
     UNKNOWN_ROOT = "how the cache is joined from its past and the new keys is not understood"
     PAST_ESCAPES = "the past cache is read by something other than the join"
     HEADS_DIFFER = "keys and values have different heads"
-    OPTION = "the attention operation is called with an option that an attention to packed keys has not"
+    OPTION = "the attention operation is called with an option that attention to packed keys does not support"
     TRANSFORMED = (
         "the attention does not read the keys as they are cached (rotated once they are, say, or a part of them)"
     )
@@ -46,20 +46,20 @@ class Reason(enum.Enum):
         "the cache is written in place to a tensor held neither by the model nor by what the call was given, or to a "
         "part of a larger one"
     )
-    GIVEN_UP = "a later call could not read the packed cache, so that new ones are left dense"
+    GIVEN_UP = "a later call could not read the packed cache, so new caches are left dense"
     HIGHER_ORDER = "the graph holds a control-flow operation or a vmap, and torch cannot export it to ATen operations"
     NOT_FUNCTIONAL = (
         "the model writes to a tensor and reads the same memory through another, or to a tensor that its graph holds "
         "itself, or changes an input's shape or storage in place"
     )
     SHARDED = "the weights are sharded over several processes (DTensor), which is not supported"
-    TENSOR_CLASS = "the graph computes with tensors of a class of its own (quantized ones, say) as no trace can say"
+    TENSOR_CLASS = "the graph computes with a tensor class of its own (quantized weights, say) that no trace can record"
     FAILED = "an internal failure: calls of this kind run as the model wrote them"
     AMBIGUOUS = "more than one reading of this attention as a cached one is possible"
 
 
 class Refused(Exception):
-    """The layer is left as it is, for this reason; ``detail`` names the cause in the graph."""
+    """The layer is left alone for this reason; ``detail`` names the cause in the graph."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -67,13 +67,13 @@ class Refused(Exception):
 
 
 def where(node: Node) -> str:
-    """A node for people: the operation and, when the trace knows it, the line of the model that made it."""
+    """A node for people: the operation and, if known to the trace, its line in the model."""
     line = _last_line_outside_torch(node.meta.get("stack_trace") or "")
     return f"{node.target} ({line})" if line else str(node.target)
 
 
 def _last_line_outside_torch(trace: str) -> str:
-    """Skips torch's own frames: they come last if a torch function mode is on (a default device, say)."""
+    """Skips torch's own frames: they come last if a torch function mode, such as a default device, is on."""
     last, ours = "", True
     for line in (line.strip() for line in trace.splitlines()):
         if line.startswith('File "'):

@@ -1,7 +1,7 @@
 """Function transforms in a Dynamo graph, such as ``vmap``: each is traced alone, into ATen operations.
 
-A trace above the dispatcher records the inputs of a transform, but not its own tensors: they belong to a level that
-only the transform knows. Below the dispatcher its levels are gone.
+A trace above the dispatcher records the inputs of a transform, but not its own tensors: they belong to a level known
+only to the transform. Below the dispatcher the levels are gone.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from think_compile.passes.as_written import has_own_functions, plain_stand_in
 from think_compile.passes.refusal import Reason, Refused
+from think_compile.passes.walks import part_of
 
 
 @dataclass(frozen=True)
 class Transformed:
-    """A part of a Dynamo graph that runs within transforms.
+    """A part of a Dynamo graph within transforms.
 
     Attributes:
         nodes: the calls, in execution order.
-        inputs: the outside nodes that the calls read.
-        outputs: the calls that outside nodes read.
+        inputs: the outside nodes read by the calls.
+        outputs: the calls read by outside nodes.
         traced: a graph of ATen operations from ``inputs`` to ``outputs``.
     """
 
@@ -47,7 +48,7 @@ def is_transform(target: Any) -> bool:
 
 
 def transformed_parts(gm: GraphModule, mode: FakeTensorMode) -> dict[Node, Transformed]:
-    """The parts of a Dynamo graph that run within transforms, keyed by their first nodes.
+    """The parts of a Dynamo graph within transforms, keyed by their first nodes.
 
     Raises:
         Refused: torch cannot trace one.
@@ -56,7 +57,7 @@ def transformed_parts(gm: GraphModule, mode: FakeTensorMode) -> dict[Node, Trans
     try:
         return {nodes[0]: _transformed(gm, nodes, mode) for nodes in _parts(gm.graph)}
     except Exception as error:
-        while _depth() > depth:  # a vmap that the failure left open
+        while _depth() > depth:  # a vmap left open by the failure
             torch._C._functorch.pop_dynamic_layer_stack()
         names = sorted({node.target.__name__ for node in gm.graph.nodes if is_transform(node.target)})
         why = f"{', '.join(names)}: {type(error).__name__}: {str(error).split(chr(10))[0]}"
@@ -88,20 +89,10 @@ def _transformed(gm: GraphModule, nodes: Sequence[Node], mode: FakeTensorMode) -
     inside = set(nodes)
     inputs = tuple(dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in inside))
     outputs = tuple(node for node in nodes if any(user not in inside for user in node.users))
-    run = Interpreter(GraphModule(gm, _alone(nodes, inputs, outputs))).run
+    run = Interpreter(GraphModule(gm, part_of(nodes, inputs, outputs))).run
     values = [_fake(mode, node.meta["example_value"]) for node in inputs]
     with torch.no_grad(), tracing(TracingContext(mode)), mode, enable_python_dispatcher(), maybe_enable_thunkify():
         return Transformed(tuple(nodes), inputs, outputs, make_fx(run)(*values))
-
-
-def _alone(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> Graph:
-    graph, copies = Graph(), dict[Node, Node]()
-    for i, node in enumerate(inputs):
-        copies[node] = graph.placeholder(f"given_{i}")
-    for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in outputs))
-    return graph
 
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:

@@ -1,8 +1,8 @@
 """Replays of a lowered graph: one CUDA graph for all steps of a decode on a cache of fixed size.
 
 A call replays the capture of an earlier call if its tensors have the same addresses. Parameters and stores are read
-and written in place. Other inputs are copied to the addresses that the capture expects. Outputs are copied as well, so
-that the next replay does not change the caller's tensors.
+and written in place. Other inputs are copied to the addresses expected by the capture. Outputs are copied as well: the
+next replay must not change the caller's tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 MAX_CAPTURES = 8  # per graph; a ninth replaces the oldest
 ATTEMPTS = 3  # failed captures before giving up: a shortage of memory may be temporary
 Launched = Callable[[Sequence[Any]], Sequence[Any]]
-LARGE = 16 * 2**20  # bytes; inputs from this size on are read in place, so that a new address needs a new capture
+LARGE = 16 * 2**20  # bytes; inputs from this size on are read in place: a new address needs a new capture
 
 
 class Replayed:
@@ -42,7 +42,7 @@ class Replayed:
         if self.refused:
             return self.launched(values)
         for capture in self.captures:
-            if capture.fits(values):
+            if capture.signature.matches(values):
                 self.latest = capture
                 return capture.replay(values)
         self.latest = None
@@ -53,31 +53,25 @@ class Replayed:
         return self._capture(values, signature)
 
     def _capture(self, values: Sequence[Any], signature: Signature) -> Sequence[Any]:
+        """Capture and replay a call; if the capture fails, launch the call, and a later one may try again."""
         self.refused = obstacle(values)
-        if not self.refused:
-            try:
-                capture = Capture(self.lowered, values, signature)
-            except NotCaptured as error:
-                return self._failed(values, error)
+        try:
+            capture = None if self.refused else Capture(self.lowered, values, signature)
+        except NotCaptured as error:
+            log.info("a CUDA graph was not captured: %s", error)
+            capture, self.seen, self.failures = None, None, self.failures + 1
+            self.refused = str(error) if self.failures == ATTEMPTS else ""
         if self.refused:
             log.warning("steps are launched one by one and not replayed from a CUDA graph: %s", self.refused)
+        if capture is None:
             return self.launched(values)
         log.info("captured a CUDA graph")
         self.captures = [capture, *self.captures][:MAX_CAPTURES]
         return capture.replay(values)
 
-    def _failed(self, values: Sequence[Any], error: NotCaptured) -> Sequence[Any]:
-        """Run a call that could not be captured; a later call may try again."""
-        self.failures, self.seen = self.failures + 1, None
-        log.info("a CUDA graph was not captured: %s", error)
-        if self.failures == ATTEMPTS:
-            self.refused = str(error)
-            log.warning("steps are launched one by one and not replayed from a CUDA graph: %s", self.refused)
-        return self.launched(values)
-
 
 class Signature:
-    """What a capture depends on: addresses of the inputs read in place, shapes or values of the others."""
+    """The conditions of a capture: addresses of the inputs read in place, shapes or values of the others."""
 
     def __init__(self, values: Sequence[Any], in_place: frozenset[int]) -> None:
         self.placed = [
@@ -99,7 +93,7 @@ class Signature:
     __hash__ = None  # type: ignore[assignment]
 
     def matches(self, values: Sequence[Any]) -> bool:
-        """Whether ``values`` have this signature."""
+        """Whether ``values`` have this signature: a replay can stand in for running the lowered graph on them."""
         same_places = self.pointers == [values[i].data_ptr() for i in self.placed]
         same_looks = self.large_looks == [look(values[i]) for i in self.large]
         return same_places and same_looks and self.looks == [look(values[i]) for i in self.others]
@@ -118,7 +112,7 @@ def _without_repeats(x: Tensor) -> tuple[slice, ...] | None:
 
 
 def obstacle(values: Sequence[Any]) -> str:
-    """Why a call with these inputs cannot be captured; "" if it can."""
+    """The reason against capturing a call with these inputs; "" for none."""
     devices = {x.device for x in values if isinstance(x, Tensor)}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         return f"inputs are on {', '.join(sorted(map(str, devices)))}"
@@ -129,7 +123,7 @@ def obstacle(values: Sequence[Any]) -> str:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream per device: each costs a workspace. Torch shares one, on the device that captured first."""
+    """One stream per device: each costs a workspace. Torch shares one, on the device of the first capture."""
     return torch.cuda.Stream(device)
 
 
@@ -139,7 +133,7 @@ class NotCaptured(Exception):
 
 @contextmanager
 def _mended(device: torch.device) -> Iterator[None]:
-    """Restore the random generator after a failed capture, which leaves it unusable; raises :class:`NotCaptured`."""
+    """Restore the random generator, unusable after a failed capture; raises :class:`NotCaptured`."""
     generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     seed, offset = generator.initial_seed(), generator.get_offset()
     try:
@@ -186,10 +180,6 @@ class Capture:
         inputs = {x.untyped_storage().data_ptr() for x in (*values, *self.inputs) if isinstance(x, Tensor)}
         if any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in inputs for x in self.outputs):
             raise NotCaptured("an output is an input")
-
-    def fits(self, values: Sequence[Any]) -> bool:
-        """Whether a replay can stand in for running the lowered graph on ``values``."""
-        return self.signature.matches(values)
 
     def replay(self, values: Sequence[Any] | Mapping[int, Any]) -> list[Any]:
         """The outputs of a call with ``values``; only the copied inputs are needed."""

@@ -1,9 +1,9 @@
 """A model's call under Dynamo: a failed call leaves no trace.
 
-Dynamo by itself permanently marks the code of a frame that it cannot convert: after one malformed request, every later
-call would be dense. Here such a frame runs as the model wrote it, in this call only. If the plain code raises too, the
-error is the caller's and nothing is remembered. If it succeeds, the failure is ours: calls of that kind are not traced
-again, and the report says so.
+Dynamo permanently marks the code of a frame after a failed conversion: one malformed request would make every later
+call dense. Here such a frame runs as the model wrote it, in this call only. If the plain code raises too, the error is
+the caller's and nothing is remembered. If the plain code succeeds, the failure is ours: calls of this kind are not
+traced again, and the report says so.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrate
 from think_compile.backend import Backend, NothingRewritten
 from think_compile.runtime.running import RUNNING, FrameFailure, Running
 
-# Graphs per code object before torch stops compiling it and runs it op by op. A few conversations that differ in batch,
-# padding and cache reach torch's own limit of 8; beyond it no new cache would be pruned.
+# Graphs per code object before torch stops compiling and runs the code op by op. A few conversations of different
+# batch, padding and cache reach torch's own limit of 8; beyond the limit no new cache would be pruned.
 MAX_GRAPHS = 64
 MAX_GRAPHS_OF_A_LAYER = 8  # if graph breaks separate the layers, which share one code object
 MAX_FAILURES = 8  # kinds of arguments that may fail before Dynamo no longer tries a code object
@@ -62,10 +62,6 @@ class _Converter:
             running.marked.append(frame.f_code)
         return result
 
-    def remember(self, failure: FrameFailure) -> None:
-        """Record that the plain code succeeded after Dynamo failed."""
-        self.failed.setdefault(failure.code, set()).add(failure.kind)
-
 
 def _kind(frame: Any) -> tuple[Any, ...]:
     """The kind of a frame's arguments: types, and dtypes and shapes of tensors."""
@@ -80,8 +76,8 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 def compiled_call(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     """The call of one model, compiled by ``backend``: a function of model, args and kwargs.
 
-    It has its own code object, so that models do not share recompile limits. Errors of the model and of this package
-    are passed on unchanged.
+    The function has its own code object: models must not share recompile limits. Errors of the model and of this
+    package are passed on unchanged.
     """
     # Dynamo remembers varying sizes by the code's name; models must not share them
     code = _call.__code__.replace(co_name=f"{type(model).__name__}_call_{next(_numbers)}")
@@ -94,7 +90,7 @@ def compiled_call(model: nn.Module, backend: Backend) -> Callable[..., Any]:
         "accumulated_recompile_limit": accumulated,
         "suppress_errors": False,
         "skip_nnmodule_hook_guards": False,  # hooks may come and go between calls
-        "specialize_float": True,  # a float that varied would become a tensor whose value no trace knows
+        "specialize_float": True,  # a varying float would become a tensor, whose value no trace knows
     }
 
     def call(*args: Any) -> Any:
@@ -104,24 +100,20 @@ def compiled_call(model: nn.Module, backend: Backend) -> Callable[..., Any]:
             with torch._dynamo.config.patch(settings):
                 result = compiled(*args)
         except BaseException as error:
-            _unmark(running)
+            for code_object in running.marked:
+                set_code_exec_strategy(code_object, _CONVERTED)
             if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, NothingRewritten):
                 raise error.inner_exception from None
             raise
         finally:
             RUNNING.reset(token)
         for failure in running.failures:
-            converter.remember(failure)
-            backend.excuse_frame(failure)
+            converter.failed.setdefault(failure.code, set()).add(failure.kind)  # the plain code succeeded
+            backend.excuse(failure.error, "kind")
         backend.check_attention_was_seen()
         return result
 
     return call
-
-
-def _unmark(running: Running) -> None:
-    for code in running.marked:
-        set_code_exec_strategy(code, _CONVERTED)
 
 
 def _limits(model: nn.Module) -> tuple[int, int]:

@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 
 class _Graph:
-    """A graph of the model, and the plain way to run it."""
+    """A graph of the model, and its plain form."""
 
     def __init__(self, backend: Backend, gm: GraphModule) -> None:
         self.backend, self.gm = backend, gm
         self.is_plain = False  # after an internal failure
 
     def _plain_instead(self, error: Exception, args: Sequence[Any], layers: Sequence[Attention] = ()) -> Any:
-        """The plain graph's outputs for a call on which our code failed.
+        """The plain graph's outputs for a call, after a failure of our code.
 
-        If the plain graph raises too, the error is the caller's: it is passed on, and the next call is tried again.
+        An error of the plain graph is the caller's: the error is passed on, and the next call is tried again.
         Otherwise the failure is ours, and the graph stays plain.
         """
         with _restored_on_error(args):
             outputs = self.gm.forward(*args)
-            self.backend.excuse(error, layers)
+            self.backend.excuse(error, "graph", layers)
         self.is_plain = True
         return outputs
 
@@ -67,7 +67,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 class FailedGraph(_Graph):
-    """A graph on which our passes failed."""
+    """A graph after a failure of our passes."""
 
     def __init__(self, backend: Backend, gm: GraphModule, error: Exception) -> None:
         super().__init__(backend, gm)
@@ -78,7 +78,7 @@ class FailedGraph(_Graph):
 
 
 class Key(NamedTuple):
-    """What the program of a call depends on, besides the graph.
+    """The facts that decide, besides the graph, on the program of a call.
 
     Attributes:
         packed: the inputs read packed.
@@ -105,7 +105,7 @@ class CompiledGraph(_Graph):
         own: frozenset[int],
         frame: str,
     ) -> None:
-        """``own``: the inputs that are the model's own tensors; ``frame``: the module whose code was compiled."""
+        """``own``: the inputs with the model's own tensors; ``frame``: the module whose code was compiled."""
         super().__init__(backend, gm)
         self.normalized, self.own = normalized, own
         sites = self.sites = findings.cached
@@ -175,8 +175,7 @@ class CompiledGraph(_Graph):
         """The outputs, if the call is a step like the last one; else None."""
         if self.latest is None or self.latest.given_up != len(self.backend.given_up):
             return None
-        program = self.programs.get(self.latest)
-        return None if program is None else program.run_again(args)
+        return self.programs[self.latest].run_again(args)
 
     def _record_layer(self) -> None:
         """Record the layer of this call: after graph breaks, layers of one kind share a graph."""

@@ -43,7 +43,7 @@ class CompilationFailed(Exception):
 
 @dataclass(frozen=True)
 class Dims:
-    """Which sizes of an input vary between calls: the axes of a tensor, or (``number``) the value itself.
+    """The sizes of an input that vary between calls: the axes of a tensor, or (``number``) the value itself.
 
     ``strided``: the strides of the tensor may vary as well.
     ``named`` gives a name to a number, or to each varying size of a contiguous tensor. Sizes with the same name and
@@ -113,7 +113,7 @@ class Inductor:
         from torch._inductor.compile_fx import compile_fx
 
         if self.variants:
-            log.info("compiling again: the varying sizes left what was assumed of them")
+            log.info("compiling again: the varying sizes broke an assumption")
         shape_env = ShapeEnv(duck_shape=False)
         mode = FakeTensorMode(shape_env=shape_env)
         fakes = _Fakes(mode, shape_env).make(args, self.dims)
@@ -132,7 +132,7 @@ class Inductor:
 
 
 def suited(graph_module: GraphModule) -> dict[str, Any]:
-    """Inductor options that suit a graph; the user's options override them.
+    """Inductor options for a graph; the user's options override them.
 
     Products of one row, as in steps of one sequence, are bound by reading the weights. On a GPU, Inductor's own kernels
     read them at full speed once tuned, in one launch with the following operations; cuBLAS takes two launches. Before
@@ -146,7 +146,7 @@ def suited(graph_module: GraphModule) -> dict[str, Any]:
 
 
 def _varying(fakes: Sequence[Any], dims: Sequence[Dims]) -> list[tuple[Getter, int | SymInt]]:
-    """For each varying number: how to read it from the inputs, and its symbol (for sizes 0 and 1, its value)."""
+    """For each varying number: its getter from the inputs, and its symbol (for sizes 0 and 1, its value)."""
     found: list[tuple[Getter, int | SymInt]] = []
     for i, (fake, d) in enumerate(zip(fakes, dims, strict=True)):
         if d.number:
@@ -213,7 +213,7 @@ class _Fakes:
             return torch.empty(shape, dtype=arg.dtype, device=arg.device)
 
     def _shared(self, kind: str, value: int, name: str) -> SymInt | int:
-        """One symbol for all equal numbers of a kind; a guard checks that they stay equal."""
+        """One symbol for all equal numbers of a kind; a guard checks their equality in later calls."""
         if (kind, value) not in self.named:
             self.named[kind, value] = self._symbol(value, name)
         return self.named[kind, value]

@@ -1,8 +1,8 @@
 """First calls whose keys and values stay the caller's own tensors: a later call packs them.
 
-If a graph break separates projection and attention, no graph shows that the keys are a cache. The attention's graph
-then notes its choice for their rows, and the tensors stay the caller's. A later call with these tensors as its past
-packs them.
+If a graph break separates projection and attention, no graph proves the keys to be a cache. The attention's graph then
+notes its choice for their rows, and the tensors stay the caller's. A later call with these tensors as its past packs
+them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from think_compile.passes.rewrite.plan import Chosen
 
 
 class _Note(NamedTuple):
-    """The choice for a tensor's rows, the side that will store them, and the tensor's version at that time."""
+    """The choice for a tensor's rows, their later side, and the tensor's version at the time of the choice."""
 
     chosen: State
     side: Side
@@ -50,7 +50,7 @@ class Pending:
             return args
         taken = list(args)
         for site, format in self._known(args, sites, format_of):
-            for of, tensor, index in zip(("keys", "values"), (site.keys, site.values), site.past or (), strict=True):
+            for (of, tensor), index in zip(site.sides, site.past or (), strict=True):
                 taken[index] = _packed(args[index], of, format.side(of), tensor, self.notes[args[index]].chosen)
         return taken
 

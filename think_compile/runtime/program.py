@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class BeginsAgain(Exception):
 
 
 class Program:
-    """A rewritten graph and its lowering, for one choice of which handles are packed."""
+    """A rewritten graph and its lowering, for one choice of packed handles."""
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Program:
         own: frozenset[int] = frozenset(),
         starts: Callable[..., Any] | None = None,
     ) -> None:
-        """``own``: the inputs that are the model's parameters and buffers; ``starts``: from :func:`.find_starts`."""
+        """``own``: the inputs with the model's parameters and buffers; ``starts``: from :func:`.find_starts`."""
         self.rewritten = rewritten
         placeholders = normalized.placeholders
         self.written = frozenset(normalized.written)
@@ -69,11 +70,11 @@ class Program:
         self.written_rows = [(what.index, self._number(what.tokens)) for what in rewritten.written if not what.rolling]
         self.launched = Undone(self.lowered, rewritten)
         self.starts = starts
-        self.replayed = self._replayed(self.lowered, own) if config.cuda_graphs else None
+        self.replayed = self._replayed(own) if config.cuda_graphs else None
         self.repeated: Repeated | None = None
 
     def run(self, args: Sequence[Any], replace: Replace, note: Note) -> tuple[Any, ...]:
-        """The caller's outputs for the caller's inputs; ``note`` takes the choices for tensors that stay dense."""
+        """The caller's outputs for the caller's inputs; ``note`` takes the choices for tensors left dense."""
         counts = {index: number(args) for index, number in self.new_tokens}
         with allocating():
             self._take_room(args)
@@ -91,7 +92,7 @@ class Program:
             return tuple(made.output(what) for what in self.rewritten.outputs)
 
     def run_again(self, args: Sequence[Any]) -> tuple[Any, ...] | None:
-        """As :meth:`run`, if the last call was replayed and this one matches it; otherwise None, and nothing ran."""
+        """As :meth:`run`, by a replay of the last call if possible; otherwise None, and nothing ran."""
         values = None if self.repeated is None else self.repeated.values(args)
         if self.repeated is None or values is None or not self._has_rows_in_place(args):
             return None
@@ -124,7 +125,7 @@ class Program:
         return all(args[what.index].store.rolling == what.rolling for what in self.rewritten.written)
 
     def _take_room(self, args: Sequence[Any]) -> None:
-        """Count the rows that a call writes into caches of fixed size; raises if they do not fit."""
+        """Count the rows written by a call into caches of fixed size; raises if they do not fit."""
         keys = [(args[index].store, number(args)) for index, number in self.written_rows]
         if any(store.written is None or store.written + n > store.capacity for store, n in keys):
             self._ask_for_room(args, keys)
@@ -149,19 +150,19 @@ class Program:
                 )
             store.written = start
 
-    def _replayed(self, lowered: Eager | Inductor, own: frozenset[int]) -> Replayed | None:
+    def _replayed(self, own: frozenset[int]) -> Replayed | None:
         """Replays of the graph, if it writes only to caches of fixed size, in place; else None."""
         new = (*self.rewritten.outputs, *(what for _, what in self.rewritten.replaced))
         stays = all(isinstance(what, plan.Returned | plan.Constant | plan.SameHandle) for what in new)
         in_their_places = self.rewritten.written and stays and not (self.rewritten.appended or self.rewritten.copied)
-        if isinstance(lowered, Eager) or not in_their_places:
+        if isinstance(self.lowered, Eager) or not in_their_places:
             return None
         in_place = own | self.written
         placed = [
             isinstance(what, plan.FromStore) or (isinstance(what, plan.Passed) and what.index in in_place)
             for what in self.rewritten.inputs
         ]
-        return Replayed(lowered, self.launched, [i for i, is_placed in enumerate(placed) if is_placed])
+        return Replayed(self.lowered, self.launched, [i for i, is_placed in enumerate(placed) if is_placed])
 
     def _is_long(self, args: Sequence[Any]) -> bool:
         """Whether a call is a chunk of a prompt: its launch costs little, and a capture would hold much memory."""
@@ -218,7 +219,7 @@ def _from_store(index: int, name: str) -> Fetch:
 
 
 def _dims(what: plan.Input, placeholders: Sequence[Any]) -> Dims:
-    """Which sizes of a lowered graph's input vary; equal sizes of one name share a symbol."""
+    """The varying sizes of a lowered graph's input; equal sizes of one name share a symbol."""
     if isinstance(what, plan.Size):
         return Dims(number=True)
     if isinstance(what, plan.Counter):
@@ -235,19 +236,16 @@ def _dims(what: plan.Input, placeholders: Sequence[Any]) -> Dims:
     return Dims(varying, strided=any(isinstance(n, SymInt) for n in (*value.shape, *value.stride())))
 
 
+@dataclass
 class _Made:
     """Makes the caller's outputs; outputs on the same store share one cell, whatever their layouts."""
 
-    def __init__(
-        self,
-        args: Sequence[Any],
-        stores: dict[int, Any],
-        counts: dict[int, int],
-        values: Sequence[Any],
-        number: Callable[[Any], int],
-    ) -> None:
-        self.args, self.stores, self.counts, self.values, self.number = args, stores, counts, values, number
-        self.made: dict[Any, Cell] = {}
+    args: Sequence[Any]
+    stores: dict[int, Any]
+    counts: dict[int, int]
+    values: Sequence[Any]
+    number: Callable[[Any], int]
+    made: dict[Any, Cell] = field(default_factory=dict)
 
     def output(self, what: plan.Output) -> Any:
         if isinstance(what, plan.Returned):
@@ -278,23 +276,19 @@ class _Made:
 
 
 class Undone:
-    """Runs a lowered graph; if it fails midway, the windows of caches of fixed size are restored.
+    """Runs a lowered graph; after a failure midway, the windows of caches of fixed size are restored.
 
-    A second attempt then sees the same whole rows in every layer, also in layers that ran the first time. Encoded rows
-    are not restored: the second attempt writes them before it reads them. The window is not restored after a single
-    token either: the token's row replaces a row that has left the window.
+    A second attempt then sees the same whole rows in every layer, also in layers already run in the first attempt.
+    Encoded rows are not restored: the second attempt writes them before reading them. The window is not restored after
+    a single token either: the token's row replaces a row outside the new window.
     """
 
     def __init__(self, lowered: Eager | Inductor, rewritten: plan.Rewritten) -> None:
         self.lowered = lowered
         steps = all(isinstance(what.tokens, int) and what.tokens == 1 for what in rewritten.written)
         fixed = {index for index, _ in rewritten.sides}
-        stored = [(i, what) for i, what in enumerate(rewritten.inputs) if isinstance(what, plan.FromStore)]
-        self.places = [
-            i
-            for i, what in stored
-            if what.index in fixed and what.part.replaced and (what.part.name == COUNTERS or not steps)
-        ]
+        stored = [(i, x) for i, x in enumerate(rewritten.inputs) if isinstance(x, plan.FromStore) and x.part.replaced]
+        self.places = [i for i, x in stored if x.index in fixed and (x.part.name == COUNTERS or not steps)]
 
     def __call__(self, values: Sequence[Any]) -> Sequence[Any]:
         before = [values[i].clone() for i in self.places]
@@ -318,8 +312,7 @@ class PackedInputs:
 
     def of(self, args: Sequence[Any], format_of: FormatOf) -> frozenset[int]:
         """The indices of the usable inputs."""
-        usable = [site for site in self.sites if self._usable(site, args, format_of)]
-        return frozenset(index for site in usable for index in site.past or ())
+        return frozenset(i for site in self.sites if self._usable(site, args, format_of) for i in site.past or ())
 
     def windows_apart(self, args: Sequence[Any], packed: frozenset[int]) -> bool:
         """Whether growing caches of equal length have different windows, because their histories differ."""
@@ -361,6 +354,6 @@ def _usable(site: CachedAttention, args: Sequence[Any], format_of: FormatOf) -> 
 
 
 def _lies_as(handle: Handle, tensor: CacheTensor) -> bool:
-    """Whether a handle has the layout that the graph expects."""
+    """Whether a handle has the layout expected by the graph."""
     assert handle.store is not None
     return same_layout(handle.axes, tensor.join.past_layout, handle.store.logical_shape)

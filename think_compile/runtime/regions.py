@@ -1,14 +1,14 @@
-"""Compile layers once: the repeated part of a graph becomes one piece of code that runs for each layer in turn.
+"""Compile layers once: the repeated part of a graph becomes one piece of code, run for each layer in turn.
 
 The layers of a model differ only in their weights and caches: their nodes have the same order, operations, arguments
-and shapes. The longest such repetition is cut out where few values cross. The parts before and after it are compiled
+and shapes. The longest such repetition is cut out where few values cross. The parts before and after are compiled
 separately. A graph without a repetition is compiled as a whole.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,11 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from think_compile.config import fallback_allowed
 from think_compile.passes.normalize import AUTOCAST
 from think_compile.passes.prove.readers import PROJECTIONS
+from think_compile.passes.walks import part_of
 
 log = logging.getLogger(__name__)
 
-SMALLEST = 8  # nodes of a layer that is worth its own call
+SMALLEST = 8  # nodes of a layer worth its own call
 
 Compile = Callable[[GraphModule, list[Any]], Callable[..., Sequence[Any]]]
 Values = dict[Node, Any]
@@ -131,7 +132,9 @@ def _cut(graph: Graph, values: Values) -> _Cut | None:
     if repeated is None:
         return None
     place = {node: i for i, node in enumerate(body)}
-    ranked = sorted(_offsets(*repeated), key=lambda cut: _cost(cut, body, place))
+    first, period, length = repeated
+    cuts = (_Cut(first + offset, period, (length - offset) // period) for offset in range(period))
+    ranked = sorted((cut for cut in cuts if cut.count >= 2), key=lambda cut: _cost(cut, body, place))
     return next((cut for cut in ranked[:8] if _slots(cut.layers(body), values) is not None), None)
 
 
@@ -148,7 +151,7 @@ def _shape(value: Any) -> str:
 
 
 def _repetition(numbers: Tensor) -> tuple[int, int, int] | None:
-    """(first, period, length) of the stretch of equal parts that saves the most nodes from compilation."""
+    """(first, period, length) of the stretch of equal parts with the most nodes saved from compilation."""
     best, saved = None, 0
     for period in range(SMALLEST, len(numbers) // 2 + 1):
         start, run = _longest_run(numbers[:-period] == numbers[period:])
@@ -167,16 +170,8 @@ def _longest_run(same: Tensor) -> tuple[int, int]:
     return int(bounds[longest]) + 1, int(lengths[longest])
 
 
-def _offsets(first: int, period: int, length: int) -> Iterator[_Cut]:
-    """The cuts of a stretch, one for each offset into a layer, with as many layers as fit."""
-    for offset in range(period):
-        count = (length - offset) // period
-        if count >= 2:
-            yield _Cut(first + offset, period, count)
-
-
 def _cost(cut: _Cut, body: Sequence[Node], place: Mapping[Node, int]) -> tuple[int, int, bool]:
-    """Rank by most layers, then by fewest values that cross to the next layer, then by a border after a projection."""
+    """Rank by most layers, then by fewest values crossing to the next layer, then by a border after a projection."""
     border = cut.start + cut.period
     crossing = 0
     for node in body[cut.start : border]:
@@ -204,12 +199,9 @@ def _arguments(node: Node) -> list[Node]:
 
 
 def _written_twice(slots: Iterable[tuple[Node, ...]]) -> bool:
-    """Whether a layer takes the same graph input, which it may write to, in two slots."""
-    for layer in zip(*slots, strict=True):
-        inputs = [node for node in layer if node.op == "placeholder"]
-        if len(set(inputs)) < len(inputs):
-            return True
-    return False
+    """Whether a layer takes the same graph input, possibly written to, in two slots."""
+    layers = ([node for node in layer if node.op == "placeholder"] for layer in zip(*slots, strict=True))
+    return any(len(set(inputs)) < len(inputs) for inputs in layers)
 
 
 # -------------------------------------------------------------------------------------------- the parts, compiled
@@ -253,7 +245,7 @@ class _Regional:
         return [held[x] if is_node else x for x, is_node in zip(self.result, self.is_node, strict=True)]
 
     def _once(self, nodes: list[Node]) -> list[_Step]:
-        """A part that occurs once."""
+        """A part outside the repetition."""
         if not nodes:
             return []
         inside = set(nodes)
@@ -266,26 +258,20 @@ class _Regional:
         return self._compiled(layers, slots)
 
     def _compiled(self, layers: list[list[Node]], slots: list[tuple[Node, ...]]) -> list[_Step]:
-        """One compiled graph for all ``layers``, which are alike, and a step for each."""
+        """One compiled graph for all of the equal ``layers``, and a step for each."""
         known = {slot[0] for slot in slots}
         slots = slots + [tuple([number] * len(layers)) for number in self.numbers if number not in known]
         outputs = _left(layers)
-        graph, copies = Graph(), dict[Node, Node]()
-        for i, slot in enumerate(slots):
-            copies[slot[0]] = graph.placeholder(f"taken_{i}")
-        for node in layers[0]:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output(tuple(copies[layers[0][i]] for i in outputs))
-        fakes = [self.values[slot[0]] for slot in slots]
+        inputs = [slot[0] for slot in slots]
+        graph = part_of(layers[0], inputs, [layers[0][i] for i in outputs])
+        fakes = [self.values[node] for node in inputs]
         run = self.compile_graph(GraphModule(self.graph_module, graph), fakes)
-        steps = []
-        for k, layer in enumerate(layers):
-            takes, leaves = [self.place[slot[k]] for slot in slots], [self.place[layer[i]] for i in outputs]
-            steps.append(_Step(run, takes, leaves, []))
-        return steps
+        takes = [[self.place[slot[k]] for slot in slots] for k in range(len(layers))]
+        leaves = [[self.place[layer[i]] for i in outputs] for layer in layers]
+        return [_Step(run, *places, []) for places in zip(takes, leaves, strict=True)]
 
     def _free(self) -> None:
-        """Have each value released by the last step that takes it."""
+        """Have each value released by its last step."""
         needed = set(self.returned)
         for step in reversed(self.steps):
             step.done = [i for i in dict.fromkeys((*step.takes, *step.leaves)) if i not in needed]
@@ -293,7 +279,7 @@ class _Regional:
 
 
 def _left(layers: list[list[Node]]) -> list[int]:
-    """Indices of the nodes that are read outside their layer, in any of the layers."""
+    """Indices of the nodes read outside their layer, in any of the layers."""
     found: set[int] = set()
     for layer in layers:
         inside = set(layer)

@@ -1,4 +1,4 @@
-"""Repeated steps: a replayed call is recorded, so that the next call need only be compared with the record.
+"""Repeated steps: a replayed call is recorded, and the next call only compared with the record.
 
 Finding the usable handles, their stores and all inputs of the lowered graph takes the host longer than launching a
 captured graph. In a decode on caches of fixed size, all of these stay the same from step to step.
@@ -43,7 +43,7 @@ class Repeated:
     """
 
     def __init__(self, args: Sequence[Any], capture: Capture, passed: Mapping[int, int], fetchers: list[Fetch]) -> None:
-        """``passed``: input of the lowered graph -> index in ``args``, for inputs that are passed through."""
+        """``passed``: input of the lowered graph -> index in ``args``, for inputs passed through."""
         self.capture = capture
         self.handles = [i for i, x in enumerate(args) if isinstance(x, Handle)]
         self.known = Known([args[i] for i in self.handles])
@@ -56,7 +56,7 @@ class Repeated:
         return list(map(Tensor.data_ptr, [args[i] for i in self.placed]))
 
     def values(self, args: Sequence[Any]) -> dict[int, Any] | None:
-        """The inputs that the capture copies, by position; None: the call differs from the recorded one.
+        """The inputs to copy for the capture, by position; None: the call differs from the recorded one.
 
         Raises as :meth:`.handle.Handle.check_unwritten`.
         """

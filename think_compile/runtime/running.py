@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class FrameFailure(NamedTuple):
-    """A frame that Dynamo failed on: its code, the kind of its arguments, and the error."""
+    """A failure of Dynamo on a frame: its code, the kind of its arguments, and the error."""
 
     code: CodeType
     kind: tuple[Any, ...]
@@ -26,7 +26,7 @@ class Running:
         arguments: the arguments of the call.
         token: identifies this call.
         names: the local variables of the frame that Dynamo is converting.
-        failures: the frames that Dynamo failed on; they run as written in this call.
+        failures: the frames on which Dynamo failed; they run as written in this call.
         marked: the code objects that Dynamo decided in this call never to convert again.
     """
 

@@ -1,4 +1,4 @@
-"""Tasks for lm-evaluation-harness that need no network; README.md beside this file lists them.
+"""Tasks for lm-evaluation-harness without network access, listed in README.md beside this file.
 
 The harness reads them as files: ``TaskManager(include_path=FOLDER)`` or ``lm_eval --include_path``.
 """

@@ -1,8 +1,7 @@
 """From the committed records to prompts and scores; the YAML files name these functions.
 
-A record of retrieval says where its text begins and ends in text.txt and which facts stand in it where, in
-characters; the prompt is put together when it is asked for. The harness loads this file by its path, so it imports
-nothing of the package.
+A record of retrieval has the start and end of its text in text.txt, and its facts with their places, in characters; the
+prompt is assembled on demand. The harness loads this file by its path, so nothing of the package is imported.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ VARIABLE_QUESTION = (
 
 @cache
 def text() -> str:
-    """The prose that all tasks take their text from, ASCII."""
+    """The prose of all tasks, ASCII."""
     return (HERE / "text.txt").read_text(encoding="ascii")
 
 
 def load(file: str, **_: Any) -> dict[str, Dataset]:
-    """The records of a JSONL file beside this one. The harness passes on all of the task's metadata too."""
+    """The records of a JSONL file beside this one. The harness also passes all of the task's metadata."""
     return {"test": Dataset.from_list(_records(file))}
 
 
@@ -54,25 +53,25 @@ def _records(file: str) -> list[dict[str, Any]]:
 
 
 def number_prompt(doc: dict[str, Any]) -> str:
-    """Special magic numbers in text, and the question for the first one's."""
+    """Special magic numbers in text, and the question for the first number."""
     facts = [NUMBER.format(key, number) for key, number in zip(doc["keys"], doc["numbers"], strict=True)]
     return "\n\n".join([NUMBER_ORDER, with_facts(doc, facts), NUMBER_QUESTION.format(doc["keys"][0])])
 
 
 def number_answer(doc: dict[str, Any]) -> str:
-    """The number that is asked for."""
+    """The expected number."""
     return doc["numbers"][0]
 
 
 def alias_prompt(doc: dict[str, Any]) -> str:
-    """A special magic number in text, another key for it, and the question for that key's number."""
+    """A special magic number in text, a second key for it, and the question for the second key's number."""
     key, alias = doc["keys"]
     facts = [NUMBER.format(key, doc["numbers"][0]), ALIAS.format(alias, key)]
     return "\n\n".join([NUMBER_ORDER, with_facts(doc, facts), NUMBER_QUESTION.format(alias)])
 
 
 def variable_prompt(doc: dict[str, Any]) -> str:
-    """A chain of assignments in text, in order, and the question which variables hold its value."""
+    """A chain of assignments in text, in order, and the question for all variables with its value."""
     names = doc["names"]
     values = [doc["value"], *(f"VAR {name}" for name in names)]
     facts = [VARIABLE.format(name, value) for name, value in zip(names, values, strict=False)]
@@ -100,7 +99,7 @@ def score_number(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def score_variables(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """The share of the variables that the answer names."""
+    """The share of the variables named in the answer."""
     return {"acc": sum(name in results[0] for name in doc["names"]) / len(doc["names"])}
 
 
@@ -110,12 +109,12 @@ def context(doc: dict[str, Any]) -> str:
 
 
 def continuation(doc: dict[str, Any]) -> str:
-    """The text to be predicted, with the space or line break before it."""
+    """The text to be predicted, with the preceding space or line break."""
     return text()[doc["at"] - 1 : doc["end"]].rstrip()
 
 
 def score_continuation(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
-    """Log-likelihood in nats and bytes, which the harness sums and divides."""
+    """Log-likelihood in nats and bytes, to be summed and divided by the harness."""
     return {"bits_per_byte": (results[0][0], len(continuation(doc).encode()))}
 
 

@@ -1,23 +1,21 @@
 """Pass 2: find the attention sites of a functional graph, by their operations and not by their authors.
 
-A site is torch's attention operation, that of flash-attn (:mod:`.flash`), or a region of written-out attention
+A site is torch's attention operation, flash-attn's (:mod:`.flash`), or a region of written-out attention
 (:mod:`.region`).
 """
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from think_compile.cache.canonical import CANONICAL, Layout
 from think_compile.passes.find import flash
 from think_compile.passes.find.region import Region, find_regions
+from think_compile.passes.layout import arguments_of
 from think_compile.passes.observe import observed
 
 aten = torch.ops.aten
@@ -34,10 +32,10 @@ class Attention:
             two products, axes in any order.
         mask: bool (true attends) or float (added), broadcast to [B, Hq, N, S]; or None.
         scale: of q k^T; None is 1/sqrt(D).
-        is_causal: causal, aligned so that the first query sees the first key.
-        causal_to_end: causal, aligned so that the last query sees the last key.
+        is_causal: causal, with the first query aligned to the first key.
+        causal_to_end: causal, with the last query aligned to the last key.
         dropout: probability.
-        path: the module that contains it, as far as the trace tells.
+        path: its module, as far as known from the trace.
         region: the parts of a written-out attention; mask, scale and is_causal are then unset.
         layout: how the axes of operands and result map to [B, H, tokens, channels]; of a region unset.
         unsupported: options of the operation that attention to packed keys lacks.
@@ -59,7 +57,7 @@ class Attention:
     unsupported: str = ""
 
     def reads_keys(self, reader: Node, read: Node) -> bool:
-        """Whether ``reader`` is an operation of this attention that reads ``read`` as its keys or values."""
+        """Whether ``reader`` is an operation of this attention with ``read`` as its keys or values."""
         if self.region is None:
             return reader is self.operation and read is not self.q and read is not self.mask
         products = (self.region.logits, self.region.output)
@@ -72,66 +70,29 @@ def find_attention(graph_module: GraphModule) -> list[Attention]:
     with observed("attention", graph) as count:
         sites = [site for node in graph.nodes if (site := _from_operation(node)) is not None]
         sites += [_from_region(region) for region in find_regions(graph)]
-        sites.sort(key=_position(graph))
+        positions = {node: i for i, node in enumerate(graph.nodes)}
+        sites.sort(key=lambda site: positions[site.node])
         count.matches = len(sites)
     return sites
 
 
-def _sdpa_arguments(
-    query: Node,
-    key: Node,
-    value: Node,
-    attn_mask: Node | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: Any = None,
-    enable_gqa: bool = False,
-) -> dict[str, Any]:
-    return {
-        "q": query,
-        "k": key,
-        "v": value,
-        "mask": attn_mask,
-        "scale": scale,
-        "is_causal": is_causal,
-        "dropout": dropout_p,
-    }
-
-
-_SDPA_SIGNATURE = inspect.signature(_sdpa_arguments)
-
-
 def _from_operation(node: Node) -> Attention | None:
     if node.target is aten.scaled_dot_product_attention.default:
-        bound = _SDPA_SIGNATURE.bind(*node.args, **node.kwargs)
-        arguments = _sdpa_arguments(*bound.args, **bound.kwargs)
-        return Attention(node=node, operation=node, path=module_path(node), **arguments)
+        q, k, v, mask, dropout, is_causal, scale, _ = arguments_of(node).values()
+        return Attention(node, node, q, k, v, dropout, module_path(node), mask, scale, is_causal)
     if isinstance(node.target, torch._ops.OpOverload) and node.target.name() == flash.NAME:
-        return Attention(path=module_path(node), **flash.arguments_of(node))
+        return Attention(path=module_path(node), **flash.fields_of(node))
     return None
 
 
 def _from_region(region: Region) -> Attention:
-    return Attention(
-        node=region.output.node,
-        operation=region.output.node,
-        q=region.logits.left,
-        k=region.logits.right,
-        v=region.output.right,
-        dropout=region.dropout,
-        path=module_path(region.logits.node),
-        region=region,
-    )
-
-
-def _position(graph: Graph) -> Callable[[Attention], int]:
-    positions = {node: i for i, node in enumerate(graph.nodes)}
-    return lambda site: positions[site.node]
+    keys, values = region.logits, region.output
+    path = module_path(keys.node)
+    return Attention(values.node, values.node, keys.left, keys.right, values.right, region.dropout, path, region=region)
 
 
 def module_path(node: Node) -> str:
-    """The innermost module of a node as the user would write it ("model.layers.0.self_attn"), or ""."""
+    """The innermost module of a node in the user's spelling ("model.layers.0.self_attn"), or ""."""
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""

@@ -6,21 +6,13 @@ of the queries tell the block; if they do not, the module whose code is compiled
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch.fx import Node
 
 from think_compile.passes.find.attention import Attention
-
-
-def with_full_path(site: Attention, parameters: Mapping[Node, str], frame: str) -> Attention:
-    """``site`` with its path in the model.
-
-    ``parameters`` names the graph's inputs that are parameters; ``frame`` is the module whose code is compiled.
-    """
-    return replace(site, path=full_path(site.path, site.q, parameters) or frame)
+from think_compile.passes.walks import ancestors
 
 
 def told_apart(sites: Sequence[Attention]) -> list[Attention]:
@@ -38,24 +30,14 @@ def told_apart(sites: Sequence[Attention]) -> list[Attention]:
 
 
 def full_path(path: str, node: Node, parameters: Mapping[Node, str]) -> str:
-    """The path in the model of the trace's ``path``, told by the nearest parameter that ``node`` depends on."""
-    name = _nearest_parameter(node, parameters)
+    """The path in the model of the trace's ``path``, told by the nearest parameter among ``node``'s ancestors.
+
+    ``parameters``: the names of the parameters among the graph's inputs.
+    """
+    name = next((parameters[source] for source in ancestors(node) if source in parameters), None)
     if name is None or name.startswith(f"{path}." if path else "."):
         return path
     at = f".{name}".rfind(f".{path}.")
     if path and at >= 0:
         return name[: at + len(path)]
     return name.rsplit(".", 2)[0] if name.count(".") > 1 else path
-
-
-def _nearest_parameter(node: Node, parameters: Mapping[Node, str]) -> str | None:
-    """The nearest parameter that ``node`` depends on, or None."""
-    queue, seen = deque([node]), {node}
-    while queue:
-        node = queue.popleft()
-        if node in parameters:
-            return parameters[node]
-        fresh = [source for source in node.all_input_nodes if source not in seen]
-        seen.update(fresh)
-        queue.extend(fresh)
-    return None

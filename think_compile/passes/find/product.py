@@ -1,8 +1,8 @@
-"""Products of two tensors that sum over one axis, in one form: ``matmul``, ``bmm``, ``baddbmm``, ``einsum``."""
+"""Products of two tensors with a sum over one axis, in one form: ``matmul``, ``bmm``, ``baddbmm``, ``einsum``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ class Product:
     Attributes:
         left, right: the operands.
         contracted: the summed axis of each operand.
-        out: for each axis of ``node``, its axes in left and right (None: that operand lacks it).
+        out: for each axis of ``node``, its axes in left and right (None: not an axis of this operand).
         alpha, bias, beta: as in the formula.
     """
 
@@ -34,13 +34,12 @@ class Product:
 
     def flipped(self) -> Product:
         """The same product with its operands exchanged."""
-        contracted = (self.contracted[1], self.contracted[0])
         out = tuple((right, left) for left, right in self.out)
-        return Product(self.node, self.right, self.left, contracted, out, self.alpha, self.bias, self.beta)
+        return replace(self, left=self.right, right=self.left, contracted=self.contracted[::-1], out=out)
 
 
 def product_of(node: Node) -> Product | None:
-    """``node`` as a product, or None if it is not a product of this kind."""
+    """``node`` as a product, or None."""
     if node.op != "call_function" or node.target not in _READERS:
         return None
     return _READERS[node.target](node)
@@ -61,7 +60,7 @@ def _matmul(node: Node) -> Product | None:
 
 
 def _aligned(axis: int, rank: int, own_rank: int) -> Axis:
-    """The axis of an operand of ``own_rank`` axes that is ``axis`` of a broadcast result of ``rank`` axes, or None."""
+    """``axis`` of a broadcast result of ``rank`` axes, as an axis of an operand of ``own_rank`` axes; None: added."""
     own = axis - (rank - own_rank)
     return own if own >= 0 else None
 

@@ -1,4 +1,4 @@
-"""Written-out attention: a product, a softmax over one of its axes, and a product that sums over that axis.
+"""Written-out attention: a product, a softmax over one of its axes, and a product with a sum over this axis.
 
 Operations between them are accepted and left alone. Only masks are examined, since scoring leaves padding out.
 """
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from think_compile.passes import layout as lay
+from think_compile.passes import layout
 from think_compile.passes.find.product import Product, product_of
+from think_compile.passes.walks import is_floating
 
 aten = torch.ops.aten
 Order = tuple[tuple[tuple[int, int], ...], ...]  # for each axis its factors (axis, part), outermost first
@@ -22,10 +23,10 @@ MASKED_BELOW = -1e3  # a fill of at most this hides a position
 
 @dataclass(frozen=True)
 class Masking:
-    """A tensor that hides positions, and the logits that it masks.
+    """A mask and the masked logits.
 
     Attributes:
-        mask: the tensor; broadcast to the shape of ``at``.
+        mask: broadcast to the shape of ``at``.
         kind: "add" (float, added), "allow" or "block" (bool).
         at: the masked logits.
         axes: the axes of ``at``, as axes of the product or parts of them.
@@ -44,10 +45,10 @@ class Region:
     Attributes:
         softmax: the softmax.
         logits: the product of queries (left) and keys (right).
-        token_axis: the axis of the logits along which the softmax runs: the keys' tokens.
+        token_axis: the softmax's axis of the logits: the keys' tokens.
         output: the product of probabilities (left) and values (right).
         masks: the maskings of the logits, in order.
-        axes: the axes of the probabilities that enter ``output``, as axes of ``logits`` or parts of them.
+        axes: the axes of the probabilities in ``output``, as axes of ``logits`` or parts of them.
         dropout: probability.
     """
 
@@ -62,17 +63,17 @@ class Region:
 
 @dataclass(frozen=True)
 class _Step:
-    """A tensor that is made from the product, and its axes."""
+    """A tensor made from the product, and its axes."""
 
     node: Node
-    axes: lay.Axes
+    axes: layout.Axes
     masks: tuple[Masking, ...] = ()
     softmax: Node | None = None
-    token_axis: int | None = None  # the axis of the product along which the softmax runs
+    token_axis: int | None = None  # the softmax's axis of the product
     dropout: float = 0.0
 
     def axis_of(self, dim: int) -> int | None:
-        """The axis of the product that equals axis ``dim``, if it is one whole axis."""
+        """The axis of the product at axis ``dim``; None: several axes, or a part of one."""
         atoms = [atom for atom in self.axes[dim % len(self.axes)] if atom.axis is not None]
         return atoms[0].axis if len(atoms) == 1 and not atoms[0].part else None
 
@@ -88,9 +89,9 @@ def find_regions(graph: Graph) -> list[Region]:
 
 
 def _regions_from(product: Product) -> Iterator[Region]:
-    """Follow a product through a softmax to the products that sum over the softmax's axis."""
+    """Follow a product through a softmax to the products with a sum over the softmax's axis."""
     shape = product.node.meta["val"].shape
-    todo, seen = [_Step(product.node, lay.source_axes(shape))], {product.node}
+    todo, seen = [_Step(product.node, layout.source_axes(shape))], {product.node}
     while todo:
         step = todo.pop()
         for user in step.node.users:
@@ -104,13 +105,9 @@ def _regions_from(product: Product) -> Iterator[Region]:
 def _region(product: Product, step: _Step, output: Product) -> Iterator[Region]:
     assert step.softmax is not None and step.token_axis is not None
     oriented = _oriented(product, step.token_axis)
-    if oriented is not None and _is_batched(oriented):
+    # queries and keys share batch and heads; a router and its input share no axis
+    if oriented is not None and any(None not in axes for axes in oriented.out):
         yield Region(step.softmax, oriented, step.token_axis, output, step.masks, step.order, step.dropout)
-
-
-def _is_batched(product: Product) -> bool:
-    """Whether the operands share an axis, as queries and keys share batch and heads; a router and its input do not."""
-    return any(left is not None and right is not None for left, right in product.out)
 
 
 def _oriented(product: Product, token_axis: int) -> Product | None:
@@ -143,7 +140,7 @@ def _after(user: Node, step: _Step) -> _Step | None:
         return _after_softmax(user, step, _dims(user.args[1])[0])
     if user.target is aten.exp.default and (dim := _less_its_logsumexp(step.node)) is not None:
         return _after_softmax(user, step, dim)
-    if lay.layout_input(user) is step.node:
+    if layout.layout_input(user) is step.node:
         return _moved(user, step)
     if user.target in (aten.cat.default, aten.slice.Tensor):
         return _lengthened(user, step)
@@ -170,11 +167,11 @@ def _is_sum_of(node: Any, summed: Node) -> bool:
     """Whether ``node`` is the sum along one axis of ``summed``, an exponential: a written-out softmax."""
     if not isinstance(node, Node):
         return False
-    node, _ = lay.walk_back(node)
+    node, _ = layout.walk_back(node)
     if node.target is not aten.sum.dim_IntList or len(_dims(node)) != 1:
         return False
-    source, _ = lay.walk_back(node.args[0])
-    exponential, _ = lay.walk_back(summed)
+    source, _ = layout.walk_back(node.args[0])
+    exponential, _ = layout.walk_back(summed)
     return source is exponential and exponential.target is aten.exp.default
 
 
@@ -182,34 +179,26 @@ def _less_its_logsumexp(node: Node) -> int | None:
     """The axis of the logsumexp in ``x - logsumexp(x)``, or None: another way to write a softmax."""
     if node.target is not aten.sub.Tensor or not isinstance(node.args[1], Node):
         return None
-    total, _ = lay.walk_back(node.args[1])
+    total, _ = layout.walk_back(node.args[1])
     if total.target is not aten.logsumexp.default or len(_dims(total)) != 1:
         return None
-    return _dims(total)[0] if lay.walk_back(total.args[0])[0] is lay.walk_back(node.args[0])[0] else None
+    return _dims(total)[0] if layout.walk_back(total.args[0])[0] is layout.walk_back(node.args[0])[0] else None
 
 
 def _moved(user: Node, step: _Step) -> _Step | None:
     try:
-        axes = lay.apply(user, step.axes)
-    except lay.NotLayout:
+        axes = layout.apply(user, step.axes)
+    except layout.NotLayout:
         return None
     return replace(step, node=user, axes=axes)
 
 
 def _lengthened(user: Node, step: _Step) -> _Step | None:
     """A cat with more columns (attention sinks), or a slice of columns: the axis keeps its meaning."""
-    dim = lay.slice_bounds(user)[0] if user.target is aten.slice.Tensor else _cat_dim(user)
-    if user.target is aten.cat.default and user.args[0][0] is not step.node:
-        return None  # columns would no longer match the tokens
-    if lay.value_of(lay.slice_bounds(user)[1]) != 0 and user.target is aten.slice.Tensor:
-        return None
-    if dim % len(step.axes) != len(step.axes) - 1 or step.axis_of(dim) is None:
-        return None
-    return replace(step, node=user)
-
-
-def _cat_dim(node: Node) -> int:
-    return node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    is_cat, dim = user.target is aten.cat.default, layout.arguments_of(user)["dim"]
+    columns_match = user.args[0][0] is step.node if is_cat else layout.value_of(layout.slice_bounds(user)[1]) == 0
+    is_last = dim % len(step.axes) == len(step.axes) - 1
+    return replace(step, node=user) if columns_match and is_last and step.axis_of(dim) is not None else None
 
 
 def _pointwise(user: Node, step: _Step) -> _Step | None:
@@ -218,8 +207,9 @@ def _pointwise(user: Node, step: _Step) -> _Step | None:
     if not (is_dropout or _name(user) in _CHOICES or torch.Tag.pointwise in getattr(user.target, "tags", ())):
         return None
     rank, own = user.meta["val"].dim(), len(step.axes)
-    axes: lay.Axes = [[lay.Atom(1, None)] for _ in range(rank - own)] + step.axes
-    after = replace(step, node=user, axes=axes, dropout=step.dropout + (_probability(user) if is_dropout else 0.0))
+    axes: layout.Axes = [[layout.Atom(1, None)] for _ in range(rank - own)] + step.axes
+    p, is_on = user.args[1:3] if is_dropout else (0.0, False)
+    after = replace(step, node=user, axes=axes, dropout=step.dropout + (float(p) if is_on else 0.0))
     if step.softmax is not None:
         return after
     return replace(after, masks=(*step.masks, *_maskings(user, step.node, after.order)))
@@ -232,15 +222,10 @@ def _name(node: Node) -> str:
     return node.target.name().split(".")[0] if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
-def _probability(node: Node) -> float:
-    p, train = node.args[1:3]
-    return float(p) if train else 0.0
-
-
 def _maskings(user: Node, logits: Node, axes: Order) -> Iterator[Masking]:
     if user.target is aten.add.Tensor:
         for other in user.args:
-            if isinstance(other, Node) and other is not logits and _is_floating(other):
+            if isinstance(other, Node) and other is not logits and is_floating(other):
                 yield Masking(other, "add", user, axes)
     if _name(user) == "aten::masked_fill" and _hides(user.args[2]):
         yield Masking(user.args[1], "block", user, axes)
@@ -252,15 +237,10 @@ def _maskings(user: Node, logits: Node, axes: Order) -> Iterator[Masking]:
             yield Masking(condition, "block", user, axes)
 
 
-def _is_floating(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
 def _hides(fill: Any) -> bool:
-    """Whether a value that replaces logits is known to be very small."""
+    """Whether the value that replaces masked logits is known to be very small."""
     if isinstance(fill, Node):
-        fill, _ = lay.walk_back(fill)
+        fill, _ = layout.walk_back(fill)
         makers = (aten.full.default, aten.scalar_tensor.default, aten.full_like.default)
         fill = fill.args[0 if fill.target is aten.scalar_tensor.default else 1] if fill.target in makers else 0
     return isinstance(fill, (int, float)) and fill <= MASKED_BELOW

@@ -1,1 +1,1 @@
-"""Prove that the keys and values of an attention are a cache, or refuse it by name."""
+"""Prove the keys and values of each attention to be a cache, or refuse the layer by name."""

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from think_compile.cache.canonical import AXES, CHANNEL, HEAD, NAMES, TOKEN, Layout
-from think_compile.passes import layout as lay
+from think_compile.passes.layout import Atom, Axes, place, same_size
 from think_compile.passes.refusal import Reason, Refused
 
-_Piece = tuple[lay.Atom, tuple[int, ...]]
+_Piece = tuple[Atom, tuple[int, ...]]
 
 
-def source_layout(axes: lay.Axes, roles: Layout, shape: Sequence[Any]) -> Layout:
+def source_layout(axes: Axes, roles: Layout, shape: Sequence[Any]) -> Layout:
     """The layout of a source of ``shape``, given the ``axes`` and the layout ``roles`` of a tensor made from it.
 
     Raises:
@@ -28,12 +28,12 @@ def source_layout(axes: lay.Axes, roles: Layout, shape: Sequence[Any]) -> Layout
     return _with_unit_axes([_joined(pieces[axis]) for axis in range(len(shape))], shape)
 
 
-def _assigned(atoms: Sequence[lay.Atom], role: tuple[int, ...]) -> Iterator[_Piece]:
+def _assigned(atoms: Sequence[Atom], role: tuple[int, ...]) -> Iterator[_Piece]:
     """The atoms of one axis with their canonical axes; only heads may be repeated."""
     own = [atom for atom in atoms if atom.axis is not None]
-    repeated = any(atom.axis is None and not lay.same_size(atom.size, 1) for atom in atoms)
+    repeated = any(atom.axis is None and not same_size(atom.size, 1) for atom in atoms)
     if len(own) > len(role):
-        own = [atom for atom in own if not lay.same_size(atom.size, 1)] or own[:1]
+        own = [atom for atom in own if not same_size(atom.size, 1)] or own[:1]
     if (repeated and role != (HEAD,)) or len(own) not in (0, 1, len(role)):
         raise _not_one_axis(role)
     if len(own) == 1:
@@ -44,9 +44,9 @@ def _assigned(atoms: Sequence[lay.Atom], role: tuple[int, ...]) -> Iterator[_Pie
 
 def _joined(pieces: list[_Piece]) -> tuple[int, ...]:
     """The canonical axes of one source axis; its pieces must cover the whole axis."""
-    pieces = sorted(pieces, key=lambda piece: lay.place(piece[0].part))
+    pieces = sorted(pieces, key=lambda piece: place(piece[0].part))
     roles = tuple(axis for _, role in pieces for axis in role)
-    if pieces and sum(0.5 ** len(lay.place(atom.part)) for atom, _ in pieces) != 1:
+    if pieces and sum(0.5 ** len(place(atom.part)) for atom, _ in pieces) != 1:
         raise _not_one_axis(roles)
     return roles
 
@@ -58,12 +58,12 @@ def _not_one_axis(role: Sequence[int]) -> Refused:
 
 
 def _with_unit_axes(layout: list[tuple[int, ...]], shape: Sequence[Any]) -> Layout:
-    """Assign missing canonical axes to source axes of size one, which views may have dropped or merged."""
+    """Assign missing canonical axes, dropped or merged by views, to source axes of size one."""
     present = [axis for axes in layout for axis in axes]
     missing = [axis for axis in AXES if axis not in present]
     for i, size in enumerate(shape):
         if not layout[i]:
-            if not lay.same_size(size, 1):
+            if not same_size(size, 1):
                 raise Refused(Reason.UNKNOWN_LAYOUT, f"axis {i} of the cache takes no part in the attention")
             layout[i] = (missing.pop(0),) if missing else ()
     if len(set(present)) != len(present) or (TOKEN,) not in layout or CHANNEL in missing:
@@ -71,36 +71,36 @@ def _with_unit_axes(layout: list[tuple[int, ...]], shape: Sequence[Any]) -> Layo
     return tuple(layout)
 
 
-def derived_layout(axes: lay.Axes, layout: Layout, shape: Sequence[Any]) -> Layout:
-    """The layout of a tensor with ``axes`` that is made from a tensor in ``layout`` of canonical shape ``shape``.
+def derived_layout(axes: Axes, layout: Layout, shape: Sequence[Any]) -> Layout:
+    """The layout of a tensor with ``axes``, made from a tensor in ``layout`` of canonical shape ``shape``.
 
     Raises:
-        Refused: it holds copies, or its axes cut across canonical ones.
+        Refused: the tensor holds copies, or its axes cut across canonical ones.
     """
-    if any(atom.axis is None and not lay.same_size(atom.size, 1) for atoms in axes for atom in atoms):
+    if any(atom.axis is None and not same_size(atom.size, 1) for atoms in axes for atom in atoms):
         raise Refused(Reason.UNKNOWN_LAYOUT, "the cache is kept repeated")
     parts: dict[int, set[int]] = {}
     for atom in _own(axes):
         parts.setdefault(atom.axis, set()).add(atom.part)
-    ordered = {axis: sorted(found, key=lay.place) for axis, found in parts.items()}
+    ordered = {axis: sorted(found, key=place) for axis, found in parts.items()}
     return tuple(
         tuple(axis for atom in _own([atoms]) for axis in _roles_of(atom, ordered[atom.axis], layout, shape))
         for atoms in axes
     )
 
 
-def _own(axes: lay.Axes) -> Iterator[lay.Atom]:
+def _own(axes: Axes) -> Iterator[Atom]:
     return (atom for atoms in axes for atom in atoms if atom.axis is not None)
 
 
-def _roles_of(atom: lay.Atom, parts: list[int], layout: Layout, shape: Sequence[Any]) -> tuple[int, ...]:
-    """The canonical axes of one atom of a source axis that is split into ``parts``."""
+def _roles_of(atom: Atom, parts: list[int], layout: Layout, shape: Sequence[Any]) -> tuple[int, ...]:
+    """The canonical axes of one atom of a source axis split into ``parts``."""
     assert atom.axis is not None
     roles = layout[atom.axis]
     if len(parts) == 1:
         return roles
     role = roles[parts.index(atom.part)] if len(parts) == len(roles) else None
-    if role is None or not lay.same_size(shape[role], atom.size):
+    if role is None or not same_size(shape[role], atom.size):
         raise Refused(Reason.UNKNOWN_LAYOUT, "the cache is kept with axes cut anew")
     return (role,)
 

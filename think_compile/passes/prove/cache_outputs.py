@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from think_compile.cache.canonical import Layout, token_axis
-from think_compile.passes import layout as lay
+from think_compile.passes.layout import equal_size, follow, source_axes, walk_back
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.prove.cache_layout import derived_layout
 from think_compile.passes.prove.join import Join
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 def outputs_holding(
     normalized: Normalized, root: Node, layout: Layout, shape: tuple[Any, ...]
 ) -> tuple[dict[int, Layout], Suffix | None, dict[int, Node]]:
-    """The outputs that hold ``root`` or its last tokens, with their layouts; those tokens; buffers that they fill."""
+    """The outputs that hold ``root`` or its last tokens, with their layouts; the kept tokens; each output's buffer."""
     held, kept = {}, []
     buffers: dict[int, Node] = {}
     for index, output in enumerate(normalized.outputs):
@@ -33,7 +33,7 @@ def outputs_holding(
         filled = [node.args[0] for node in chain if node.target is aten.copy.default]
         if filled:
             buffers[index] = filled[-1]
-        moved = lay.follow(chain, lay.source_axes(root.meta["val"].shape))
+        moved = follow(chain, source_axes(root.meta["val"].shape))
         held[index] = derived_layout(moved, layout, shape)
         kept.append(None if cut is None else _kept(root, chain, cut, token_axis(layout)))
     if not all(agree(window_of(None, None, kept[0]), window_of(None, None, other)) for other in kept):
@@ -43,13 +43,13 @@ def outputs_holding(
 
 def _way_to(root: Node, output: Node) -> tuple[list[Node] | None, Node | None]:
     """The layout operations from ``root`` to ``output`` (None: no such path), and the slice among them (None: none)."""
-    source, chain = lay.walk_back(output, stop=root)
+    source, chain = walk_back(output, stop=root)
     if source is root:
         return chain, None
     if source.target is not aten.slice.Tensor:
         return None, None
-    behind, before = lay.walk_back(source.args[0], stop=root)
-    return ([*before, source, *chain], source) if behind is root else (None, None)
+    first, before = walk_back(source.args[0], stop=root)
+    return ([*before, source, *chain], source) if first is root else (None, None)
 
 
 def _kept(root: Node, chain: list[Node], cut: Node, axis: int) -> Suffix:
@@ -59,7 +59,7 @@ def _kept(root: Node, chain: list[Node], cut: Node, axis: int) -> Suffix:
     return suffix
 
 
-def fills(
+def fills_buffer(
     normalized: Normalized,
     join: Join,
     window: Window,
@@ -68,12 +68,12 @@ def fills(
     outputs: dict[int, Layout],
     buffers: dict[int, Node],
 ) -> bool:
-    """Whether the kept tokens fill a whole buffer: the past's own, or in a first call any buffer of that size."""
+    """Whether the kept tokens fill a whole buffer: the past's own, or in a first call any buffer of equal size."""
     kept = root.meta["val"].shape[token_axis(layout)] if window.kept is None else window.kept
     for output, buffer in buffers.items():
         own = normalized.written[output] if output < len(normalized.written) else None
         if join.past is not None and own != join.past:
             return False
-        if not lay.equal_size(buffer.meta["val"].shape[token_axis(outputs[output])], kept):
+        if not equal_size(buffer.meta["val"].shape[token_axis(outputs[output])], kept):
             return False
     return bool(buffers)

@@ -1,36 +1,31 @@
-"""Pass 3: walk an attention's keys and values back to their cache, and prove that it is one; else refuse by name.
+"""Pass 3: walk an attention's keys and values back to a tensor, and prove it to be their cache; else refuse by name.
 
 A cache tensor is *joined* from its past and the call's new rows: by ``cat`` along the tokens (growing) or by a
-write at positions (fixed). It is *confirmed* when the joined tensor leaves the graph, returned or written back.
+write at positions (fixed). A cache is *confirmed* when the joined tensor leaves the graph, returned or written back.
 Its name and its owner do not matter.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from think_compile.cache.canonical import HEAD, TOKEN, Layout, token_axis
-from think_compile.passes import layout as lay
+from think_compile.passes import layout
 from think_compile.passes.find.attention import Attention
 from think_compile.passes.find.region import Order, Region
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
-from think_compile.passes.prove.cache_outputs import fills, outputs_holding
-from think_compile.passes.prove.join import Join, join_of, same_positions
-from think_compile.passes.prove.operand import behind_suffix, extent_read, laid_out, root_of
-from think_compile.passes.prove.readers import (
-    check_past_readers,
-    comes_from_outside,
-    made_of_cache,
-    other_reader,
-    refuse_half_read,
-)
+from think_compile.passes.prove import readers
+from think_compile.passes.prove.cache_outputs import fills_buffer, outputs_holding
+from think_compile.passes.prove.join import Join, computed_alike, join_of
+from think_compile.passes.prove.operand import before_suffix, extent_read, laid_out, root_of
 from think_compile.passes.prove.roles import (
     QueryLayout,
     key_axes,
@@ -44,7 +39,6 @@ from think_compile.passes.prove.window import Window, agree, check_window, windo
 from think_compile.passes.refusal import Reason, Refused, where
 
 aten = torch.ops.aten
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,16 +47,16 @@ class CacheTensor:
 
     Attributes:
         root: the joined tensor.
-        layout: the canonical axes that each of its axes holds.
+        layout: the canonical axes in each of its axes.
         shape: its canonical shape [B, H, S, D].
-        join: how it is joined.
-        outputs: indices of the graph outputs that hold it, with the layout of each.
-        extent: number of positions that the attention reads.
+        join: how ``root`` is joined.
+        outputs: indices of its graph outputs, with the layout of each.
+        extent: number of positions read by the attention.
         chain: the operations between ``root`` and the attention, in execution order.
         interleaved: whether query head i reads KV head i % H; if not, neighbouring query heads share a KV head.
-        window: the tokens that are joined, read and kept; None: all.
-        filling: whether it is a window that fills a buffer of fixed size.
-        read_elsewhere: whether operations other than attention also read it (values only: keys are then refused).
+        window: the joined, read and kept tokens; None: all.
+        in_rolling_buffer: whether its window fills a buffer of fixed size.
+        read_elsewhere: whether operations other than attention also read the values (such keys are refused).
     """
 
     root: Node
@@ -74,13 +68,21 @@ class CacheTensor:
     chain: tuple[Node, ...]
     interleaved: bool
     window: Window | None = None
-    filling: bool = False
+    in_rolling_buffer: bool = False
     read_elsewhere: bool = False
 
     @property
     def scales(self) -> list[Node]:
         """The operations of ``chain`` that multiply or divide by one number."""
-        return [node for node in self.chain if lay.layout_input(node) is None and lay.scaled_input(node) is not None]
+        return [
+            node for node in self.chain if layout.layout_input(node) is None and layout.scaled_input(node) is not None
+        ]
+
+    @property
+    def new_tokens(self) -> Any:
+        """Number of new tokens of the call."""
+        new = self.root if self.join.new is None else self.join.new
+        return new.meta["val"].shape[token_axis(self.layout)]
 
     def size(self, axis: int) -> Any:
         """Size of a canonical axis."""
@@ -89,7 +91,7 @@ class CacheTensor:
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """An attention whose keys and values are proven to be a cache.
+    """An attention with its proven key and value caches.
 
     ``queries``: the layout of queries and logits of a written-out attention; else None.
     """
@@ -108,13 +110,17 @@ class CachedAttention:
         return self.keys.window
 
     @property
-    def filling(self) -> bool:
-        return self.keys.filling
+    def in_rolling_buffer(self) -> bool:
+        return self.keys.in_rolling_buffer
 
     @property
     def in_buffer(self) -> bool:
-        """Whether the stored cache has a fixed size: a cache of fixed size, or a window that fills a buffer."""
-        return self.fixed or self.filling
+        """Whether the stored cache has a fixed size: a cache of fixed size, or a window in a rolling buffer."""
+        return self.fixed or self.in_rolling_buffer
+
+    @property
+    def sides(self) -> tuple[tuple[str, CacheTensor], tuple[str, CacheTensor]]:
+        return ("keys", self.keys), ("values", self.values)
 
     @property
     def query_tokens(self) -> Any:
@@ -132,7 +138,7 @@ class CachedAttention:
         in_order = self.queries.logits == tuple(range(len(self.queries.logits)))
         in_order = in_order and to_product_order(axes) == tuple(range(len(axes)))
         ours = self._query_shape()[:3]
-        return in_order and len(shape) == 4 and all(map(lay.same_size, shape[:3], ours))
+        return in_order and len(shape) == 4 and all(map(layout.same_size, shape[:3], ours))
 
     def _query_shape(self) -> list[Any]:
         shape = self.attention.q.meta["val"].shape
@@ -144,7 +150,7 @@ class CachedAttention:
 
     @property
     def past(self) -> tuple[int, int] | None:
-        """Indices of the inputs that hold the past keys and values."""
+        """Indices of the inputs with the past keys and values."""
         if self.keys.join.past is None or self.values.join.past is None:
             return None
         return self.keys.join.past, self.values.join.past
@@ -154,9 +160,9 @@ class CachedAttention:
 class Findings:
     """The findings of the pass.
 
-    Keys and values of ``pending`` attentions enter the graph whole, as the queries do, and do not leave it. The call is
-    a first call if a later call joins these very tensors. Such attentions are left as they are; ``refused`` lists them
-    too.
+    Keys and values of ``pending`` attentions enter the graph whole, as the queries do, and do not leave the graph. The
+    call is a first call if a later call joins these very tensors. Such attentions are left as they are, and listed in
+    ``refused`` too.
     """
 
     cached: list[CachedAttention] = field(default_factory=list)
@@ -187,24 +193,24 @@ def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than:
                 findings.cached.append(found)
             except Refused as refused:
                 findings.refused.append((site, _named(normalized, site, refused)))
-            except lay.NotLayout as why:
+            except layout.NotLayout as why:
                 findings.refused.append((site, Refused(Reason.UNKNOWN_LAYOUT, str(why))))
         _refuse_cross_attention(normalized, findings)
         _settle_readings(findings)
-        refuse_half_read(findings.cached, findings.refused)
+        readers.refuse_half_read(findings.cached, findings.refused)
         count.matches = len(findings.cached)
     return findings
 
 
 def _named(normalized: Normalized, site: Attention, refused: Refused) -> Refused:
-    """Refuse with ``LATENT``, which says more, if the keys are projected from a cached tensor."""
+    """Refuse with the more telling ``LATENT`` if the keys are projected from a cached tensor."""
     may_be = refused.reason in (Reason.CHANNEL_MIXING, Reason.NOT_CACHED)
-    is_latent = may_be and made_of_cache(normalized, site.k, projected=True)
+    is_latent = may_be and readers.made_of_cache(normalized, site.k, projected=True)
     return Refused(Reason.LATENT, refused.detail) if is_latent else refused
 
 
 def _refuse_cross_attention(normalized: Normalized, findings: Findings) -> None:
-    """Refuse attentions without a past whose keys lack tokens that their queries depend on."""
+    """Refuse attentions without a past if their keys do not depend on all tokens of their queries."""
     tokens = tokens_of(normalized.graph_module.graph)
     for c in (*findings.cached, *findings.pending):
         if c.past is None and is_cross_attention(c.attention.q, c.attention.k, tokens):
@@ -216,24 +222,22 @@ def _refuse_cross_attention(normalized: Normalized, findings: Findings) -> None:
 
 def _settle_readings(findings: Findings) -> None:
     """Keep one reading per softmax: the proven one, else one refusal. Several proven readings are ambiguous."""
-    ambiguous = [c for many in _by_softmax(findings.cached, lambda c: c.attention) if len(many) > 1 for c in many]
+    n_proven = Counter(_softmax_of(c.attention) for c in findings.cached)
+    del n_proven[None]
+    ambiguous = [c for c in findings.cached if n_proven[_softmax_of(c.attention)] > 1]
     findings.cached = [c for c in findings.cached if c not in ambiguous]
     refused = [(c.attention, Refused(Reason.AMBIGUOUS, where(c.attention.node))) for c in ambiguous]
-    proven = {c.attention.region.softmax for c in findings.cached if c.attention.region is not None}
-    findings.refused = refused + findings.refused
-    for readings in _by_softmax(findings.refused, lambda r: r[0]):
-        region = readings[0][0].region
-        for other in readings if region is not None and region.softmax in proven else readings[1:]:
-            findings.refused.remove(other)
+    settled = {_softmax_of(c.attention) for c in findings.cached}
+    candidates, findings.refused = refused + findings.refused, []
+    for site, why in candidates:
+        softmax = _softmax_of(site)
+        if softmax is None or softmax not in settled:
+            findings.refused.append((site, why))
+        settled.add(softmax)
 
 
-def _by_softmax(found: Sequence[T], site: Callable[[T], Attention]) -> list[list[T]]:
-    groups: dict[Node, list[T]] = {}
-    for one in found:
-        region = site(one).region
-        if region is not None:
-            groups.setdefault(region.softmax, []).append(one)
-    return list(groups.values())
+def _softmax_of(site: Attention) -> Node | None:
+    return None if site.region is None else site.region.softmax
 
 
 _OF_VALUES = {
@@ -260,11 +264,11 @@ def _prove(normalized: Normalized, site: Attention, sites: Sequence[Attention]) 
         if not keys.outputs:
             raise _whole(normalized, keys.root) from None
         raise Refused(_OF_VALUES.get(refused.reason, refused.reason), refused.detail) from None
-    queries = None if site.region is None else query_layout(site.region, _new_tokens(keys))
+    queries = None if site.region is None else query_layout(site.region, keys.new_tokens)
     if site.region is not None and not usable_masks(site.region) and to_product_order(site.region.axes) is None:
         raise Refused(Reason.UNKNOWN_LAYOUT, f"probabilities whose axes are moved at {where(site.node)}")
     found = CachedAttention(site, keys, values, queries)
-    alike = not values.outputs and keys.window is None and lay.equal_size(_new_tokens(keys), found.query_tokens)
+    alike = not values.outputs and keys.window is None and layout.equal_size(keys.new_tokens, found.query_tokens)
     if not keys.outputs and not alike:
         raise _whole(normalized, keys.root)
     _check_pair(found)
@@ -276,12 +280,12 @@ def _whole(normalized: Normalized, root: Node) -> Refused:
 
 
 def _keys(normalized: Normalized, site: Attention, sites: Sequence[Attention]) -> CacheTensor:
-    """The key cache. The model may multiply the cached keys by one number before it reads them."""
+    """The key cache. The model may multiply the cached keys by one number before the attention."""
     arrange = _arranger(site, key_axes)
     try:
         return _cache_tensor(normalized, sites, site, site.k, arrange)
     except Refused as refused:
-        if lay.scaled_input(lay.walk_back(site.k)[0]) is None:
+        if layout.scaled_input(layout.walk_back(site.k)[0]) is None:
             raise
         try:
             found = _cache_tensor(normalized, sites, site, site.k, arrange, scaled=True)
@@ -292,46 +296,43 @@ def _keys(normalized: Normalized, site: Attention, sites: Sequence[Attention]) -
         return found
 
 
-def _arranger(site: Attention, arrange: Callable[[Region, lay.Axes], lay.Axes]) -> Callable[[lay.Axes], lay.Axes]:
-    """A function that brings an operand's axes into the order [B, H, S, D]."""
+def _arranger(
+    site: Attention, arrange: Callable[[Region, layout.Axes], layout.Axes]
+) -> Callable[[layout.Axes], layout.Axes]:
+    """A function from an operand's axes to these axes in the order [B, H, S, D]."""
     region = site.region
     if region is not None:
         return lambda axes: arrange(region, axes)
     return lambda axes: [axes[site.layout.index((axis,))] for axis in range(4)]
 
 
-def _new_tokens(tensor: CacheTensor) -> Any:
-    """Number of new tokens of the call."""
-    new = tensor.root if tensor.join.new is None else tensor.join.new
-    return new.meta["val"].shape[token_axis(tensor.layout)]
-
-
 def _check_pair(site: CachedAttention) -> None:
     keys, values = site.keys, site.values
-    if not lay.same_size(keys.size(1), values.size(1)) or keys.interleaved != values.interleaved:
+    if not layout.same_size(keys.size(1), values.size(1)) or keys.interleaved != values.interleaved:
         raise Refused(Reason.HEADS_DIFFER, f"{keys.size(1)} and {values.size(1)}")
     if keys.interleaved and site.attention.region is None and _groups_heads(site.attention):
         raise Refused(Reason.UNKNOWN_LAYOUT, f"heads that are repeated in turn and grouped: {where(site.attention.k)}")
     joined = [(x.join.fixed, x.join.past is None, bool(x.outputs)) for x in (keys, values)]
     if joined[0] != joined[1]:
         raise Refused(Reason.VALUES_NOT_CACHED, "they are joined in another way than the keys")
-    if keys.join.fixed and not same_positions(keys.join, values.join):
+    if keys.join.fixed and not computed_alike(keys.join.start, values.join.start):
         raise Refused(Reason.VALUES_NOT_CACHED, "they are written at other positions than the keys")
     prefixes = keys.join.past_prefix, values.join.past_prefix
-    alike = keys.filling == values.filling and (prefixes == (None, None) or lay.equal_size(*prefixes))
+    alike = keys.in_rolling_buffer == values.in_rolling_buffer
+    alike = alike and (prefixes == (None, None) or layout.equal_size(*prefixes))
     if not agree(keys.window, values.window) or not alike:
         raise Refused(Reason.VALUES_NOT_CACHED, "they are bounded in another way than the keys")
     for tensor in (keys, values):
-        if lay.is_unknown(_new_tokens(tensor)):
+        if layout.is_unknown(tensor.new_tokens):
             raise Refused(Reason.UNKNOWN_ROOT, f"how many rows it writes is read from a tensor: {where(tensor.root)}")
-        if not lay.equal_size(_new_tokens(tensor), site.query_tokens):
-            raise Refused(Reason.CROSS_ATTENTION, f"{site.query_tokens} queries, {_new_tokens(tensor)} new keys")
+        if not layout.equal_size(tensor.new_tokens, site.query_tokens):
+            raise Refused(Reason.CROSS_ATTENTION, f"{site.query_tokens} queries, {tensor.new_tokens} new keys")
 
 
 def _groups_heads(site: Attention) -> bool:
     """Whether neighbouring query heads of a stock attention share a head of its key operand."""
     head = site.layout.index((HEAD,))
-    return not lay.same_size(site.q.meta["val"].shape[head], site.k.meta["val"].shape[head])
+    return not layout.same_size(site.q.meta["val"].shape[head], site.k.meta["val"].shape[head])
 
 
 # --------------------------------------------------------------------------------------------- one cache tensor
@@ -342,48 +343,48 @@ def _cache_tensor(
     sites: Sequence[Attention],
     site: Attention,
     operand: Node,
-    arrange: Callable[[lay.Axes], lay.Axes],
+    arrange: Callable[[layout.Axes], layout.Axes],
     *,
     scaled: bool = False,
 ) -> CacheTensor:
     root, chain, prefix = root_of(operand, scaled)
-    root, chain, read = behind_suffix(root, chain, arrange, scaled)
-    root, chain, axes, layout = laid_out(root, chain, arrange)
-    shape = _canonical_shape(axes, root.meta["val"].shape[token_axis(layout)])
+    root, chain, read = before_suffix(root, chain, arrange, scaled)
+    root, chain, axes, roles = laid_out(root, chain, arrange)
+    shape = _canonical_shape(axes, root.meta["val"].shape[token_axis(roles)])
     interleaved = _is_interleaved(axes[HEAD], shape[HEAD], operand)
-    outputs, kept, buffers = outputs_holding(normalized, root, layout, shape)
-    whole = root.op == "placeholder" and comes_from_outside(site.q)
-    join = Join() if whole else join_of(normalized, root, layout)
+    outputs, kept, buffers = outputs_holding(normalized, root, roles, shape)
+    whole = root.op == "placeholder" and readers.comes_from_outside(site.q)
+    join = Join() if whole else join_of(normalized, root, roles)
     if not outputs and not whole:
-        raise Refused(Reason.TRANSFORMED if made_of_cache(normalized, root) else Reason.NOT_CACHED, where(root))
-    if (rounding := next(filter(lay.rounds, chain), None)) is not None:
+        raise Refused(Reason.TRANSFORMED if readers.made_of_cache(normalized, root) else Reason.NOT_CACHED, where(root))
+    if (rounding := next(filter(layout.rounds, chain), None)) is not None:
         raise Refused(Reason.TRANSFORMED, where(rounding))
-    other = other_reader(root, sites)
+    other = readers.other_reader(root, sites)
     if other is not None and operand is site.k:
         raise Refused(Reason.KEY_ESCAPES, where(other))
     if join.past is not None:
-        check_past_readers(normalized.placeholders[join.past], root)
+        readers.check_past_readers(normalized.placeholders[join.past], root)
     window = window_of(join.past_suffix, read, kept)
-    filling = window is not None and not join.fixed and fills(normalized, join, window, root, layout, outputs, buffers)
+    rolls = window is not None and not join.fixed
+    rolls = rolls and fills_buffer(normalized, join, window, root, roles, outputs, buffers)
     in_place = min(outputs, default=len(normalized.written)) < len(normalized.written) or bool(buffers)
-    if window is not None and (join.fixed or (in_place and not filling)):
+    if window is not None and (join.fixed or (in_place and not rolls)):
         raise Refused(Reason.SLIDING_BUFFER, "it is written in place")
-    if join.past_prefix is not None and not filling:
+    if join.past_prefix is not None and not rolls:
         raise Refused(Reason.UNKNOWN_WINDOW, where(root))
-    extent = extent_read(root, token_axis(layout), chain, prefix)
-    found = CacheTensor(root, layout, shape, join, outputs, extent, tuple(chain), interleaved, window, filling)
-    return replace(found, read_elsewhere=other is not None)
+    extent, escapes = extent_read(root, token_axis(roles), chain, prefix), other is not None
+    return CacheTensor(root, roles, shape, join, outputs, extent, tuple(chain), interleaved, window, rolls, escapes)
 
 
-def _canonical_shape(axes: lay.Axes, tokens: Any) -> tuple[Any, ...]:
+def _canonical_shape(axes: layout.Axes, tokens: Any) -> tuple[Any, ...]:
     own = [[atom.size for atom in atoms if atom.axis is not None] for atoms in axes]
     return tuple(tokens if axis == TOKEN else math.prod(sizes) for axis, sizes in enumerate(own))
 
 
-def _is_interleaved(head: list[lay.Atom], heads: Any, operand: Node) -> bool:
+def _is_interleaved(head: list[layout.Atom], heads: Any, operand: Node) -> bool:
     """Whether the heads are repeated as a block (0 1 0 1), not each beside its copies (0 0 1 1)."""
-    real = [atom for atom in head if atom.axis is not None or not lay.same_size(atom.size, 1)]
-    if lay.same_size(heads, 1) or not real or real[0].axis is not None:
+    real = [atom for atom in head if atom.axis is not None or not layout.same_size(atom.size, 1)]
+    if layout.same_size(heads, 1) or not real or real[0].axis is not None:
         return False
     if real[-1].axis is None:
         raise Refused(Reason.UNKNOWN_LAYOUT, f"heads that are repeated in turn and side by side: {where(operand)}")

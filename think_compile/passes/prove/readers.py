@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from think_compile.passes import layout as lay
 from think_compile.passes.find.attention import Attention
 from think_compile.passes.find.region import SOFTMAXES
+from think_compile.passes.layout import layout_input, same_size, scaled_input, value_of, walk_back
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.prove.window import agree
 from think_compile.passes.refusal import Reason, Refused, where
+from think_compile.passes.walks import ancestors
 
 if TYPE_CHECKING:
     from think_compile.passes.prove.kv_cache import CachedAttention
@@ -34,7 +35,7 @@ def _readers(node: Node) -> Iterator[tuple[Node, Node]]:
     for user in node.users:
         if user.target in _LOOKS_AT_SHAPE or (user.target is aten.type_as.default and user.args[0] is not node):
             continue
-        if lay.layout_input(user) is node or lay.scaled_input(user) is node:
+        if layout_input(user) is node or scaled_input(user) is node:
             yield from _readers(user)
         else:
             yield user, node
@@ -49,13 +50,12 @@ def _uses(root: Node) -> Iterator[tuple[Node, Node]]:
 
 def other_reader(root: Node, sites: Sequence[Attention]) -> Node | None:
     """A reader of a cache other than the attentions ``sites``, or None."""
-    return next(
-        (reader for reader, read in _uses(root) if not any(site.reads_keys(reader, read) for site in sites)), None
-    )
+    others = (reader for reader, read in _uses(root) if not any(site.reads_keys(reader, read) for site in sites))
+    return next(others, None)
 
 
 def check_past_readers(past: Node, root: Node) -> None:
-    """Refuse a past that is read by anything but the join ``root``."""
+    """Refuse a past with another reader than the join ``root``."""
     for reader, read in _readers(past):
         is_base = reader.target is aten.slice_scatter.default and reader.args[0] is read
         is_overwritten = reader.target is aten.copy.default and reader.args[0] is read
@@ -80,40 +80,37 @@ _ATTENDS = {aten.scaled_dot_product_attention.default, *SOFTMAXES}
 
 
 def made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:
-    """The ancestors of ``node``, back to attentions and projections; ``projected``: also through projections."""
-    todo, seen = [node], {node}
-    while todo:
-        node = todo.pop()
+    """``node`` and its ancestors, back to attentions and projections; ``projected``: also through projections."""
+
+    def sources(node: Node) -> list[Node]:
         if node.op != "call_function" or node.target in _ATTENDS or (node.target in PROJECTIONS and not projected):
-            continue
-        sources = node.all_input_nodes[:1] if node.target in PROJECTIONS else node.all_input_nodes
-        fresh = [source for source in sources if source not in seen]
-        seen.update(fresh)
-        todo += fresh
-        yield from fresh
+            return []
+        return node.all_input_nodes[:1] if node.target in PROJECTIONS else node.all_input_nodes
+
+    return ancestors(node, sources=sources)
 
 
 def comes_from_outside(q: Node) -> bool:
     """Whether queries are projected in another graph, as when a graph break precedes the attention.
 
-    Keys that enter the graph whole beside such queries belong to the same call. Queries that this graph projects may
+    Keys entering the graph whole beside such queries belong to the same call. Queries projected in this graph may
     attend to an encoder's keys.
     """
-    return all(node.target not in PROJECTIONS for node in (q, *made_of(q)))
+    return all(node.target not in PROJECTIONS for node in made_of(q))
 
 
 def reads_any(site: Attention, inputs: set[Node]) -> bool:
     """Whether the keys or values of an attention depend on one of ``inputs``."""
-    return any(source in inputs for operand in (site.k, site.v) for source in (operand, *made_of(operand)))
+    return any(source in inputs for operand in (site.k, site.v) for source in made_of(operand))
 
 
 def made_of_cache(normalized: Normalized, node: Node, *, projected: bool = False) -> bool:
-    """Whether ``node`` depends on a tensor that leaves the graph: a cache that is changed before it is read.
+    """Whether ``node`` depends on a tensor that leaves the graph: a cache that is changed before its reading.
 
     Tensors of fewer than three axes (positions, masks) are no caches. ``projected``: also through projections.
     """
-    kept = [lay.walk_back(output) for output in normalized.outputs if isinstance(output, Node)]
-    outputs = {node for source, chain in kept for node in (source, *chain)}
+    kept = [walk_back(output) for output in normalized.outputs if isinstance(output, Node)]
+    outputs = {output for source, chain in kept for output in (source, *chain)} - {node}
     made = (source for source in made_of(node, projected=projected) if source in outputs)
     values = (source.meta.get("val") for source in made)
     return any(isinstance(value, torch.Tensor) and value.dim() > 2 for value in values)
@@ -131,20 +128,17 @@ def _fits_all(
     site: CachedAttention, cached: Sequence[CachedAttention], refused: Sequence[tuple[Attention, Refused]]
 ) -> bool:
     roots = {site.keys.root, site.values.root}
-    if len(roots) == 1 or any(_reads(attention, roots) for attention, _ in refused):
+    uses = [use for root in roots for use in _uses(root)]
+    if len(roots) == 1 or any(attention.reads_keys(*use) for attention, _ in refused for use in uses):
         return False
     others = [other for other in cached if roots & {other.keys.root, other.values.root}]
     return all(_alike(site, other) for other in others)
 
 
-def _reads(attention: Attention, roots: set[Node]) -> bool:
-    return any(attention.reads_keys(*use) for root in roots for use in _uses(root))
-
-
 def _alike(a: CachedAttention, b: CachedAttention) -> bool:
     """Whether two attentions read one cache in the same way, under the same mask."""
-    extents = lay.value_of(a.keys.extent), lay.value_of(b.keys.extent)
-    same_tokens = lay.same_size(*extents) and agree(a.window, b.window)
+    extents = value_of(a.keys.extent), value_of(b.keys.extent)
+    same_tokens = same_size(*extents) and agree(a.window, b.window)
     return a is b or (_reading(a) == _reading(b) and same_tokens)
 
 

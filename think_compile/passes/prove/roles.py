@@ -1,4 +1,4 @@
-"""Which axes of a written-out attention are batch, heads, tokens and channels.
+"""Tell the batch, head, token and channel axes of a written-out attention apart.
 
 The two products tell: keys and queries share the batch and head axes, the softmax runs along the keys' tokens, and the
 channels are summed over.
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from think_compile.passes import layout as lay
 from think_compile.passes.find.product import Product
 from think_compile.passes.find.region import Masking, Order, Region
+from think_compile.passes.layout import Atom, Axes, equal_size, same_size
 from think_compile.passes.refusal import Reason, Refused, where
 
 
@@ -29,7 +29,7 @@ class QueryLayout:
     logits: tuple[int, ...]
 
 
-def key_axes(region: Region, axes: lay.Axes) -> lay.Axes:
+def key_axes(region: Region, axes: Axes) -> Axes:
     """The ``axes`` of the key operand in the order [B, H, S, D]."""
     product = region.logits
     token = product.out[region.token_axis][1]
@@ -37,7 +37,7 @@ def key_axes(region: Region, axes: lay.Axes) -> lay.Axes:
     return _arranged(product, axes, token, product.contracted[1])
 
 
-def value_axes(region: Region, axes: lay.Axes) -> lay.Axes:
+def value_axes(region: Region, axes: Axes) -> Axes:
     """The ``axes`` of the value operand in the order [B, H, S, Dv]."""
     product = region.output
     own = [right for left, right in product.out if left is None]
@@ -46,9 +46,9 @@ def value_axes(region: Region, axes: lay.Axes) -> lay.Axes:
     return _arranged(product, axes, product.contracted[1], own[0])
 
 
-def _arranged(product: Product, axes: lay.Axes, token: int, channel: int) -> lay.Axes:
-    """The right operand's axes as [B, H, S, D]; it shares batch and heads with the left operand."""
-    shared: list[lay.Atom] = []
+def _arranged(product: Product, axes: Axes, token: int, channel: int) -> Axes:
+    """The right operand's axes as [B, H, S, D]; batch and heads are the axes shared with the left operand."""
+    shared: list[Atom] = []
     for left, right in product.out:
         if right is not None and right not in (token, channel):
             shared += _shared_atoms(product, axes, left, right)
@@ -59,16 +59,16 @@ def _arranged(product: Product, axes: lay.Axes, token: int, channel: int) -> lay
     return [batch, heads, axes[token], axes[channel]]
 
 
-def _shared_atoms(product: Product, axes: lay.Axes, left: int | None, right: int) -> list[lay.Atom]:
-    """The atoms of an axis that both operands have; a broadcast axis of the keys repeats the heads."""
+def _shared_atoms(product: Product, axes: Axes, left: int | None, right: int) -> list[Atom]:
+    """The atoms of a shared axis of the operands; a broadcast axis of the keys repeats the heads."""
     if left is None:
         raise Refused(Reason.UNKNOWN_LAYOUT, f"the queries lack an axis of the keys at {where(product.node)}")
     size, wanted = product.right.meta["val"].shape[right], product.left.meta["val"].shape[left]
-    if lay.same_size(size, wanted):
-        return [atom for atom in axes[right] if atom.axis is not None or not lay.same_size(atom.size, 1)]
-    if not lay.same_size(size, 1):
+    if same_size(size, wanted):
+        return [atom for atom in axes[right] if atom.axis is not None or not same_size(atom.size, 1)]
+    if not same_size(size, 1):
         raise Refused(Reason.UNKNOWN_LAYOUT, f"queries that are broadcast at {where(product.node)}")
-    return [*[atom for atom in axes[right] if atom.axis is not None], lay.Atom(wanted, None)]
+    return [*[atom for atom in axes[right] if atom.axis is not None], Atom(wanted, None)]
 
 
 def query_layout(region: Region, n_new: Any) -> QueryLayout:
@@ -76,7 +76,7 @@ def query_layout(region: Region, n_new: Any) -> QueryLayout:
     product = region.logits
     rows = [i for i, (_, right) in enumerate(product.out) if right is None]
     sizes = product.node.meta["val"].shape
-    tokens = rows if len(rows) == 1 else [i for i in rows if lay.equal_size(sizes[i], n_new)]
+    tokens = rows if len(rows) == 1 else [i for i in rows if equal_size(sizes[i], n_new)]
     if len(tokens) != 1:
         raise Refused(Reason.UNKNOWN_LAYOUT, f"the queries' tokens cannot be told apart at {where(product.node)}")
     others = [i for i in range(len(product.out)) if i not in (tokens[0], region.token_axis)]
@@ -88,13 +88,13 @@ def query_layout(region: Region, n_new: Any) -> QueryLayout:
 
 
 def _heads_lead(product: Product, others: Sequence[int]) -> bool:
-    """Whether the axes that only the queries have (groups) come after all axes of the keys."""
+    """Whether the queries' own axes (groups) come after all axes of the keys."""
     alone = [product.out[i][1] is None for i in others]
     return alone == sorted(alone)
 
 
 def to_product_order(axes: Order) -> tuple[int, ...] | None:
-    """The permutation that restores the product's order of moved, split or merged axes; None if there is none."""
+    """The permutation of moved, split or merged axes back to the product's order; None if there is none."""
     if any(part > 2 for atoms in axes for _, part in atoms):
         return None  # split more than once
     order = sorted(range(len(axes)), key=lambda i: axes[i][:1] or ((-1, 0),))
@@ -109,6 +109,6 @@ def usable_masks(region: Region) -> list[Masking]:
 
 
 def _as_many(masking: Masking, size: Any, token: int) -> bool:
-    """Whether the masked logits have as many columns as the product, so that no sink is among them yet."""
+    """Whether the masked logits have as many columns as the product: no sinks yet."""
     dims = [dim for dim, axes in enumerate(masking.axes) if (token, 0) in axes]
-    return len(dims) == 1 and lay.same_size(masking.at.meta["val"].shape[dims[0]], size)
+    return len(dims) == 1 and same_size(masking.at.meta["val"].shape[dims[0]], size)

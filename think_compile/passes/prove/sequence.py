@@ -1,7 +1,7 @@
 """Whether the queries and keys of an attention come from one sequence of tokens.
 
 If an encoder and a decoder get equally many tokens, sizes do not tell cross-attention from self-attention. The embedded
-tokens that queries and keys depend on do.
+tokens of queries and keys do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def tokens_of(graph: Graph) -> dict[Node, frozenset[Node]]:
-    """For each node, the embedded tokens (inputs of embeddings) that it depends on."""
+    """For each node, the embedded tokens (inputs of embeddings) among its ancestors."""
     found: dict[Node, frozenset[Node]] = {}
     for node in graph.nodes:
         tokens = _embedded(node)

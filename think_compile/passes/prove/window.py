@@ -1,6 +1,6 @@
 """Bounded caches: how many of the latest tokens a layer joins, reads and keeps.
 
-All three are suffixes along the tokens: slices that run to the end.
+All three are suffixes along the tokens: slices to the end.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
-from think_compile.passes import layout as lay
+from think_compile.passes import layout
 from think_compile.passes.refusal import Reason, Refused, where
 
-aten = lay.aten
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Suffix:
-    """The last ``size`` tokens (None: all in this call) that the slice ``cut`` keeps; never more than ``bound``."""
+    """The last ``size`` tokens (None: all in this call), kept by the slice ``cut``; never more than ``bound``."""
 
     size: Any
     bound: int | None
@@ -28,13 +29,13 @@ class Suffix:
 
 @dataclass(frozen=True)
 class Window:
-    """The latest tokens that a layer joins, reads and keeps.
+    """The latest tokens, as joined, read and kept by a layer.
 
     Attributes:
-        joined: number of the past's last tokens that are joined with the call's; None: all.
-        read: number of the last joined tokens that the attention reads; None: all.
-        kept: number of the last joined tokens that leave the graph; None: all.
-        bound: upper bound of the past tokens that a later call can read; None: the graph does not tell.
+        joined: number of the past's last tokens to be joined with the call's; None: all.
+        read: number of the last joined tokens to be read by the attention; None: all.
+        kept: number of the last joined tokens to leave the graph; None: all.
+        bound: upper bound of the past tokens of a later call; None: the graph does not tell.
         cut: a slice that bounds the cache.
     """
 
@@ -64,44 +65,32 @@ def agree(a: Window | None, b: Window | None) -> bool:
     if a is None or b is None:
         return a is b
     pairs = zip(a.sizes, b.sizes, strict=True)
-    return all(x is y if x is None or y is None else lay.equal_size(x, y) for x, y in pairs)
+    return all(x is y if x is None or y is None else layout.equal_size(x, y) for x, y in pairs)
 
 
 def is_suffix(node: Node) -> bool:
     """Whether ``node`` is a slice to the end of an axis."""
-    if node.target is not aten.slice.Tensor:
-        return False
-    dim, _, end, step = lay.slice_bounds(node)
-    end = lay.value_of(end)
-    size = node.args[0].meta["val"].shape[dim]
-    return step == 1 and ((isinstance(end, int) and end >= lay.EVERYTHING) or lay.same_size(end, size))
+    return node.target is aten.slice.Tensor and layout.runs_to_end(node)
 
 
 def is_prefix(node: Node) -> bool:
     """Whether ``node`` is a slice from the first element of an axis."""
-    if node.target is not aten.slice.Tensor:
-        return False
-    _, start, _, step = lay.slice_bounds(node)
-    return step == 1 and lay.same_size(lay.value_of(start), 0)
+    return node.target is aten.slice.Tensor and layout.runs_from_zero(node)
 
 
 def suffix_along(node: Node, before: Sequence[Node], source: Node, axis: int) -> Suffix | None:
-    """The suffix of ``source``'s ``axis`` that slice ``node`` keeps after chain ``before``; None: another slice."""
+    """The suffix of ``source``'s ``axis`` kept by slice ``node`` after chain ``before``; None: another slice."""
     if not is_suffix(node):
         return None
-    dim, start, _, _ = lay.slice_bounds(node)
-    sliced = lay.follow(before, lay.source_axes(source.meta["val"].shape))[dim]
+    dim, start, _, _ = layout.slice_bounds(node)
+    sliced = layout.follow(before, layout.source_axes(source.meta["val"].shape))[dim]
     if [(atom.axis, atom.part) for atom in sliced] != [(axis, 0)]:
         return None
-    return _suffix(node, dim, lay.value_of(start))
-
-
-def _suffix(node: Node, dim: int, start: object) -> Suffix:
-    size = node.meta["val"].shape[dim]
+    size, start = node.meta["val"].shape[dim], layout.value_of(start)
     bound = size if isinstance(size, int) else None
     if isinstance(start, int) and start < 0:  # the bound holds even while there are fewer tokens
         bound = -start
-    return Suffix(None if lay.same_size(size, node.args[0].meta["val"].shape[dim]) else size, bound, node)
+    return Suffix(None if layout.same_size(size, node.args[0].meta["val"].shape[dim]) else size, bound, node)
 
 
 def check_window(window: Window | None, larger_than: int | None) -> None:

@@ -1,11 +1,11 @@
-"""Check where a later call would write into a cache of fixed size, whenever its rows may not suffice.
+"""Check a later call's first written row in a cache of fixed size, whenever the rows may not suffice.
 
-On a GPU, a write beyond the end of a buffer is found too late, if at all. Only the device knows how many tokens a cache
-holds. So the runtime counts the tokens of the calls. When the count leaves no room, it computes the model's own
-positions. (A call that skips rows is not detected: to detect it, every call would have to wait for the device.)
+On a GPU, a write beyond the end of a buffer is found too late, if at all. Only the device knows the number of tokens in
+a cache. So the runtime counts the tokens of the calls. When the count leaves no room, the runtime computes the model's
+own positions. (Skipped rows are not detected: for this, every call would have to wait for the device.)
 
-A full cache that is written from an earlier row again is rewound if the rows after the written ones are no longer read.
-Otherwise it is a rolling buffer, and its rows are not in the order of their tokens.
+A full cache, written from an earlier row again, is rewound if the rows after the written ones are no longer read.
+Otherwise the cache is a rolling buffer, and its rows are not in the order of their tokens.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _Writes = tuple[Any, Any, Any]
 
 
 def find_starts(normalized: Normalized, sites: Sequence[CachedAttention]) -> GraphModule | None:
-    """A graph of the caller's inputs that answers two questions about a call; None: the answers are unknown.
+    """A graph from the caller's inputs to two facts about a call; None: they are unknown.
 
-    What is the highest row at which it begins to write? Does it read rows after those that it writes? (For a
-    written-out attention the second answer is unknown, and no is assumed.)
+    The highest first written row. Whether rows after the written ones are read (for a written-out attention this is
+    unknown, and no is assumed).
     """
     fixed = [site for site in sites if site.fixed and site.past is not None]
     starts = list(dict.fromkeys(site.keys.join.start for site in fixed))
@@ -50,12 +50,12 @@ def find_starts(normalized: Normalized, sites: Sequence[CachedAttention]) -> Gra
 
 
 def _writes(site: CachedAttention, read: Any) -> _Writes:
-    """``read``, which tells the rows that an attention reads; and the call's first written row and number of rows."""
+    """``read`` (the mask or number of the read rows); the call's first written row and number of rows."""
     return read, site.keys.join.start, site.query_tokens
 
 
 def _has_column_for_each(site: CachedAttention) -> bool:
-    """Whether a stock attention with a known number of queries has a mask with a column for each row that it reads."""
+    """Whether a stock attention with a known number of queries has a mask with a column for each read row."""
     mask = site.attention.mask
     if site.attention.region is not None or mask is None or not isinstance(site.query_tokens, int):
         return False

@@ -1,4 +1,4 @@
-"""A graph during its rewriting: its inputs, and the nodes that every rewritten attention needs."""
+"""A graph during its rewriting: its inputs, and the common nodes of rewritten attentions."""
 
 from __future__ import annotations
 
@@ -12,17 +12,7 @@ import torch
 from torch.fx import Graph, Node
 
 from think_compile.cache.canonical import BATCH, CANONICAL, CHANNEL, HEAD, TOKEN, to_canonical, token_axis
-from think_compile.cache.state import (
-    BATCH_SIZE,
-    CAPACITY,
-    COUNTERS,
-    COUNTERS_PART,
-    HEADS,
-    RING,
-    Part,
-    Span,
-    Stored,
-)
+from think_compile.cache.state import BATCH_SIZE, CAPACITY, COUNTERS, COUNTERS_PART, HEADS, RING, Part, Span, Stored
 from think_compile.formats.base import CacheFormat, Side, rolled, window_start_of
 from think_compile.kernels import arrange, written_out
 from think_compile.passes.find.region import Masking, Order
@@ -37,7 +27,7 @@ FormatOf = Callable[[int, int], CacheFormat]  # a layer's format, by the widths 
 
 
 class Draft:
-    """A copy of the graph, its inputs so far, and methods that make nodes by their role."""
+    """A copy of the graph, its inputs so far, and methods for making nodes by role."""
 
     def __init__(self, normalized: Normalized, format_of: FormatOf, windows_apart: bool = False) -> None:
         """``windows_apart``: whether growing caches of equal length may have windows of different lengths."""
@@ -51,7 +41,7 @@ class Draft:
         self.parts: dict[tuple[int, str], Node] = {}  # (input index, part's name) -> the new graph's input
         self.window_starts: dict[Any, Node] = {}  # (start, window's rule) -> the input with the window's start
         self.starts: dict[tuple[int, int], tuple[Any, Any]] = {}  # past -> (first row, next free row)
-        self.sizes: dict[Any, Node] = {}  # size expression -> the input that carries it
+        self.sizes: dict[Any, Node] = {}  # size expression -> its input
         self.firsts: dict[Any, tuple[Node, Node]] = {}  # length of a bounded past -> (first row, next free row)
 
     # ------------------------------------------------------------------------------------------------ nodes
@@ -59,6 +49,10 @@ class Draft:
     def at(self, node: Any) -> Any:
         """The current node for the caller's ``node``; any other argument unchanged."""
         return self.map[node] if isinstance(node, Node) else node
+
+    def call(self, target: Any, *arguments: Any) -> Node:
+        """A new call at the current insertion point."""
+        return self.graph.call_function(target, arguments)
 
     def input(self, name: str, what: Input) -> Node:
         """A new input of the graph."""
@@ -73,19 +67,19 @@ class Draft:
         if tensor.layout == CANONICAL:
             return node
         _, heads, _, width = tensor.shape
-        return self.graph.call_function(to_canonical, (node, tensor.layout, int(heads), int(width)))
+        return self.call(to_canonical, node, tensor.layout, int(heads), int(width))
 
     @contextmanager
     def after(self, node: Node) -> Iterator[None]:
         """Put new nodes after ``node``, in the order of their creation."""
-        with self.graph.inserting_after(node):  # this reverses the order, so insert before an anchor
-            anchor = self.graph.call_function(operator.getitem, ((), 0))
+        with self.graph.inserting_after(node):  # reverses the order, so insert before an anchor
+            anchor = self.call(operator.getitem, (), 0)
         with self.graph.inserting_before(anchor):
             yield
         self.graph.erase_node(anchor)
 
     def replace(self, node: Node, new: Node) -> None:
-        """Replace the caller's ``node`` by ``new``, also for later layers that read it (as their queries, say)."""
+        """Replace the caller's ``node`` by ``new``, also for readers in later layers (as their queries, say)."""
         old = self.at(node)
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
@@ -95,25 +89,25 @@ class Draft:
         """The queries [B, Hq, N, D], scaled as the model scales its cached keys."""
         q = self.at(site.attention.q)
         if site.queries is not None:
-            q = self.graph.call_function(written_out.canonical_queries, (q, site.queries.queries, k))
+            q = self.call(written_out.canonical_queries, q, site.queries.queries, k)
         elif site.attention.layout != CANONICAL:
             sizes = (site.query_heads, int(site.keys.size(CHANNEL)))
-            q = self.graph.call_function(to_canonical, (q, site.attention.layout, *sizes))
+            q = self.call(to_canonical, q, site.attention.layout, *sizes)
         for scale in site.keys.scales:
-            q = self.graph.call_function(scale.target, (q, self.at(scale_of(scale))))
+            q = self.call(scale.target, q, self.at(scale_of(scale)))
         return self._together(site, q)
 
     def _together(self, site: CachedAttention, x: Any) -> Any:
         """``x`` [B, Hq, *, *], with the query heads of a KV head together."""
         if not site.keys.interleaved or x is None:
             return x
-        return self.graph.call_function(arrange.heads_together, (x, int(site.keys.size(HEAD))))
+        return self.call(arrange.heads_together, x, int(site.keys.size(HEAD)))
 
     def interleaved(self, site: CachedAttention, x: Node) -> Node:
         """``x`` [B, Hq, *, *], with the query heads in the model's order."""
         if not site.keys.interleaved:
             return x
-        return self.graph.call_function(arrange.heads_interleaved, (x, int(site.keys.size(HEAD))))
+        return self.call(arrange.heads_interleaved, x, int(site.keys.size(HEAD)))
 
     # ------------------------------------------------------------------------------------------------ masks
 
@@ -127,21 +121,20 @@ class Draft:
             return self.at(site.attention.mask)
         masks = [self._allowed(site, masking, k) for masking in usable_masks(region)]
         if not masks:
-            attended = self.graph.call_function(written_out.nonzero_pairs, (self.at(region.output.left),))
+            attended = self.call(written_out.nonzero_pairs, self.at(region.output.left))
             return self._pairs(site, attended, region.output.left, region.axes, k)
-        return functools.reduce(lambda a, b: self.graph.call_function(aten.logical_and.default, (a, b)), masks)
+        return functools.reduce(lambda a, b: self.call(aten.logical_and.default, a, b), masks)
 
     def _allowed(self, site: CachedAttention, masking: Masking, k: Node) -> Node:
-        allowed = self.graph.call_function(written_out.allowed_pairs, (self.at(masking.mask), masking.kind))
+        allowed = self.call(written_out.allowed_pairs, self.at(masking.mask), masking.kind)
         if site.is_canonical(masking.at.meta["val"].shape, masking.axes):
             return allowed
         return self._pairs(site, allowed, masking.at, masking.axes, k)
 
     def _pairs(self, site: CachedAttention, allowed: Node, at: Node, axes: Order, k: Node) -> Node:
         assert site.attention.region is not None and site.queries is not None
-        logits = self.at(site.attention.region.logits.node)
-        arguments = (allowed, self.at(at), to_product_order(axes), logits, site.queries.logits, k)
-        return self.graph.call_function(written_out.canonical_pairs, arguments)
+        order, logits = to_product_order(axes), self.at(site.attention.region.logits.node)
+        return self.call(written_out.canonical_pairs, allowed, self.at(at), order, logits, site.queries.logits, k)
 
     # ----------------------------------------------------------------------------------------- stores and spans
 
@@ -150,15 +143,15 @@ class Draft:
         return self.format_of(int(site.keys.size(CHANNEL)), int(site.values.size(CHANNEL)))
 
     def stored(self, site: CachedAttention, of: str, start: Any) -> Stored:
-        """The stored "keys" or "values" of a later call that begins at ``start``."""
+        """The stored "keys" or "values" of a later call from position ``start`` on."""
         assert site.past is not None
         index, side = site.past[of == "values"], self.format(site).side(of)
-        parts = side.parts(fixed=site.in_buffer, rolling=site.filling)
+        parts = side.parts(fixed=site.in_buffer, rolling=site.in_rolling_buffer)
         state: dict[str, Any] = {part.name: self._part(site, index, part) for part in parts}
         if not side.has_ring:
             return Stored(state)
         if site.in_buffer:
-            return Stored(state, self.graph.call_function(window_start_of, (state[COUNTERS],)))
+            return Stored(state, self.call(window_start_of, state[COUNTERS]))
         return Stored(state, self._window_start(start, index, side))
 
     def _part(self, site: CachedAttention, index: int, part: Part) -> Node:
@@ -169,7 +162,7 @@ class Draft:
 
     def _varying(self, site: CachedAttention, part: Part) -> tuple[int, ...]:
         """The axes of dynamic size of a part: batch and heads if dynamic in the caller's graph, and growing axes."""
-        rows = self._buffer_rows(site) if site.filling else site.keys.size(TOKEN)
+        rows = self._past_rows(site) if site.in_rolling_buffer else site.keys.size(TOKEN)
         varying = {
             BATCH_SIZE: isinstance(site.keys.size(BATCH), torch.SymInt),
             HEADS: isinstance(site.keys.size(HEAD), torch.SymInt),
@@ -181,15 +174,14 @@ class Draft:
     def _window_start(self, start: Any, index: int, side: Side) -> Node:
         """The input with the start of a growing cache's window.
 
-        Layers of equal length share it, unless their histories differ.
+        Layers of equal length share this input, unless their histories differ.
         """
         key = start, side.window_rule
-        if key in self.window_starts and not self.windows_apart:
-            node = self.window_starts[key]
-            self.inputs[node] = Counter((*self.inputs[node].indices, index), "window_start")
-            return node
-        self.window_starts[key] = self.input(f"window_start_{index}", Counter((index,), "window_start"))
-        return self.window_starts[key]
+        if key not in self.window_starts or self.windows_apart:
+            self.window_starts[key] = self.input(f"window_start_{index}", Counter((), "window_start"))
+        node = self.window_starts[key]
+        self.inputs[node] = Counter((*self.inputs[node].indices, index), "window_start")
+        return node
 
     def span(self, site: CachedAttention, new: Node, *, joined: bool = False) -> Span:
         """The span of a later call with rows ``new``; ``joined``: with all joined rows, also unread ones."""
@@ -197,14 +189,13 @@ class Draft:
             columns = site.keys.size(TOKEN) if joined else site.keys.extent
             return Span(self._fixed_start(site, new), 0, self.number(columns))
         tokens = self._tokens(site, new)
-        if site.filling:
-            rows, first = self._joined_rows(site)
+        end, first = self._joined_rows(site) if site.in_rolling_buffer else self._growing_start(site)
+        start, oldest = end, first
+        if site.in_rolling_buffer:
             counters = self._part(site, site.past[0], COUNTERS_PART)
-            start, oldest = (self.graph.call_function(rolled, (counters, row)) for row in (rows, first))
-            span = Span(start, oldest, self.sum(self.sum(rows, first, operator.sub), tokens), rolling=True)
-        else:
-            start, oldest = self._growing_start(site)
-            span = Span(start, oldest, self.sum(self.sum(start, oldest, operator.sub), tokens))
+            start, oldest = (self.call(rolled, counters, row) for row in (end, first))
+        columns = self.sum(self.sum(end, first, operator.sub), tokens)
+        span = Span(start, oldest, columns, rolling=site.in_rolling_buffer)
         read = None if joined or site.window is None else self.number(site.window.read)
         if read is None:
             return span
@@ -216,27 +207,27 @@ class Draft:
         join = site.keys.join
         start = self.at(join.start)
         if isinstance(join.start, Node) and isinstance(join.start.meta["val"], torch.Tensor):
-            return self.graph.call_function(arrange.start_of, (start, join.consecutive))
+            return self.call(arrange.start_of, start, join.consecutive)
         return start
 
     def _fixed_start(self, site: CachedAttention, new: Node) -> Node:
         start = self.start(site)
         if isinstance(start, Node) and start.target is arrange.start_of:
             return start
-        return self.graph.call_function(arrange.device_start, (start, new))
+        return self.call(arrange.device_start, start, new)
 
     def _tokens(self, site: CachedAttention, new: Node) -> Any:
         """Number of new tokens of the call."""
         if isinstance(site.query_tokens, int):
             return site.query_tokens
-        return self.graph.call_function(aten.sym_size.int, (new, TOKEN))
+        return self.call(aten.sym_size.int, new, TOKEN)
 
     def sum(self, a: Any, b: Any, operation: Callable[[Any, Any], Any] = operator.add) -> Any:
         """``operation`` on numbers or nodes."""
         if isinstance(b, int) and b == 0:
             return a
         known = not (isinstance(a, Node) or isinstance(b, Node))
-        return operation(a, b) if known else self.graph.call_function(operation, (a, b))
+        return operation(a, b) if known else self.call(operation, a, b)
 
     def _growing_start(self, site: CachedAttention) -> tuple[Any, Any]:
         """(first new position, lowest joined position) of a growing cache."""
@@ -249,17 +240,18 @@ class Draft:
             return start, self.sum(start, self.number(site.window.joined), operator.sub)
         return start, first
 
-    def _buffer_rows(self, site: CachedAttention) -> Any:
+    def _past_rows(self, site: CachedAttention) -> Any:
+        """Number of rows of the past, as a size of the caller's graph."""
         layout = site.keys.join.past_layout
         assert site.past is not None and layout is not None
         return self.caller_inputs[site.past[0]].meta["val"].shape[token_axis(layout)]
 
     def _joined_rows(self, site: CachedAttention) -> tuple[Any, Any]:
-        """Of a rolling buffer: how many of its tokens there are, and the first that a call joins."""
+        """(number of tokens, first joined token) of a rolling buffer."""
         join = site.keys.join
         if join.past_prefix is not None:
             return self.number(join.past_prefix), 0
-        rows = self.number(self._buffer_rows(site))
+        rows = self.number(self._past_rows(site))
         if join.past_suffix is None or join.past_suffix.size is None:
             return rows, 0
         return rows, self.sum(rows, self.number(join.past_suffix.size), operator.sub)
@@ -269,7 +261,7 @@ class Draft:
         if length not in self.firsts:
             first = self.input(f"oldest_{past[0]}", Counter((), "oldest"))
             with self.graph.inserting_after(self.graph.find_nodes(op="placeholder")[-1]):
-                self.firsts[length] = first, self.graph.call_function(operator.add, (first, length))
+                self.firsts[length] = first, self.call(operator.add, first, length)
         first, start = self.firsts[length]
         before = self.inputs[first]
         assert isinstance(before, Counter)
@@ -277,7 +269,7 @@ class Draft:
         return first, start
 
     def size(self, size: Any) -> Any:
-        """A size as an argument: a number, a node of the graph, or the input that carries the symbol."""
+        """A size as an argument: a number, a node of the graph, or the input with this symbol."""
         if isinstance(size, (int, Node)):
             return self.at(size)
         for node in self.caller_inputs:
@@ -299,12 +291,8 @@ class Draft:
             return self.sizes[known]
 
     def past_length(self, site: CachedAttention) -> Any:
-        """The past's token count: a number, the caller's own input for it, or one more input."""
-        layout = site.keys.join.past_layout
-        assert site.past is not None and layout is not None
-        past = self.caller_inputs[site.past[0]]
-        size = past.meta["val"].shape[token_axis(layout)]
+        """The past's token count: a number, an input of the caller, or one more input."""
         try:
-            return self.size(size)
+            return self.size(self._past_rows(site))
         except RuntimeError:
             return self.input(f"past_length_{site.past[0]}", Counter((site.past[0],), "length"))

@@ -1,4 +1,4 @@
-"""The inputs and outputs of a rewritten graph: where it finds its inputs, and how the caller's outputs are made."""
+"""The inputs and outputs of a rewritten graph: the sources of its inputs, and how the caller's outputs are made."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Counter:
 
 @dataclass(frozen=True)
 class Size:
-    """A number that is computed from sizes of the caller's inputs."""
+    """A number computed from sizes of the caller's inputs."""
 
     size: Any
 
@@ -72,7 +72,7 @@ Positions = tuple[tuple[str, int], ...]  # part's name and its output of the new
 class NewStore:
     """A new cache of ``length`` tokens, the "keys" or "values" of a format, made of the graph's outputs.
 
-    ``dtype`` is the model's. ``written``: the number of rows that hold tokens in a cache of fixed size, if known.
+    ``dtype`` is the model's. ``written``: the number of rows with tokens in a cache of fixed size, if known.
     """
 
     of: str
@@ -107,7 +107,7 @@ class SameHandle:
 
 @dataclass(frozen=True)
 class CopiedHandle:
-    """A new handle on the copy of input ``index``'s store that the call has written; the old cache is unchanged."""
+    """A new handle on the written copy of input ``index``'s store; the old cache is unchanged."""
 
     index: int
 
@@ -117,7 +117,7 @@ Output = Returned | Constant | NewStore | GrownStore | SameHandle | CopiedHandle
 
 @dataclass(frozen=True)
 class Written:
-    """A cache of fixed size to which a call writes ``tokens`` rows; then all rows of a rolling buffer hold tokens."""
+    """A cache of fixed size with ``tokens`` rows written by a call; a rolling buffer is full after the call."""
 
     index: int
     tokens: Any
@@ -142,17 +142,17 @@ class Rewritten:
         graph_module: the new graph.
         inputs: one for each of its placeholders.
         outputs: one for each of the caller's own outputs.
-        replaced: (input index, its new content): dense caches that become handles.
-        appended: (input index, number of new tokens): growing handles to which the call appends.
+        replaced: (input index, its new content): dense caches to be replaced by handles.
+        appended: (input index, number of new tokens): growing handles to be appended to.
         copied: inputs whose handles of fixed size are written on a copy, since the model does not write to them.
-        written: the caches of fixed size to which a call writes; the keys of each layer stand for both sides.
-        chosen: the choices for keys and values that stay dense, for a later call.
-        sides: (input index, whether the buffer is rolling) of all handles of fixed size that are read packed.
+        written: the written caches of fixed size; the keys of each layer stand for both sides.
+        chosen: the choices for keys and values left dense until a later call.
+        sides: (input index, whether the buffer is rolling) of all handles of fixed size in packed form.
     """
 
-    graph_module: GraphModule
-    inputs: list[Input]
-    outputs: list[Output]
+    graph_module: GraphModule = field(init=False)
+    inputs: list[Input] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
     replaced: list[tuple[int, Output]] = field(default_factory=list)
     appended: list[tuple[int, Any]] = field(default_factory=list)
     copied: list[int] = field(default_factory=list)

@@ -1,8 +1,8 @@
-"""First calls on a cache of fixed size that the graph itself makes: do the call's own rows suffice?
+"""First calls on a cache of fixed size, made by the graph itself: do the call's own rows suffice?
 
 Such a cache begins empty. The attention of a first call reads all its rows and relies on a mask to hide the unwritten
 ones. If the mask does so, attending to the call's own rows gives the same result, and the dense cache is never made.
-This is checked before each such call, with the mask and positions that the model computes.
+This is checked before each such call, with the model's own mask and positions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from think_compile.cache.canonical import CANONICAL, TOKEN
+from think_compile.cache.canonical import CANONICAL
 from think_compile.kernels import answers
 from think_compile.passes.layout import same_size
 from think_compile.passes.normalize import Normalized
@@ -25,7 +25,7 @@ _SDPA = aten.scaled_dot_product_attention.default
 
 
 class PromptOnly:
-    """The caches for which a first call's own rows may suffice, and the check whether they do this time."""
+    """The caches for which a first call's own rows may suffice, and the check before each call."""
 
     def __init__(self, sites: Sequence[CachedAttention], ask: Callable[..., Any]) -> None:
         self.roots = frozenset(site.keys.root for site in sites)
@@ -37,10 +37,9 @@ class PromptOnly:
 
 
 def find_prompt_only(normalized: Normalized, sites: Sequence[CachedAttention]) -> PromptOnly | None:
-    """The caches of ``sites`` for which own rows may suffice; None: there is none, or the check costs too much."""
-    eligible = [site for site in sites if _is_eligible(site)]
+    """The caches of ``sites`` for which own rows may suffice; None: no such cache, or too costly a check."""
     refused = {site.keys.root for site in sites if not _is_eligible(site)}
-    eligible = [site for site in eligible if site.keys.root not in refused]
+    eligible = [site for site in sites if site.keys.root not in refused]
     if not eligible:
         return None
     about = [node for site in eligible for node in (site.keys.join.start, site.attention.mask)]
@@ -51,8 +50,8 @@ def find_prompt_only(normalized: Normalized, sites: Sequence[CachedAttention]) -
 def passes_heads_once(site: CachedAttention) -> bool | None:
     """Whether the attention gets each KV head once, for a group of neighbouring query heads (enable_gqa).
 
-    False: it gets a copy for each query head, side by side. None: the heads are interleaved, which
-    :func:`think_compile.kernels.arrange.attend_prompt` does not support.
+    False: copies for the query heads, side by side. None: interleaved heads, unsupported by
+    :func:`think_compile.kernels.arrange.attend_prompt`.
     """
     if site.keys.interleaved:
         return None
@@ -68,19 +67,13 @@ def _is_eligible(site: CachedAttention) -> bool:
         return False
     if not (_is_plain(site.keys) and _is_plain(site.values)):
         return False
-    if not same_size(_own(site), site.query_tokens) or attention.q.meta["val"].dtype != attention.k.meta["val"].dtype:
+    same_dtype = attention.q.meta["val"].dtype == attention.k.meta["val"].dtype
+    if not same_dtype or not same_size(site.keys.new_tokens, site.query_tokens):
         return False
     if attention.mask is None:
         return attention.is_causal
     *_, rows, columns = attention.mask.meta["val"].shape
     return same_size(rows, site.query_tokens) and same_size(columns, site.keys.extent)
-
-
-def _own(site: CachedAttention) -> Any:
-    """Number of rows that the call writes."""
-    new, layout = site.keys.join.new, site.keys.layout
-    assert new is not None
-    return new.meta["val"].shape[next(i for i, group in enumerate(layout) if TOKEN in group)]
 
 
 def _is_plain(tensor: CacheTensor) -> bool:

@@ -1,8 +1,9 @@
-"""Small graphs that answer a question about a call before it runs, from a part of the model's graph."""
+"""Small graphs, from a part of the model's graph, that answer a question about a call before the call runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.prove.readers import PROJECTIONS
+from think_compile.passes.walks import ancestors
 
 aten = torch.ops.aten
 MAX_NODES = 300  # of a mask's computation, which then runs twice
@@ -23,25 +25,14 @@ _COSTLY = {
 }
 
 
-def _ancestors(nodes: Sequence[Any]) -> set[Node]:
-    found: set[Node] = set()
-    waiting = [node for node in nodes if isinstance(node, Node)]
-    while waiting and len(found) <= MAX_NODES:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += node.all_input_nodes
-    return found
-
-
 def question(
     normalized: Normalized, about: Sequence[Any], ask: Callable[[Graph, Callable[[Any], Any]], Node]
 ) -> GraphModule | None:
-    """A graph that computes the nodes ``about`` from the caller's inputs; None: that costs too much.
+    """A graph that computes the nodes ``about`` from the caller's inputs, and an answer; None: too costly.
 
-    ``ask`` adds the answer to it, given a function from nodes of the caller's graph to their copies.
+    ``ask`` adds the answer to the graph, given a function from nodes of the caller's graph to their copies.
     """
-    nodes = _ancestors(about)
+    nodes = set(islice(ancestors(*(node for node in about if isinstance(node, Node))), MAX_NODES + 1))
     if len(nodes) > MAX_NODES or any(node.target in _COSTLY for node in nodes):
         return None
     graph, copies = Graph(), dict[Any, Any]()

@@ -1,7 +1,7 @@
 """The rewriting: first calls keep their attention and store their caches; later calls attend to the stored caches.
 
-The result tells where the runtime finds each input of the new graph, and how it makes each output of the caller's
-graph. Each rewriting works on a copy of the graph, for one choice of the handles that are packed; the others are dense.
+The result tells the runtime the source of each input of the new graph, and how to make each output of the caller's
+graph. Each rewriting works on a copy of the graph, for one choice of packed handles; the others are dense.
 """
 
 from __future__ import annotations
@@ -22,26 +22,14 @@ from think_compile.passes.layout import arranged, stride_order
 from think_compile.passes.normalize import AUTOCAST, Normalized
 from think_compile.passes.observe import observed
 from think_compile.passes.prove.kv_cache import CachedAttention, CacheTensor
+from think_compile.passes.rewrite import plan
 from think_compile.passes.rewrite.draft import Draft, FormatOf
-from think_compile.passes.rewrite.plan import (
-    Chosen,
-    Constant,
-    CopiedHandle,
-    GrownStore,
-    NewStore,
-    Output,
-    Positions,
-    Returned,
-    Rewritten,
-    SameHandle,
-    Written,
-)
+from think_compile.passes.rewrite.plan import Positions
 from think_compile.passes.rewrite.prompt_only import passes_heads_once
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 _WRITE = {CacheFormat.step, CacheFormat.append, CacheFormat.join_values}  # these write in place
-SIDES = ("keys", "values")
 
 
 def rewrite(
@@ -52,12 +40,11 @@ def rewrite(
     prompt_only: frozenset[Node] = frozenset(),
     windows_apart: bool = False,
     pending: Sequence[CachedAttention] = (),
-) -> Rewritten:
+) -> plan.Rewritten:
     """Rewrite ``sites``.
 
-    ``packed``: inputs with handles on packed stores. ``prompt_only``: key caches of which a first call reads only its
-    own rows. ``windows_apart``: as in :class:`.draft.Draft`. ``pending``: attentions for which only the first call's
-    choice is made.
+    ``packed``: inputs with handles on packed stores. ``prompt_only``: key caches whose first call reads only its own
+    rows. ``windows_apart``: as in :class:`.draft.Draft`. ``pending``: attentions that need only a first call's choice.
     """
     with observed("rewrite", normalized.graph_module.graph) as count:
         rewriter = _Rewriter(normalized, packed, format_of, prompt_only, windows_apart)
@@ -81,29 +68,22 @@ class _Rewriter(Draft):
         super().__init__(normalized, format_of, windows_apart)
         self.packed, self.prompt_only = packed, prompt_only
         self.results: list[Node] = []
-        self.made: dict[int, Output] = {}  # output index of the normalized graph -> how it is made
-        self.appended: list[tuple[int, Any]] = []
-        self.copied: list[int] = []
-        self.written: list[Written] = []
-        self.chosen: list[Chosen] = []
-        self.sides: list[tuple[int, bool]] = []
+        self.made: dict[int, plan.Output] = {}  # output index of the normalized graph -> how it is made
+        self.rewritten = plan.Rewritten()
 
     def choose(self, pending: Sequence[CachedAttention]) -> None:
-        """Make the first call's choice, after the attentions; they, their keys and their values stay unchanged."""
+        """Make the first call's choice, after the attentions; attentions, keys and values stay unchanged."""
         for readers in _by_cache(pending):
             site, format = readers[0], self.format(readers[0])
             with self.after(self.at(readers[-1].attention.node)):
-                k = self.canonical(self.at(site.keys.root), site.keys)
-                v = self.canonical(self.at(site.values.root), site.values)
-                call = Call(self._joined_queries(readers, k), k, v, self.mask(site, k))
-                chosen = self.graph.call_function(format.choose, (call, Prompt()))
-                for i, (of, tensor) in enumerate(zip(SIDES, (site.keys, site.values), strict=True)):
+                chosen = self.call(format.choose, self._as_one(readers, *self._joined(site)), Prompt())
+                for i, (of, tensor) in enumerate(site.sides):
                     names = [p.name for p in format.side(of).parts(fixed=False) if not (p.is_rows or p.replaced)]
                     positions = self._results(chosen, i, names)
                     index = self.normalized.placeholders.index(tensor.root)
-                    self.chosen.append(Chosen(index, of, format, positions))
+                    self.rewritten.chosen.append(plan.Chosen(index, of, format, positions))
 
-    def run(self, sites: Sequence[CachedAttention]) -> Rewritten:
+    def run(self, sites: Sequence[CachedAttention]) -> plan.Rewritten:
         for readers in _by_cache(sites):
             past = readers[0].past
             if past is not None and self.packed.issuperset(past):
@@ -112,14 +92,12 @@ class _Rewriter(Draft):
                 self._first_call_of_prompt(readers)
             else:
                 self._first_call(readers)
-        outputs, replaced = self._finish_outputs()
+        self._finish_outputs()
         self._drop_unused()
-        graph_module = GraphModule(self.normalized.graph_module, self.graph)
         self.graph.lint()
-        order = self.graph.find_nodes(op="placeholder")
-        inputs = [self.inputs[n] for n in order]
-        fixed = self.copied, self.written, self.chosen, self.sides
-        return Rewritten(graph_module, inputs, outputs, replaced, self.appended, *fixed)
+        self.rewritten.graph_module = GraphModule(self.normalized.graph_module, self.graph)
+        self.rewritten.inputs = [self.inputs[n] for n in self.graph.find_nodes(op="placeholder")]
+        return self.rewritten
 
     def _result(self, node: Node) -> int:
         self.results.append(node)
@@ -127,27 +105,36 @@ class _Rewriter(Draft):
 
     def _results(self, states: Node, side: int, names: Sequence[str]) -> Positions:
         """Add outputs for the parts ``names`` of one of two sides, in that order."""
-        state = self.graph.call_function(operator.getitem, (states, side))
-        parts = [(name, self.graph.call_function(operator.getitem, (state, name))) for name in names]
+        state = self.call(operator.getitem, states, side)
+        parts = [(name, self.call(operator.getitem, state, name)) for name in names]
         return tuple((name, self._result(part)) for name, part in parts)
 
-    def _joined_queries(self, readers: Sequence[CachedAttention], k: Node) -> Node:
-        """The queries of all attentions to one cache, as those of one attention with larger groups."""
-        queries = [self.queries(site, k) for site in readers]
-        if len(queries) == 1:
-            return queries[0]
-        return self.graph.call_function(arrange.joined_queries, (queries, int(readers[0].keys.size(HEAD))))
+    def _joined(self, site: CachedAttention) -> list[Node]:
+        """The joined keys and values [B, H, S, D]."""
+        return [self.canonical(self.at(tensor.root), tensor) for _, tensor in site.sides]
+
+    def _new(self, site: CachedAttention) -> list[Node]:
+        """The call's own keys and values [B, H, N, D]."""
+        return [self._new_rows(tensor) for _, tensor in site.sides]
+
+    def _new_rows(self, tensor: CacheTensor) -> Node:
+        return self.canonical(self.at(tensor.join.new), tensor)
+
+    def _as_one(self, readers: Sequence[CachedAttention], k: Node, v: Node) -> Call:
+        """All attentions to one cache as one attention with larger groups."""
+        queries: Any = [self.queries(site, k) for site in readers]
+        if len(queries) > 1:
+            queries = [self.call(arrange.joined_queries, queries, int(readers[0].keys.size(HEAD)))]
+        return Call(queries[0], k, v, self.mask(readers[0], k))
 
     # ------------------------------------------------------------------------------------------- first calls
 
     def _first_call(self, readers: Sequence[CachedAttention]) -> None:
-        """Store the keys and values that the call keeps, after its unchanged attentions."""
+        """Store the kept keys and values, after the unchanged attentions."""
         site = readers[0]
         with self.after(self.at(readers[-1].attention.node)):
-            k = self.canonical(self.at(site.keys.root), site.keys)
-            v = self.canonical(self.at(site.values.root), site.values)
-            call = Call(self._joined_queries(readers, k), k, v, self.mask(site, k))
-            self._keep(site, call, self._prompt(site), _length_kept(site.keys) if site.filling else None)
+            call = self._as_one(readers, *self._joined(site))
+            self._keep(site, call, self._prompt(site), _length_kept(site.keys) if site.in_rolling_buffer else None)
 
     def _prompt(self, site: CachedAttention) -> Prompt:
         if site.fixed:
@@ -155,34 +142,34 @@ class _Rewriter(Draft):
         if site.window is None:
             return Prompt()
         read, kept = self.number(site.window.read), self.number(site.window.kept)
-        return Prompt(None, read, kept, self.number(_length_kept(site.keys)) if site.filling else None)
+        return Prompt(None, read, kept, self.number(_length_kept(site.keys)) if site.in_rolling_buffer else None)
 
     def _first_call_of_prompt(self, readers: Sequence[CachedAttention]) -> None:
         """Replace the attentions by attentions to the call's own rows; only these rows are stored."""
         site = readers[0]
         for reader in readers:
             with self.graph.inserting_before(self.at(reader.attention.node)):
-                k_new, v_new, attention = self._new_rows(reader.keys), self._new_rows(reader.values), reader.attention
-                arguments = (self.at(attention.q), k_new, v_new, self.at(attention.mask), self.at(attention.scale))
-                arguments += (attention.is_causal, passes_heads_once(reader))
-                out = self._as(self.graph.call_function(arrange.attend_prompt, arguments), attention.node)
+                attention = reader.attention
+                operands = self.at(attention.q), *self._new(reader), self.at(attention.mask)
+                options = self.at(attention.scale), attention.is_causal, passes_heads_once(reader)
+                out = self._as(self.call(arrange.attend_prompt, *operands, *options), attention.node)
             self.replace(attention.node, out)
         with self.after(self.at(readers[-1].attention.node)):
-            k_new, v_new = self._new_rows(site.keys), self._new_rows(site.values)
-            mask = self.graph.call_function(arrange.prompt_columns, (self.mask(site, k_new), k_new))
-            call = Call(self._joined_queries(readers, k_new), k_new, v_new, mask)
+            call = self._as_one(readers, *self._new(site))
+            call = call._replace(mask=self.call(arrange.prompt_columns, call.mask, call.k))
             self._keep(site, call, Prompt(capacity=self.number(site.keys.size(TOKEN))), site.query_tokens)
 
     def _keep(self, site: CachedAttention, call: Call, prompt: Prompt, written: Any = None) -> None:
-        """Make the caller's caches from the stores of a first call; ``written``: rows that hold tokens, if known."""
+        """Make the caller's caches from the stores of a first call; ``written``: rows with tokens, if known."""
         format = self.format(site)
-        stored = self.graph.call_function(format.first_call, (call, prompt))
-        for i, (of, tensor) in enumerate(zip(SIDES, (site.keys, site.values), strict=True)):
+        stored = self.call(format.first_call, call, prompt)
+        for i, (of, tensor) in enumerate(site.sides):
             positions = self._results(stored, i, [p.name for p in format.side(of).parts(fixed=site.in_buffer)])
             length, dtype = _length_kept(tensor), tensor.root.meta["val"].dtype
+            n_written = written if of == "keys" else None
             for index, layout in tensor.outputs.items():
-                self.made[index] = NewStore(
-                    of, format, positions, length, site.in_buffer, layout, dtype, written if of == "keys" else None
+                self.made[index] = plan.NewStore(
+                    of, format, positions, length, site.in_buffer, layout, dtype, n_written
                 )
 
     # ------------------------------------------------------------------------------------------- later calls
@@ -205,27 +192,24 @@ class _Rewriter(Draft):
             left = self._append(readers, with_values=values_left is None)
         self._leave(site, left[0], values_left or left[1])
 
-    def _new_rows(self, tensor: CacheTensor) -> Node:
-        return self.canonical(self.at(tensor.join.new), tensor)
-
     def _arguments(self, site: CachedAttention) -> tuple[Any, ...]:
         """The arguments of a later call's attention, made at the current insertion point."""
-        k_new, v_new = self._new_rows(site.keys), self._new_rows(site.values)
+        k_new, v_new = self._new(site)
         span, attention = self.span(site, k_new), site.attention
         mask = self._causal_to_end(site, k_new, span) if attention.causal_to_end else self.mask(site, k_new)
         call = Call(self.queries(site, k_new), k_new, v_new, mask, self.at(attention.scale), attention.is_causal)
-        return call, *(self.stored(site, of, span.start) for of in SIDES), span
+        return call, *(self.stored(site, of, span.start) for of, _ in site.sides), span
 
     def _causal_to_end(self, site: CachedAttention, k_new: Node, span: Span) -> Node | None:
         if site.query_tokens == 1 and isinstance(site.query_tokens, int):
             return None
-        return self.graph.call_function(arrange.causal_to_end, (k_new, span.columns))
+        return self.call(arrange.causal_to_end, k_new, span.columns)
 
     def _step(self, site: CachedAttention) -> tuple[Positions, Positions]:
         """Replace the only attention to a cache: attend and append."""
         with self.graph.inserting_before(self.at(site.attention.node)):
-            step = self.graph.call_function(self.format(site).step, self._arguments(site))
-            out, left = (self.graph.call_function(operator.getitem, (step, i)) for i in range(2))
+            step = self.call(self.format(site).step, *self._arguments(site))
+            out, left = (self.call(operator.getitem, step, i) for i in range(2))
             positions = self._left(site, left)
             out = self._as_attention(site, out)
         self.replace(site.attention.node, out)
@@ -234,7 +218,7 @@ class _Rewriter(Draft):
     def _attend(self, site: CachedAttention) -> None:
         """Replace one of several attentions to a cache."""
         with self.graph.inserting_before(self.at(site.attention.node)):
-            out = self.graph.call_function(self.format(site).attend, self._arguments(site))
+            out = self.call(self.format(site).attend, *self._arguments(site))
             out = self._as_attention(site, out)
         self.replace(site.attention.node, out)
 
@@ -242,13 +226,13 @@ class _Rewriter(Draft):
         """A result [B, Hq, N, Dv] in the layout of the attention's own."""
         out = self.interleaved(site, out)
         if site.attention.layout != CANONICAL:
-            out = self.graph.call_function(from_canonical, (out, site.attention.layout))
+            out = self.call(from_canonical, out, site.attention.layout)
         return self._as(out, site.attention.node)
 
     def _as(self, out: Node, old: Node) -> Node:
-        """``out`` with the memory order of ``old``, on which later views rely."""
+        """``out`` with the memory order of ``old``: later views rely on this order."""
         value = old.meta["val"]
-        out = self.graph.call_function(arrange.laid_out, (out, stride_order(value)))
+        out = self.call(arrange.laid_out, out, stride_order(value))
         out.meta["val"] = value
         return out
 
@@ -259,8 +243,8 @@ class _Rewriter(Draft):
         with self.graph.inserting_before(self.at(region.logits.node)):
             k_new = self._new_rows(site.keys)
             span = self.span(site, k_new)
-            arguments = (self.queries(site, k_new), k_new, self.stored(site, "keys", span.start), span)
-            logits = self.graph.call_function(self.format(site).logits, arguments)
+            q, stored = self.queries(site, k_new), self.stored(site, "keys", span.start)
+            logits = self.call(self.format(site).logits, q, k_new, stored, span)
             logits = self._as_product(site, self.interleaved(site, logits))
         self.replace(region.logits.node, logits)
 
@@ -270,25 +254,24 @@ class _Rewriter(Draft):
         formula = (self.at(product.alpha), self.at(product.bias), self.at(product.beta))
         dtype = product.node.meta["val"].dtype
         arguments = (logits, self.at(product.left), layout.queries, layout.logits, *formula, dtype)
-        return self._as(self.graph.call_function(written_out.as_product, arguments), product.node)
+        return self._as(self.call(written_out.as_product, *arguments), product.node)
 
     def _join_values(self, site: CachedAttention) -> Positions:
-        """Replace the model's join of its values: append the new ones, and continue with all of them."""
+        """Replace the model's join of its values: append the new values, and continue with all values."""
         tensor = site.values
         root = self.at(tensor.root)
         for node in arranged(tensor.root):
             if node.target in _VIEWS:  # a view of a buffer with spare rows may have to copy
                 self.at(node).target = aten.reshape.default
-            if node.target is aten.copy.default:  # it would bring back the overwritten tensor
+            if node.target is aten.copy.default:  # would bring back the overwritten tensor
                 self.at(node).replace_all_uses_with(self.at(node).args[1])
         with self.graph.inserting_before(root):
             new = self._new_rows(tensor)
             span = self.span(site, new, joined=True)
-            arguments = (new, self.stored(site, "values", span.start), span)
-            joined = self.graph.call_function(self.format(site).join_values, arguments)
-            values = self.graph.call_function(operator.getitem, (joined, 0))
+            joined = self.call(self.format(site).join_values, new, self.stored(site, "values", span.start), span)
+            values = self.call(operator.getitem, joined, 0)
             left = self._results(joined, 1, self._replaced(site, "values"))
-            values = self.graph.call_function(from_canonical, (values, tensor.layout))
+            values = self.call(from_canonical, values, tensor.layout)
         values.meta["val"] = tensor.root.meta["val"]
         self.replace(tensor.root, values)
         return left
@@ -296,15 +279,14 @@ class _Rewriter(Draft):
     def _append(self, readers: Sequence[CachedAttention], *, with_values: bool) -> tuple[Positions, Positions]:
         """Append the new rows, after all attentions to a cache."""
         site = readers[0]
-        k_new, v_new = self._new_rows(site.keys), self._new_rows(site.values)
-        call = Call(self._joined_queries(readers, k_new), k_new, v_new, self.mask(site, k_new))
-        span = self.span(site, k_new)
+        call = self._as_one(readers, *self._new(site))
+        span = self.span(site, call.k)
         values = self.stored(site, "values", span.start) if with_values else None
-        arguments = (call, self.stored(site, "keys", span.start), values, span)
-        return self._left(site, self.graph.call_function(self.format(site).append, arguments), with_values)
+        left = self.call(self.format(site).append, call, self.stored(site, "keys", span.start), values, span)
+        return self._left(site, left, with_values)
 
     def _replaced(self, site: CachedAttention, of: str) -> list[str]:
-        """The parts that a call replaces by new tensors: only growing caches have them."""
+        """The parts to be replaced by new tensors in each call: only growing caches have such parts."""
         parts = self.format(site).side(of).parts(fixed=site.in_buffer)
         return [] if site.in_buffer else [part.name for part in parts if part.replaced]
 
@@ -313,67 +295,58 @@ class _Rewriter(Draft):
         return keys, self._results(left, 1, self._replaced(site, "values") if with_values else [])
 
     def _leave(self, site: CachedAttention, keys_left: Positions, values_left: Positions) -> None:
-        """Give the caller the caches that the call has written."""
+        """Give the caller the written caches."""
         assert site.past is not None
-        for of, tensor, index, left in zip(
-            SIDES, (site.keys, site.values), site.past, (keys_left, values_left), strict=True
-        ):
+        for (of, tensor), index, left in zip(site.sides, site.past, (keys_left, values_left), strict=True):
             if site.in_buffer:
                 self._leave_fixed(site, of, tensor, index)
                 continue
-            self.appended.append((index, site.query_tokens))
+            self.rewritten.appended.append((index, site.query_tokens))
             kept = None if site.window is None else _length_kept(tensor)
             for output, layout in tensor.outputs.items():
-                self.made[output] = GrownStore(index, left, layout, kept)
+                self.made[output] = plan.GrownStore(index, left, layout, kept)
 
     def _leave_fixed(self, site: CachedAttention, of: str, tensor: CacheTensor, index: int) -> None:
-        self.sides.append((index, site.filling))
+        self.rewritten.sides.append((index, site.in_rolling_buffer))
         if of == "keys":
-            self.written.append(Written(index, site.query_tokens, site.filling))
+            self.rewritten.written.append(plan.Written(index, site.query_tokens, site.in_rolling_buffer))
         in_place = index in self.normalized.written
         if not in_place:
-            self.copied.append(index)
+            self.rewritten.copied.append(index)
         for output in tensor.outputs:
-            self.made[output] = SameHandle(index) if in_place else CopiedHandle(index)
+            self.made[output] = plan.SameHandle(index) if in_place else plan.CopiedHandle(index)
 
     # ----------------------------------------------------------------------------------------------- closing
 
-    def _finish_outputs(self) -> tuple[list[Output], list[tuple[int, Output]]]:
+    def _finish_outputs(self) -> None:
         output = self.graph.output_node()
-        values = list(output.args[0])
-        n_written = len(self.normalized.written)
-        replaced: list[tuple[int, Output]] = []
+        values, written = list(output.args[0]), self.normalized.written
         with self.graph.inserting_before(output):
-            for value, index, position in zip(values, self.normalized.written, range(n_written), strict=False):
-                self._finish_written(value, index, position, replaced)
-        outputs = [self._finish_output(i, values[i]) for i in range(n_written, len(values))]
+            for position, index in enumerate(written):
+                made = self.made.get(position)
+                if made is None:  # no cache: copied back, as the model wrote it
+                    self.call(aten.copy_.default, self.caller_inputs[index], values[position])
+                elif not isinstance(made, plan.SameHandle | plan.CopiedHandle):
+                    self.rewritten.replaced.append((index, made))
+        self.rewritten.outputs = [self._finish_output(i, values[i]) for i in range(len(written), len(values))]
         output.args = (tuple(self.results),)
-        return outputs, replaced
 
-    def _finish_written(self, value: Node, index: int, position: int, replaced: list[tuple[int, Output]]) -> None:
-        """Treat the new value of a written input: stored already, a new store, or copied back as the model wrote it."""
-        made = self.made.get(position)
-        if made is None:
-            self.graph.call_function(aten.copy_.default, (self.caller_inputs[index], value))
-        elif not isinstance(made, SameHandle | CopiedHandle):
-            replaced.append((index, made))
-
-    def _finish_output(self, index: int, value: Any) -> Output:
+    def _finish_output(self, index: int, value: Any) -> plan.Output:
         if index in self.made:
             return self.made[index]
-        return Returned(self._result(value)) if isinstance(value, Node) else Constant(value)
+        return plan.Returned(self._result(value)) if isinstance(value, Node) else plan.Constant(value)
 
     def _drop_unused(self) -> None:
         """Drop dead nodes, then unread inputs: above all the packed handles, which have no dense value."""
         self.graph.eliminate_dead_code(is_impure_node=_must_stay)
         for index in self.packed:
-            self._forget_shape_readers(self.caller_inputs[index], index)
+            self._drop_shape_readers(self.caller_inputs[index])
         for node in self.graph.find_nodes(op="placeholder"):
             if not node.users:
                 del self.inputs[node]
                 self.graph.erase_node(node)
 
-    def _forget_shape_readers(self, node: Node, index: int) -> None:
+    def _drop_shape_readers(self, node: Node) -> None:
         for user in list(node.users):
             if user.target is aten.sym_size.int:
                 user.replace_all_uses_with(self.size(user.meta["val"]))
@@ -381,7 +354,7 @@ class _Rewriter(Draft):
 
 
 def _length_kept(tensor: CacheTensor) -> Any:
-    """Number of tokens that a call leaves in a growing cache, or in a window's buffer."""
+    """Number of tokens left by a call in a growing cache, or in a window's buffer."""
     kept = None if tensor.window is None else tensor.window.kept
     return tensor.size(TOKEN) if kept is None else kept
 
@@ -395,7 +368,7 @@ def _must_stay(node: Node) -> bool:
 
 
 def _by_cache(sites: Sequence[CachedAttention]) -> list[list[CachedAttention]]:
-    """The sites in graph order, grouped by the cache that they read."""
+    """The sites in graph order, grouped by their cache."""
     groups: dict[Node, list[CachedAttention]] = {}
     for site in sites:
         groups.setdefault(site.keys.root, []).append(site)
