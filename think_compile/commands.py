@@ -33,7 +33,8 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "b
 
 Model = Annotated[str, typer.Argument(help="A folder, a .gguf file or a hub id.", metavar="MODEL")]
 Ratio = Annotated[
-    float | None, typer.Option(help="Share of the key channels to drop, in [0, 1); 0.5 without --keys.", show_default=False)
+    float | None,
+    typer.Option(help="Share of the key channels to drop, in [0, 1); 0.5 without --keys.", show_default=False),
 ]
 _PLAN = "{}: bits:share+bits:share (8:0.25+4:0.75), one number of bits, or lossless, balanced, small."
 Keys = Annotated[str | None, typer.Option(help=_PLAN.format("Bits of the key channels"), show_default=False)]

@@ -210,5 +210,7 @@ class ThinkConfig:
 
     @property
     def _window_group(self) -> int:
-        groups = [stored.group for stored in (self.keys, self.values) if stored is not None and not isinstance(stored, Plan)]
+        groups = [
+            stored.group for stored in (self.keys, self.values) if stored is not None and not isinstance(stored, Plan)
+        ]
         return math.lcm(*groups, self.group if self._has_codes else 1)

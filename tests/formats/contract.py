@@ -20,7 +20,6 @@ B, HQ, H, D = 2, 4, 2, 8
 WHOLE = Side(Whole(), D)
 
 
-
 def _side(codec: type, tiers: tuple[tuple[int, int], ...], recent: int, **options: object) -> Side:
     """A side of codes in groups of 4 tokens."""
     return Side(codec(tiers, 4, group=4), D, recent, **options)
@@ -36,10 +35,13 @@ FORMATS = {
     "whole keys, integers": CacheFormat(WHOLE, Side(Scaled(), D, 5)),
     "bits": CacheFormat(_side(KeyBits, ((4, 8),), 3), _side(ValueBits, ((4, 8),), 3)),
     "mixed bits": CacheFormat(_side(KeyBits, ((8, 3), (2, 4)), 2), _side(ValueBits, ((8, 4), (4, 4)), 2)),
-    "all bits": CacheFormat(_side(KeyBits, ((16, 2), (8, 2), (4, 1), (2, 2)), 0), _side(ValueBits, ((16, 1), (2, 6)), 0)),
+    "all bits": CacheFormat(
+        _side(KeyBits, ((16, 2), (8, 2), (4, 1), (2, 2)), 0), _side(ValueBits, ((16, 1), (2, 6)), 0)
+    ),
     "bits, sinks": CacheFormat(_side(KeyBits, ((8, 4), (4, 4)), 3, sinks=2), _side(ValueBits, ((4, 8),), 3, sinks=2)),
     "bits, later tokens whole": CacheFormat(
-        _side(KeyBits, ((4, 8),), 3, sinks=1, encodes_later=False), _side(ValueBits, ((8, 8),), 3, sinks=1, encodes_later=False)
+        _side(KeyBits, ((4, 8),), 3, sinks=1, encodes_later=False),
+        _side(ValueBits, ((8, 8),), 3, sinks=1, encodes_later=False),
     ),
     "ThinK x bits": CacheFormat(
         Side(Channels(4, 4), D, 3, window_group=4, sinks=2), _side(ValueBits, ((4, 8),), 3, sinks=2)

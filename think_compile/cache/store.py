@@ -301,7 +301,9 @@ class Packed(Store):
     def tail(self, length: int) -> Packed:
         """The last ``length`` tokens, sharing the rows unless far too many are unused."""
         oldest, start = self.end - length, self._counters.window_start
-        kept = replace(self, counters=Counters(oldest, start if self.side.window_group > 1 else max(start, oldest), length))
+        kept = replace(
+            self, counters=Counters(oldest, start if self.side.window_group > 1 else max(start, oldest), length)
+        )
         has_outgrown = kept.capacity > 2 * self.side.capacity_for(length)  # most rows hold dropped tokens
         return kept.moved(self.side.capacity_for(length)) if has_outgrown else kept
 
@@ -334,7 +336,9 @@ class Packed(Store):
     def _whole(self, capacity: int) -> Packed:
         """The tokens as they are read now, in a large ring: their groups have new borders."""
         dense, length = self.dense(), self.length
-        zeros = {name: torch.zeros_like(x) for name, x in self.rows.copy(0, 0, -(-capacity // self._group)).parts.items()}
+        zeros = {
+            name: torch.zeros_like(x) for name, x in self.rows.copy(0, 0, -(-capacity // self._group)).parts.items()
+        }
         own = {**self.own, "ring": ring_of(dense, length, capacity_for(length))}
         own[sinks.BEGIN] = own[sinks.BEGIN] - self._counters.oldest
         return replace(self, rows=Rows(zeros), own=own, counters=Counters(0, 0, length))
@@ -344,7 +348,9 @@ class Packed(Store):
         settled = self.settled()
         capacity = settled._capacity_of_copy(n_new)
         room = settled if capacity is None else settled.moved(capacity)
-        return room if self.side.encodes_later and not self.side.flushes else room._with_ring(room._ring_with_room(n_new))
+        return (
+            room if self.side.encodes_later and not self.side.flushes else room._with_ring(room._ring_with_room(n_new))
+        )
 
     def _capacity_of_copy(self, n_new: int) -> int | None:
         """Capacity of a larger or private copy for ``n_new`` more tokens; None: this store's rows have room."""
@@ -387,7 +393,9 @@ class Packed(Store):
         if not self.side.has_ring:
             return None
         needed = self.end + n_new - self._counters.window_start
-        if needed < self._ring_rows + self.side.flushes:  # a full ring counts as a window, and would drop its oldest token
+        if (
+            needed < self._ring_rows + self.side.flushes
+        ):  # a full ring counts as a window, and would drop its oldest token
             return None
         return self._ring_of(capacity_for(needed))
 

@@ -81,7 +81,9 @@ def narrow(call: Call, keys: Stored, values: Stored, span: Span, sides: tuple[Si
     out = None
     for p, segment in zip(grouped.split([s.size for s in read.segments], -1), read.segments, strict=True):
         rows = rows_of(values_side, values, call.v, segment, read)
-        if segment.name == "body" and (span.rolling or any(side.flushes for side in sides)):  # rows that do not count may hold NaN
+        if segment.name == "body" and (
+            span.rolling or any(side.flushes for side in sides)
+        ):  # rows that do not count may hold NaN
             rows = rows.masked_fill(~_by_row(segment.counts), 0)
         mixed = p @ wide(rows)
         out = mixed if out is None else out + mixed

@@ -175,7 +175,9 @@ class Program:
         for index in stores.keys() - moving:
             if stores[index].counters.oldest:
                 store = stores[index]
-                stores[index] = store.from_zero(store.side.capacity_for(store.length + counts[index])).reserve(counts[index])
+                stores[index] = store.from_zero(store.side.capacity_for(store.length + counts[index])).reserve(
+                    counts[index]
+                )
         return stores
 
     def _fetcher(self, what: plan.Input) -> Fetch:
