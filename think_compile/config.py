@@ -153,8 +153,8 @@ class ThinkConfig:
         _check_ratio(self.ratio)
         if self.keys is not None and self.ratio != 0:
             raise ValueError(
-                f"ratio={self.ratio} drops key channels, and keys={str(self.keys)!r} says how keys are stored: give one "
-                f"(ratio={self.ratio} is keys={{16: {1 - self.ratio:g}}})."
+                f"ratio={self.ratio} drops key channels, and keys={str(self.keys)!r} says how keys are stored: "
+                f"give one (ratio={self.ratio} is keys={{16: {1 - self.ratio:g}}})."
             )
         _check_int("group", self.group, 2)
         if self.group % 2:

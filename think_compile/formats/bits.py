@@ -1,8 +1,8 @@
 """Bit plans (KIVI, arXiv 2402.02750, and ThinK x KIVI): each channel gets the bits of its tier.
 
-The first call orders the channels of each KV head by their query-driven score and deals them to the tiers, from the most
-bits down. Channels beyond the last tier are dropped. A tier of codes is asymmetric: code = (x - zero) / scale. Keys have
-a scale and a zero per channel and group of tokens, values per token and block of at most 64 channels.
+The first call orders the channels of each KV head by their query-driven score and deals them to the tiers, from the
+most bits down. Channels beyond the last tier are dropped. Codes are asymmetric: code = (x - zero) / scale. Keys have a
+scale and a zero per channel and group of tokens, values per token and block of at most 64 channels.
 """
 
 from __future__ import annotations

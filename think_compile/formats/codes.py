@@ -76,7 +76,7 @@ def _halves(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def unpacked(stored: Tensor, block: Block, group: int, *, tokens_last: bool = False) -> Tensor:
-    """[..., tokens, channels]: the codes 0 to 2^bits - 1 in fp32, from bytes [..., :]; the inverse of :func:`packed`."""
+    """[..., tokens, channels]: the codes in fp32, from bytes [..., :]; the inverse of :func:`packed`."""
     half = -(-block.width // 2)
     channels = block.width if block.bits != 2 else half
     shape = (channels, group // 2) if tokens_last else (group // 2, channels)

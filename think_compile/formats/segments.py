@@ -1,7 +1,7 @@
 """The segments that a later call reads, and their rows.
 
-The *body* is the encoded rows. The *tail* is the last positions before the call, as many as a ring has; each row is whole
-or encoded, depending on the side's window. The call's *own* rows follow, and last the *sinks* of each sequence.
+The *body* is the encoded rows. The *tail* is the last positions before the call, as many as a ring has; each row is
+whole or encoded, depending on the side's window. The call's *own* rows follow, and last the *sinks* of each sequence.
 """
 
 from __future__ import annotations
