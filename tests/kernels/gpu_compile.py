@@ -88,7 +88,7 @@ def share(
         shape = group * queries, (kept + dv) * size, (d + dv) * size, 8
         launch = launch_for("channels+whole", shape, 8192, DEVICES[device][1])
     launch = Launch(*launch)
-    widths = {"D": d, "K": kept, "V": dv}
+    widths = {"D": d, "K": kept, "V": dv, "DV": dv}
     constants = {
         **{
             f"{name}_{size}": n
@@ -99,20 +99,25 @@ def share(
         **{"KIND": ["none", "bool", "float"].index(mask), "ALIKE": mask != "float"},
         **{"HALF_MASK": mask == "float" and dtype == "fp16", "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n},
         **({"MASK": None} if mask == "none" else {}),
+        **dict.fromkeys(("K_SINKS", "V_RING", "V_SINKS", "FIRST_TOKEN")),
+        **{"SINKS": 0, "GROUP_N": 1, "BLOCK_W": launch.block_n},
         **({} if on_device else {"WINDOW_START": None, "START": None}),
     }
-    types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "K_ROWS", "RING", "V_ROWS"), f"*{dtype}")
+    types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "K_ROWS", "K_RING", "V_ROWS"), f"*{dtype}")
     types |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32")
     types |= dict.fromkeys(("K_CHANNELS", "WINDOW_START", "START"), "*i64")
     types |= {"scale": "fp64" if on_device else "fp32", "MASK": "*i1" if mask == "bool" else f"*{dtype}"}
     kernel = by_hand.attend_share if hand else kernels_of("channels", "whole").attend_share
     if hand:
-        types, constants = ({NAMES.get(name, name): x for name, x in given.items()} for given in (types, constants))
+        types, constants = (
+            {NAMES.get(name, name): x for name, x in given.items() if NAMES.get(name, name) in kernel.arg_names}
+            for given in (types, constants)
+        )
     return compiled(kernel, types, constants, device, num_warps=launch.warps, num_stages=launch.stages)
 
 
 # Names in the kernel written by hand, by the template's names.
-NAMES = {"K_ROWS": "PRUNED", "K_CHANNELS": "CHANNELS", "RING": "RECENT", "V_ROWS": "VALUES", "WINDOW_START": "FLOOR"}
+NAMES = {"K_ROWS": "PRUNED", "K_CHANNELS": "CHANNELS", "K_RING": "RECENT", "V_ROWS": "VALUES", "WINDOW_START": "FLOOR"}
 NAMES |= {"D_WIDTH": "D", "D_PART0": "D0", "D_PART1": "D1", "K_WIDTH": "T", "K_PART0": "T0", "K_PART1": "T1"}
 NAMES |= {"V_WIDTH": "DV", "V_PART0": "DV0", "V_PART1": "DV1"}
 

@@ -354,8 +354,8 @@ class Packed(Store):
 
     def _capacity_of_copy(self, n_new: int) -> int | None:
         """Capacity of a larger or private copy for ``n_new`` more tokens; None: this store's rows have room."""
-        # one record stays free: a slice of all would compile again
-        fits = -(-(self.end + n_new) // self._group) < self.rows.capacity
+        group = self.side.window_group
+        fits = -(-(self.end + n_new) // group) * group < self.capacity  # room stays: a slice of all would compile again
         if fits and self.rows.free_above(self.used, self):
             return None
         return self.capacity if fits and not self._counters.oldest else self.side.capacity_for(self.length + n_new)

@@ -13,17 +13,14 @@ from torch import Tensor
 from think_compile.cache.state import Call, Length, Span, Stored
 from think_compile.formats import sinks
 from think_compile.formats.segments import Reading, Segment, body_of, decoded_at, reading, rows_of
-from think_compile.formats.side import Codec, Side
-from think_compile.kernels.calls import PAIRS, PairKernels, scale_of
+from think_compile.formats.side import Side
+from think_compile.kernels.calls import kernels_for, scale_of
 
 # A call of up to this many new tokens multiplies with the stored rows. A longer call is bound by arithmetic, not by
 # reading the cache, and uses stock attention over decoded rows.
 MAX_NARROW_QUERIES = 16
 
-
-def kernels_for(keys: Codec, values: Codec) -> PairKernels | None:
-    """The Triton kernels for a pair of codecs, or None."""
-    return PAIRS.get((keys.name, values.name))
+__all__ = ["decoded", "dense", "in_order", "kernels_for", "logits_in_order", "narrow"]
 
 
 def wide(x: Tensor) -> Tensor:

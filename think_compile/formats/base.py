@@ -183,7 +183,7 @@ class CacheFormat:
 
     def _kernels(self) -> PairKernels | None:
         """The Triton kernels of this pair of codecs, or None."""
-        return attention.kernels_for(self.keys.codec, self.values.codec)
+        return attention.kernels_for(self.keys, self.values)
 
 
 def _without_first(chosen: State, tokens: int) -> State:

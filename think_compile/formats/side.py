@@ -137,8 +137,8 @@ class Side:
 
     def capacity_for(self, length: int) -> int:
         """Tokens to allocate for in a growing cache of ``length`` tokens: a multiple of the group."""
-        capacity = capacity_for(length)
-        return (-(-capacity // self.codec.group) + 1) * self.codec.group if self.flushes else capacity
+        capacity, group = capacity_for(length), self.window_group
+        return (-(-capacity // group) + 1) * group if group > 1 else capacity
 
     def decoded(self, state: State) -> Tensor:
         """[B, H, S, W]: the decoded rows, in the ring's dtype if there is a ring."""
@@ -176,9 +176,11 @@ class Side:
 
     def pack(self, rows: Tensor, chosen: State, length: Length, capacity: int, *, fixed: bool) -> State:
         """The stored form of rows [B, H, S, W], of which ``length`` hold tokens."""
+        capacity = -(-capacity // self.window_group) * self.window_group
         if self.flushes:
-            size = -(-capacity // self.codec.group) * self.codec.group
-            encoded = self.codec.encode(groups.counted(rows, size, chosen[sinks.BEGIN] + self.sinks, length), chosen)
+            encoded = self.codec.encode(
+                groups.counted(rows, capacity, chosen[sinks.BEGIN] + self.sinks, length), chosen
+            )
         else:
             encoded = self.codec.encode(rows, chosen)
         spare = capacity - rows.shape[2]

@@ -15,25 +15,31 @@ encoded key, a whole key and a value.
 
 import triton.language as tl
 
-from think_compile.kernels.masks import counts_some, hidden, masked, part_of
+from think_compile.kernels.masks import counts_some, hidden, masked, part_of, within
 
 
 def walk(
-    m, total, ACC, QUERIES, KEYS, VALUES, low, high, shift, ring_rows, MASK, mask_row, query, first, sm_s, scale,
-    capacity, ROLLING: tl.constexpr, IN_RING: tl.constexpr, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
-    KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, BLOCK_N: tl.constexpr,
+    m, total, ACC, QUERIES, KEYS, VALUES, low, high, k_shift, v_shift, ring_rows, MASK, mask_row, query, first, sm_s,
+    scale, capacity, ROLLING: tl.constexpr, IN_K_RING: tl.constexpr, IN_V_RING: tl.constexpr, HIDDEN: tl.constexpr,
+    hidden_from, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attend to positions [low, high); keys and values are in rows position - shift, or the keys in a ring.
+    """Attend to positions [low, high); keys and values are in rows position - shift, or in a ring.
 
-    ``ROLLING``: position p is in row p % capacity.
+    ``ROLLING``: position p is in row p % capacity. ``HIDDEN`` positions from ``hidden_from`` on do not count. Tiles begin
+    at multiples of ``GROUP_N``.
     """
-    position = low + tl.arange(0, BLOCK_N)
-    value = masked(MASK, mask_row, position - first, position < high, sm_s, KIND, ALIKE)
-    for at in range(low, high, BLOCK_N):
+    begin = low // GROUP_N * GROUP_N if GROUP_N > 1 else low
+    position = begin + tl.arange(0, BLOCK_N)
+    value = masked(MASK, mask_row, position - first, within(position, low, high, GROUP_N), sm_s, KIND, ALIKE)
+    for at in range(begin, high, BLOCK_N):
         position = at + tl.arange(0, BLOCK_N)
-        ok, later = position < high, position + BLOCK_N
-        row = position % capacity if ROLLING else position - shift
-        s = scores(QUERIES, KEYS, position % ring_rows if IN_RING else row, ok, K_SIZES)
+        ok, later = within(position, low, high, GROUP_N), position + BLOCK_N
+        if HIDDEN > 0:
+            ok = ok & ((position < hidden_from) | (position >= hidden_from + HIDDEN))
+        k_row = position % ring_rows if IN_K_RING else position % capacity if ROLLING else position - k_shift
+        v_row = position % ring_rows if IN_V_RING else position % capacity if ROLLING else position - v_shift
+        s = scores(QUERIES, KEYS, at, k_row, ok, K_SIZES)
         s = hidden(s * scale, value, position - first, query, ok, KIND, CAUSAL)
         # read a tile ahead: it is too small for the pipeline that hides the latency of keys and values
         value = masked(MASK, mask_row, later - first, later < high, sm_s, KIND, ALIKE)
@@ -41,22 +47,25 @@ def walk(
         safe = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2(s - safe[:, None])
         shrink = tl.exp2(m - safe)
-        ACC = mix(ACC, shrink, p, VALUES, row, ok, V_SIZES)
+        ACC = mix(ACC, shrink, p, VALUES, at, v_row, ok, V_SIZES)
         m, total = new, total * shrink + tl.sum(p, 1)
     return m, total, ACC
 
 
 def attend_share(
-    Q, K_NEW, V_NEW, KEYS, RING, VALUES, MASK, WINDOW_START, START, OUT, MOST, TOTAL,
+    Q, K_NEW, V_NEW, KEYS, K_RING, K_SINKS, VALUES, V_RING, V_SINKS, FIRST_TOKEN, MASK, WINDOW_START, START,
+    OUT, MOST, TOTAL,
     window_start, start, first, extent, scale, queries, heads, capacity, value_rows, ring_rows, splits, whole_splits,
     sm_b, sm_h, sm_n, sm_s,
-    GROUP: tl.constexpr, D_SIZES: tl.constexpr, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
-    ON_DEVICE: tl.constexpr, ROLLING: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr,
-    HALF_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D_SIZES: tl.constexpr, DV_SIZES: tl.constexpr, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
+    SINKS: tl.constexpr, ON_DEVICE: tl.constexpr, ROLLING: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
+    ALIKE: tl.constexpr, HALF_MASK: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One share of the positions of one KV head, for BLOCK_M of its rows (query head of the group, query).
 
-    ``ROLLING``: ``first`` counts back from the start, and position p is in row p % capacity.
+    ``ROLLING``: ``first`` counts back from the start, and position p is in row p % capacity. ``GROUP_N``: tokens encoded
+    together. ``BLOCK_W``: positions with whole rows in a tile.
     """
     scale = tl.cast(scale, tl.float32)  # a Python float arrives as float64 from Inductor
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
@@ -66,6 +75,9 @@ def attend_share(
     if ROLLING:
         first = start - first
         extent = start + queries
+    first_token = 0
+    if SINKS > 0:
+        first_token = tl.load(FIRST_TOKEN + bh // heads).to(tl.int32)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n_rows = GROUP * queries
     real = row < n_rows
@@ -77,16 +89,25 @@ def attend_share(
         mask_row = tl.where(real, mask_row, 0)  # no read beyond the mask's end
     KEYS = keys_locate(KEYS, bh, capacity, K_SIZES)
     VALUES = values_locate(VALUES, bh, value_rows, V_SIZES)
-    RING = whole_locate(RING, bh, ring_rows, D_SIZES)
     K_NEW = whole_locate(K_NEW, bh, queries, D_SIZES)
-    V_NEW = whole_locate(V_NEW, bh, queries, V_SIZES)
+    V_NEW = whole_locate(V_NEW, bh, queries, DV_SIZES)
+    HAS_K_RING: tl.constexpr = K_RING is not None
+    HAS_V_RING: tl.constexpr = V_RING is not None
+    if HAS_K_RING:
+        K_RING = whole_locate(K_RING, bh, ring_rows, D_SIZES)
+    else:
+        K_RING = K_ROWS
+    if HAS_V_RING:
+        V_RING = whole_locate(V_RING, bh, ring_rows, DV_SIZES)
+    else:
+        V_RING = V_ROWS
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    ACC = values_zero(BLOCK_M, V_SIZES)
 
     end = tl.minimum(start + queries, extent)
     if split < splits:  # encoded rows, in equal shares, and the empty rows after the tokens
+        ACC = values_zero(BLOCK_M, V_SIZES)
         CHUNK: tl.constexpr = 1024 if ALIKE else 128
         AFTER: tl.constexpr = 0 if CAUSAL else KIND  # causal queries never see those rows
         chunk = tl.arange(0, CHUNK)
@@ -96,36 +117,73 @@ def attend_share(
         after, last = part_of(end, extent, split, splits, CHUNK)
         value = masked(MASK, mask_row, after + chunk - first, after + chunk < last, sm_s, AFTER, ALIKE)
         m, total, ACC = walk_encoded(
-            m, total, ACC, QUERIES, KEYS, VALUES, low, high, 0, ring_rows, MASK, mask_row, query, first, sm_s,
-            scale, capacity, ROLLING, False, K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE, BLOCK_N,
+            m, total, ACC, QUERIES, KEYS, VALUES, low, high, 0, 0, ring_rows, MASK, mask_row, query, first, sm_s,
+            scale, capacity, ROLLING, False, False, SINKS, first_token, K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE, GROUP_N,
+            BLOCK_N,
         )  # fmt: skip
         if not CAUSAL:
             for at in range(after, last, CHUNK):
                 if counts_some(value, m, real, at + chunk < last, KIND, ALIKE, HALF_MASK):
                     m, total, ACC = walk_encoded(
-                        m, total, ACC, QUERIES, KEYS, VALUES, at, tl.minimum(at + CHUNK, last), 0, ring_rows, MASK,
-                        mask_row, query, first, sm_s, scale, capacity, ROLLING, False, K_SIZES, V_SIZES,
-                        KIND, CAUSAL, ALIKE, BLOCK_N,
+                        m, total, ACC, QUERIES, KEYS, VALUES, at, tl.minimum(at + CHUNK, last), 0, 0, ring_rows, MASK,
+                        mask_row, query, first, sm_s, scale, capacity, ROLLING, False, False, SINKS, first_token,
+                        K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE, GROUP_N, BLOCK_N,
                     )  # fmt: skip
                 position = at + CHUNK + chunk
                 value = masked(MASK, mask_row, position - first, position < last, sm_s, AFTER, ALIKE)
+        if not VALUES_ARE_WHOLE:
+            seen = total > 0
+            out = (bh * (splits + whole_splits) + split) * n_rows + row
+            values_finish(ACC, tl.where(seen, total, 1.0), OUT + out * DV_WIDTH, real, VALUES, V_SIZES)
+            tl.store(MOST + out, m, mask=real)
+            tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)
     else:  # whole keys
-        WHOLE = whole_prepare(q_row, real, RING, D_SIZES)
-        low, high = part_of(tl.maximum(first, window_start), end, split - splits, whole_splits, BLOCK_N)
-        m, total, ACC = walk_ring(
-            m, total, ACC, WHOLE, RING, VALUES, low, tl.minimum(high, start), 0, ring_rows, MASK,
-            mask_row, query, first, sm_s, scale, capacity, ROLLING, True, D_SIZES, V_SIZES,
-            KIND, CAUSAL, ALIKE, BLOCK_N,
+        WHOLE_ACC = whole_zero(BLOCK_M, DV_SIZES)
+        WHOLE = whole_prepare(q_row, real, K_RING, D_SIZES)
+        low, high = part_of(tl.maximum(first, window_start), end, split - splits, whole_splits, BLOCK_W)
+        m, total, WHOLE_ACC = walk_window(
+            m, total, WHOLE_ACC, WHOLE, K_RING, V_RING, low, tl.minimum(high, start), 0, 0, ring_rows, MASK,
+            mask_row, query, first, sm_s, scale, capacity, ROLLING, HAS_K_RING, HAS_V_RING, 0, 0, D_SIZES, DV_SIZES,
+            KIND, CAUSAL, ALIKE, 1, BLOCK_W,
         )  # fmt: skip
-        m, total, ACC = walk_new(
-            m, total, ACC, WHOLE, K_NEW, V_NEW, tl.maximum(low, start), high, start, ring_rows, MASK,
-            mask_row, query, first, sm_s, scale, capacity, False, False, D_SIZES, V_SIZES,
-            KIND, CAUSAL, ALIKE, BLOCK_N,
+        m, total, WHOLE_ACC = walk_new(
+            m, total, WHOLE_ACC, WHOLE, K_NEW, V_NEW, tl.maximum(low, start), high, start, start, ring_rows, MASK,
+            mask_row, query, first, sm_s, scale, capacity, False, False, False, 0, 0, D_SIZES, DV_SIZES,
+            KIND, CAUSAL, ALIKE, 1, BLOCK_W,
         )  # fmt: skip
+        if SINKS > 0:
+            if split == splits:
+                # a side without sinks has all rows whole, by position
+                HAS_K_SINKS: tl.constexpr = K_SINKS is not None
+                HAS_V_SINKS: tl.constexpr = V_SINKS is not None
+                k_shift, v_shift = 0, 0
+                if HAS_K_SINKS:
+                    K_SINKS = whole_locate(K_SINKS, bh, SINKS, D_SIZES)
+                    k_shift = first_token
+                else:
+                    K_SINKS = K_ROWS
+                if HAS_V_SINKS:
+                    V_SINKS = whole_locate(V_SINKS, bh, SINKS, DV_SIZES)
+                    v_shift = first_token
+                else:
+                    V_SINKS = V_ROWS
+                m, total, WHOLE_ACC = walk_sinks(
+                    m, total, WHOLE_ACC, WHOLE, K_SINKS, V_SINKS, tl.maximum(first, first_token),
+                    tl.minimum(first_token + SINKS, tl.minimum(window_start, end)), k_shift, v_shift, ring_rows, MASK,
+                    mask_row, query, first, sm_s, scale, capacity, False, False, False, 0, 0, D_SIZES, DV_SIZES,
+                    KIND, CAUSAL, ALIKE, 1, BLOCK_W,
+                )  # fmt: skip
+        if not VALUES_ARE_WHOLE:
+            seen = total > 0
+            out = (bh * (splits + whole_splits) + split) * n_rows + row
+            whole_finish(WHOLE_ACC, tl.where(seen, total, 1.0), OUT + out * DV_WIDTH, real, V_NEW, DV_SIZES)
+            tl.store(MOST + out, m, mask=real)
+            tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)
 
-    seen = total > 0
-    total = tl.where(seen, total, 1.0)
-    out = (bh * (splits + whole_splits) + split) * n_rows + row
-    values_finish(ACC, total, OUT + out * V_WIDTH, real, V_SIZES)
-    tl.store(MOST + out, m, mask=real)
-    tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)
+    if VALUES_ARE_WHOLE:  # both branches have the same accumulators
+        seen = total > 0
+        total = tl.where(seen, total, 1.0)
+        out = (bh * (splits + whole_splits) + split) * n_rows + row
+        values_finish(ACC, total, OUT + out * DV_WIDTH, real, VALUES, V_SIZES)
+        tl.store(MOST + out, m, mask=real)
+        tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
 from think_compile.cache.state import COUNTERS, Call, Length, Span, Stored
-from think_compile.kernels.launch import LONG, Launch, device_of, launch_for
+from think_compile.kernels.launch import LONG, Launch, device_of, launch_for, launch_for_codes
 
 log = logging.getLogger(__name__)
 
@@ -22,34 +23,53 @@ MAX_WIDTH = 256
 
 @dataclass(frozen=True)
 class PairKernels:
-    """The kernels for keys and values of two codecs, by name.
+    """The kernels for keys and values of two codecs.
 
     Attributes:
         keys, values: names of the codecs.
         key_parts, value_parts: names of the stored tensors, in the kernels' order.
+        codecs: the codecs themselves, if their constants depend on more than the tensors' sizes.
+        sinks: number of first tokens that stay whole.
+        one_window: whether both sides have one window, or only one side has any.
     """
 
     keys: str
     values: str
     key_parts: tuple[str, ...]
     value_parts: tuple[str, ...]
+    codecs: tuple[Any, Any] = (None, None)
+    sinks: int = 0
+    one_window: bool = True
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether a side is stored in integer codes."""
+        return self.codecs != (None, None)
+
+    @property
+    def _records(self) -> int:
+        """Tokens of a record."""
+        return max((codec.group for codec in self.codecs if codec is not None), default=1)
 
     def attend_fits(self, call: Call, keys: Stored, values: Stored, span: Span) -> bool:
         """Whether a call runs on the decode kernel; a refusal is logged once for each reason and shape."""
         if not call.q.is_cuda or call.q.shape[2] > MAX_QUERIES:
             return False
-        why = self._obstacle(call, keys, values)
+        why = self._obstacle(call, keys, values, span)
         if why:
             _tell_once(f"{why} (queries {list(call.q.shape)}, values {list(call.v.shape)}, {call.q.dtype})")
         return not why
 
-    def _obstacle(self, call: Call, keys: Stored, values: Stored) -> str:
+    def _obstacle(self, call: Call, keys: Stored, values: Stored, span: Span) -> str:
         q, mask = call.q, call.mask
-        stored = [x for x in (*self._tensors(keys), *self._tensors(values)) if x.is_floating_point()]
+        tensors = *self._parts(keys, values)[0], *self._parts(keys, values)[1], *self._whole(keys, values)
+        stored = [x for x in tensors if x is not None and x.is_floating_point() and x.dtype != self._ranges_dtype]
         if not has_triton():
             return "Triton is not there"
-        if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            return "it computes in 16 or 32 bits"
+        if q.dtype not in (torch.float16, torch.bfloat16, *(() if self.has_codes else (torch.float32,))):
+            return "it computes in 16 bits" if self.has_codes else "it computes in 16 or 32 bits"
+        if self.has_codes and (why := self._obstacle_of_codes(span)):
+            return why
         if any(x.dtype != q.dtype for x in (call.k, *stored)):
             return "keys, values and queries differ in their types"
         if max(q.shape[3], call.v.shape[3]) > MAX_WIDTH:
@@ -58,12 +78,36 @@ class PairKernels:
             return "the mask is neither bool nor floating-point"
         return "the scale is a tensor" if isinstance(call.scale, Tensor) else ""
 
-    def _tensors(self, stored: Stored) -> list[Tensor]:
-        """The tensors of a side that the attention reads, the ring last."""
-        state = stored.state
-        if "ring" in state:
-            return [state[name].contiguous() for name in self.key_parts] + [state["ring"]]
-        return [state[name] for name in self.value_parts]
+    @property
+    def _ranges_dtype(self) -> torch.dtype | None:
+        return torch.float16 if self.has_codes else None
+
+    def _obstacle_of_codes(self, span: Span) -> str:
+        from think_compile.kernels.codes import fits
+
+        why = next((why for codec in self.codecs if codec is not None and (why := fits(codec))), "")
+        return why or ("" if self.one_window and not span.rolling else "keys and values have different windows")
+
+    def _parts(self, keys: Stored, values: Stored) -> tuple[list[Tensor], list[Tensor]]:
+        """The encoded tensors that the attention reads."""
+        ours = [keys.state[name].contiguous() for name in self.key_parts]
+        return ours, [values.state[name] for name in self.value_parts]
+
+    def _whole(self, keys: Stored, values: Stored) -> list[Tensor | None]:
+        """The keys' ring and sinks, the values', and the first token of each sequence; None: there is none."""
+        k, v = keys.state, values.state
+        sinks = ("sinks", "first_token") if self.sinks else ("", "")
+        first = k.get(sinks[1], v.get(sinks[1]))
+        return [k.get("ring"), k.get(sinks[0]), v.get("ring"), v.get(sinks[0]), first]
+
+    def _sizes(self, call: Call, parts: tuple[list[Tensor], list[Tensor]]) -> list[int]:
+        from think_compile.kernels.pair import CODECS
+
+        asm, widths = call.q.is_cuda and torch.version.hip is None, (call.q.shape[3], call.v.shape[3])
+        found = [self.sinks, self._records]
+        for name, codec, part, width in zip((self.keys, self.values), self.codecs, parts, widths, strict=True):
+            found += CODECS[name].sizes(codec, part[0], width, asm)
+        return found
 
     def attend(self, call: Call, keys: Stored, values: Stored, span: Span, launch: Launch | None = None) -> Tensor:
         """:func:`think_compile.formats.attention.narrow` by the kernel, [B, Hq, N, Dv] in q's dtype.
@@ -73,18 +117,21 @@ class PairKernels:
         """
         from think_compile.kernels.pair import attend_operation
 
-        assert keys.window_start is not None
-        lengths, at = _lengths(keys.window_start, span.start)
+        window_start = values.window_start if keys.window_start is None else keys.window_start
+        assert window_start is not None
+        lengths, at = _lengths(window_start, span.start)
         numbers = [*lengths, *_bounds(call, span), int(span.rolling), int(call.causal)]
         launch = launch or self.launch(call, keys, values, span)
-        past = self._tensors(keys), self._tensors(values)
-        own, mask = _own(call, past[1][0].dtype), _four_axes(call.mask)
-        operation = attend_operation(self.keys, self.values)
-        result: Tensor = operation(own, *past, mask, at, numbers, scale_of(call), list(launch))
+        past, own, mask = self._parts(keys, values), _own(call), _four_axes(call.mask)
+        operation, sizes = attend_operation(self.keys, self.values), self._sizes(call, past)
+        whole = self._whole(keys, values)
+        result: Tensor = operation(own, *past, whole, mask, at, numbers, sizes, scale_of(call), list(launch))
         return result
 
     def append_fits(self, call: Call, keys: Stored, span: Span) -> bool:
         """Whether Triton stores a call's keys: of a single token on a GPU, in a cache of fixed size, not rolling."""
+        if self.has_codes:
+            return False
         one_token = call.q.is_cuda and call.k.shape[2] == 1 and has_triton() and call.q.dtype != torch.float64
         return one_token and COUNTERS in keys.state and not span.rolling
 
@@ -121,24 +168,26 @@ class PairKernels:
         launch = launch or self.launch(call, keys, values, span)
         written = [values.state[name] for name in self.value_parts]
         numbers = [_bounds(call, span)[1], int(call.causal), *windows]
-        own, mask = _own(call, written[0].dtype), _four_axes(call.mask)
-        operation = step_operation(self.keys, self.values)
+        own, mask = _own(call), _four_axes(call.mask)
+        operation, sizes = step_operation(self.keys, self.values), self._sizes(call, self._parts(keys, values))
         past = self._written(keys), written
-        result: Tensor = operation(own, *past, mask, span.start, numbers, scale_of(call), list(launch))
+        result: Tensor = operation(own, *past, mask, span.start, numbers, sizes, scale_of(call), list(launch))
         return result
 
     def launch(self, call: Call, keys: Stored, values: Stored, span: Span) -> Launch:
         """The launch for a call; for symbolic sizes, from their values when the graph is made."""
         from think_compile.kernels.shares import hint
 
-        past = self._tensors(keys), self._tensors(values)
-        encoded, (d, dv) = past[0][0].shape[-1], (call.q.shape[3], call.v.shape[3])
+        d, dv = call.q.shape[3], call.v.shape[3]
         (batch, query_heads, queries, _), heads = (hint(size) for size in call.q.shape), hint(call.k.shape[1])
         extent = _bounds(call, span)[1]
         tokens = extent if isinstance(extent, int) else max(LONG, hint(extent))
+        rows, device = query_heads // heads * queries, device_of(call.q.device)
+        if self.has_codes:
+            return launch_for_codes(rows, batch * heads, tokens, self._records, device)
+        encoded = keys.state[self.key_parts[0]].shape[-1]
         narrow, whole = ((width + dv) * call.q.dtype.itemsize for width in (encoded, d))
-        shape = query_heads // heads * queries, narrow, whole, batch * heads
-        return launch_for(f"{self.keys}+{self.values}", shape, tokens, device_of(call.q.device))
+        return launch_for(f"{self.keys}+{self.values}", (rows, narrow, whole, batch * heads), tokens, device)
 
 
 def scale_of(call: Call) -> float:
@@ -146,8 +195,8 @@ def scale_of(call: Call) -> float:
     return 1 / math.sqrt(call.q.shape[-1]) if call.scale is None else call.scale
 
 
-def _own(call: Call, values_dtype: torch.dtype) -> list[Tensor]:
-    return [call.q.contiguous(), call.k.contiguous(), call.v.to(values_dtype).contiguous()]
+def _own(call: Call) -> list[Tensor]:
+    return [call.q.contiguous(), call.k.contiguous(), call.v.to(call.q.dtype).contiguous()]
 
 
 def _four_axes(mask: Tensor | None) -> Tensor | None:
@@ -174,4 +223,26 @@ def _tell_once(text: str) -> None:
     log.warning("the decode kernel is not used, the reference is: %s", text)
 
 
-PAIRS = {("channels", "whole"): PairKernels("channels", "whole", ("rows", "channels"), ("rows",))}
+_CODES = "codes", "ranges", "channels"
+PAIRS = {
+    (pair.keys, pair.values): pair
+    for pair in (
+        PairKernels("channels", "whole", ("rows", "channels"), ("rows",)),
+        PairKernels("channels", "value_bits", ("rows", "channels"), _CODES),
+        PairKernels("key_bits", "value_bits", _CODES, _CODES),
+        PairKernels("key_bits", "whole", _CODES, ("rows",)),
+        PairKernels("whole", "value_bits", ("rows",), _CODES),
+    )
+}
+
+
+@functools.cache
+def kernels_for(keys: Any, values: Any) -> PairKernels | None:
+    """The kernels for two sides of a format, or None."""
+    pair = PAIRS.get((keys.codec.name, values.codec.name))
+    codecs = tuple(side.codec if side.flushes else None for side in (keys, values))
+    if pair is None or codecs == (None, None):
+        return pair
+    sinks = {side.sinks for side in (keys, values) if side.has_ring}
+    windows = {side.window_rule for side in (keys, values) if side.has_ring}
+    return replace(pair, codecs=codecs, sinks=max(sinks), one_window=len(sinks) == len(windows) == 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from think_compile.kernels.codecs import DeviceCodec, parts_of
+from think_compile.kernels.codecs import SIZES, DeviceCodec, row_sizes
 from think_compile.kernels.whole import columns, read_queries, whole_scores
 
 
@@ -26,10 +26,10 @@ def channels_prepare(q_row, real, rows, channels, width: tl.constexpr, part0: tl
 
 @triton.jit
 def channels_scores(
-    q0, q1, rows, channels, row, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr
+    q0, q1, rows, channels, at, row, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr
 ):  # fmt: skip
     """Products [M, N] of the gathered queries with narrow rows."""
-    return whole_scores(q0, q1, rows, row, ok, width, part0, part1)
+    return whole_scores(q0, q1, rows, at, row, ok, width, part0, part1)
 
 
 @triton.jit
@@ -84,5 +84,6 @@ CHANNELS = DeviceCodec(
         "choose": channels_choose,
         "store": channels_store,
     },
-    sizes=parts_of,
+    size_names=SIZES,
+    sizes=row_sizes,
 )

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 SIZES = ("WIDTH", "PART0", "PART1")
 
 
@@ -20,7 +22,9 @@ class DeviceCodec:
         accumulators: names of the values that ``zero``, ``mix`` and the loop carry.
         functions: by their names in the templates. For keys ``locate``, ``prepare``, ``scores``; for values ``locate``,
             ``zero``, ``mix``, ``finish``; to store a token ``choose`` (if the codec chooses) and ``store``.
-        sizes: from a row's count of stored numbers to the constants WIDTH, PART0, PART1.
+        size_names: names of the constants of the functions.
+        sizes: their values, from the codec, its first part, the channels of a row in the model, and whether PTX may
+            stand in the kernel.
     """
 
     name: str
@@ -28,19 +32,24 @@ class DeviceCodec:
     queries: tuple[str, ...]
     accumulators: tuple[str, ...]
     functions: Mapping[str, Any] = field(hash=False)
-    sizes: Callable[[int], tuple[int, int, int]]
+    size_names: tuple[str, ...]
+    sizes: Callable[[Any, Tensor, int, bool], tuple[int, ...]]
 
     def pointers(self, prefix: str) -> tuple[str, ...]:
         """Names of the tensors in a kernel."""
         return tuple(f"{prefix}_{part.upper()}" for part in self.parts)
 
-
-def sizes_of(prefix: str) -> tuple[str, ...]:
-    """Names of the sizes in a kernel."""
-    return tuple(f"{prefix}_{size}" for size in SIZES)
+    def constants(self, prefix: str) -> tuple[str, ...]:
+        """Names of the sizes in a kernel."""
+        return tuple(f"{prefix}_{size}" for size in self.size_names)
 
 
 def parts_of(width: int) -> tuple[int, int, int]:
     """A row's width, and two powers of two, each at least 16, that cover it: 80 is 64 + 16."""
     most = max(16, 2 ** (width.bit_length() - 1))
     return width, most, max(16, 2 ** max(0, width - most - 1).bit_length())
+
+
+def row_sizes(codec: Any, rows: Tensor, width: int, asm: bool) -> tuple[int, int, int]:
+    """WIDTH, PART0 and PART1 of rows of numbers."""
+    return parts_of(rows.shape[-1])

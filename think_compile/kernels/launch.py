@@ -18,6 +18,7 @@ import torch
 TABLE = Path(__file__).parent / "launches.json"
 SMALLEST_SHARE = 64  # rows; the fewest assumed to be worth a program, not measured
 FILLED = 0.86  # share of a program's shared memory to use, since the estimate here omits small items
+CODE_PROGRAMS = 8  # of one warp on a processor
 LONG = 16384  # assumed rows of a cache whose length is unknown when its graph is made
 
 
@@ -98,6 +99,14 @@ def launch_for(pair: str, shape: tuple[int, int, int, int], extent: int, device:
         programs = splits * nearest["blocks"] * device.processors / _measured()["processors"]
         splits = max(1, min(round(programs / blocks), extent // SMALLEST_SHARE))
     return _fitting(Launch(block_m, block_n, warps, stages, splits), whole, FILLED * device.shared_bytes)
+
+
+def launch_for_codes(rows: int, heads: int, extent: int, group: int, device: Device = H100) -> Launch:
+    """The launch for rows in integer codes: one warp for a record, and as many programs as processors hold."""
+    block_m = 8 if rows <= 8 else query_tile(rows)
+    blocks = heads * -(-rows // block_m)
+    splits = max(1, min(CODE_PROGRAMS * device.processors // max(1, blocks), extent // (2 * group)))
+    return Launch(block_m, group, 1, 2, splits)
 
 
 def _fitting(launch: Launch, whole: int, room: float) -> Launch:

@@ -58,3 +58,12 @@ def part_of(low, high, i, parts, BLOCK_N: tl.constexpr):
     share = tl.cdiv(tl.cdiv(high - low, parts), BLOCK_N) * BLOCK_N
     low += i * share
     return low, tl.minimum(low + share, high)
+
+
+@triton.jit
+def within(position, low, high, group: tl.constexpr):
+    """Whether positions are in [low, high); with groups, the first tile may begin below ``low``."""
+    ok = position < high
+    if group > 1:
+        ok = ok & (position >= low)
+    return ok

@@ -11,13 +11,14 @@ from torch.library import triton_op
 
 from think_compile.kernels import attend_template, store_template
 from think_compile.kernels.channels import CHANNELS
-from think_compile.kernels.codecs import DeviceCodec, sizes_of
+from think_compile.kernels.codecs import DeviceCodec
+from think_compile.kernels.codes import KEY_BITS, VALUE_BITS
 from think_compile.kernels.merge import merge_shares
 from think_compile.kernels.shares import Given, Kernels, device_of_launch, launch_shares, traced
 from think_compile.kernels.specialise import specialised
 from think_compile.kernels.whole import WHOLE
 
-CODECS = {codec.name: codec for codec in (CHANNELS, WHOLE)}
+CODECS = {codec.name: codec for codec in (CHANNELS, WHOLE, KEY_BITS, VALUE_BITS)}
 # Lengths change with each token and must not compile a new kernel variant each time.
 _LENGTHS = ["window_start", "start", "first", "extent", "splits", "whole_splits"]
 
@@ -28,32 +29,46 @@ def kernels_of(keys: str, values: str) -> Kernels:
     k, v = CODECS[keys], CODECS[values]
     name = f"{keys}_{values}"
     groups = {"KEYS": k.pointers("K"), "VALUES": v.pointers("V"), "ACC": v.accumulators}
-    sizes = {"K_SIZES": sizes_of("K"), "V_SIZES": sizes_of("V")}
+    own = WHOLE.accumulators if v is WHOLE else ("a0", "a1")
+    rows = {"K_SIZES": WHOLE.constants("D"), "V_SIZES": WHOLE.constants("DV")}
+    encoded = {"K_SIZES": k.constants("K"), "V_SIZES": v.constants("V")}
 
-    def walk(kind: str, rows: DeviceCodec, pointers: tuple[str, ...], own: bool) -> Any:
-        side = WHOLE if own else v
-        of_kind = {"QUERIES": rows.queries, "KEYS": pointers, "VALUES": ("V_NEW",) if own else groups["VALUES"]}
-        functions = {"scores": rows.functions["scores"], "mix": side.functions["mix"]}
-        template = attend_template.walk
-        return specialised(template, f"walk_{kind}_{name}", functions, {**groups, **of_kind, **sizes})
+    def walk(kind: str, keys_from: str = "", values_from: str = "") -> Any:
+        """The loop over rows of the codecs, or over whole rows of these tensors."""
+        template, whole = attend_template.walk, bool(keys_from)
+        of_kind = {"QUERIES": ("w0", "w1"), "KEYS": (keys_from,), "VALUES": (values_from,), "ACC": own} if whole else {}
+        scores, mix = (WHOLE, WHOLE) if whole else (k, v)
+        functions = {"scores": scores.functions["scores"], "mix": mix.functions["mix"]}
+        of_codecs = {"QUERIES": k.queries, **groups, **encoded}
+        return specialised(
+            template, f"walk_{kind}_{name}", functions, {**of_codecs, **(rows if whole else {}), **of_kind}
+        )
 
     functions = {
         **{f"keys_{name}": k.functions[name] for name in ("locate", "prepare")},
         **{f"values_{name}": v.functions[name] for name in ("locate", "zero", "finish")},
-        **{f"whole_{name}": WHOLE.functions[name] for name in ("locate", "prepare")},
-        "walk_encoded": walk("encoded", k, groups["KEYS"], own=False),
-        "walk_ring": walk("ring", WHOLE, ("RING",), own=False),
-        "walk_new": walk("new", WHOLE, ("K_NEW",), own=True),
+        **{f"whole_{name}": WHOLE.functions[name] for name in ("locate", "prepare", "zero", "finish")},
+        "walk_encoded": walk("encoded"),
+        "walk_window": walk("window", "K_RING", "V_RING"),
+        "walk_new": walk("new", "K_NEW", "V_NEW"),
+        "walk_sinks": walk("sinks", "K_SINKS", "V_SINKS"),
     }
-    all_groups = {**groups, **sizes, "D_SIZES": sizes_of("D"), "QUERIES": k.queries, "WHOLE": ("w0", "w1")}
+    sizes = {**encoded, "D_SIZES": WHOLE.constants("D"), "DV_SIZES": WHOLE.constants("DV")}
+    names = {"QUERIES": k.queries, "WHOLE": ("w0", "w1"), "WHOLE_ACC": own, "VALUES_ARE_WHOLE": (str(v is WHOLE),)}
     share = specialised(
-        attend_template.attend_share, f"attend_{name}", functions, all_groups, do_not_specialize=_LENGTHS
+        attend_template.attend_share,
+        f"attend_{name}",
+        functions,
+        {**groups, **sizes, **names},
+        do_not_specialize=_LENGTHS,
     )
     return Kernels(k, v, share, *_writers(name, k, v))
 
 
 def _writers(name: str, k: DeviceCodec, v: DeviceCodec) -> tuple[Any, Any]:
-    """The kernels that store a token."""
+    """The kernels that store a token, if the codecs have the functions."""
+    if "store" not in k.functions or "store" not in v.functions:
+        return None, None
     of_keys = {f"keys_{function}": k.functions[function] for function in ("locate", "choose", "store")}
     keys, values = {"KEYS": k.pointers("K")}, {"VALUES": v.pointers("V")}
     store = {"store_key": specialised(store_template.store_key, f"store_key_{name}", of_keys, keys)}
@@ -76,13 +91,16 @@ def attend_operation(keys: str, values: str) -> Any:
         own: list[Tensor],
         keys_: list[Tensor],
         values_: list[Tensor],
+        whole: list[Tensor | None],
         mask: Tensor | None,
         at: list[Tensor],
         numbers: list[int],
+        sizes: list[int],
         scale: float,
         launch: list[int],
     ) -> Tensor:
-        kernels, given = kernels_of(keys, values), Given(own, keys_, values_, mask, at, numbers, scale, launch)
+        kernels = kernels_of(keys, values)
+        given = Given(own, keys_, values_, whole, mask, at, numbers, sizes, scale, launch)
         q, _, v = own
         result = q.new_empty((*q.shape[:3], v.shape[3]))
         with device_of_launch(q):
@@ -110,20 +128,23 @@ def step_operation(keys: str, values: str) -> Any:
         mask: Tensor | None,
         start: Tensor,
         numbers: list[int],
+        sizes: list[int],
         scale: float,
         launch: list[int],
     ) -> Tensor:
         kernels, (extent, causal, *windows) = kernels_of(keys, values), numbers
         q, k, v = own
-        *past, counters = keys_
+        *past, ring, counters = keys_
         lengths = [0, 0, 0, extent, 0, causal]
         result = q.new_empty((*q.shape[:3], v.shape[3]))
         with device_of_launch(q):
-            shares = launch_shares(kernels, Given(own, past, values_, mask, [counters, start], lengths, scale, launch))
-            sizes = _store_sizes(q, k, past[0]) | shares.sizes()
-            traced(kernels.finish_step)[(k.shape[0] * k.shape[1], sizes["GROUP"] + 1)](
-                *shares, result, q, k, v, *past, counters, *values_, start,
-                *windows, past[0].shape[2], past[-1].shape[2], **sizes,
+            whole, at = [ring, None, None, None, None], [counters, start]
+            given = Given(own, past, values_, whole, mask, at, lengths, sizes, scale, launch)
+            shares = launch_shares(kernels, given)
+            constants = _store_sizes(q, k, past[0]) | shares.sizes()
+            traced(kernels.finish_step)[(k.shape[0] * k.shape[1], constants["GROUP"] + 1)](
+                *shares, result, q, k, v, *past, ring, counters, *values_, start,
+                *windows, past[0].shape[2], ring.shape[2], **constants,
             )  # fmt: skip
         return result
 

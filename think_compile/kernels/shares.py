@@ -12,9 +12,11 @@ from torch.library import wrap_triton
 
 from think_compile.kernels.codecs import DeviceCodec, parts_of
 from think_compile.kernels.launch import Launch
+from think_compile.kernels.whole import WHOLE
 
 _LOG2E = 1.4426950408889634
 WHOLE_SHARE = 128  # positions with whole rows per program, about
+WHOLE_TILE = 32  # beside codes, whose programs have one warp
 
 
 class Kernels(NamedTuple):
@@ -32,11 +34,14 @@ class Given(NamedTuple):
 
     Attributes:
         own: q [B, Hq, N, D], k [B, H, N, D] and v [B, H, N, Dv] of the call, contiguous.
-        keys, values: the stored parts in the codec's order; for keys, then the ring.
+        keys, values: the stored parts in the codec's order.
+        whole: the rings and the sinks, or None: the keys' ring and sinks, the values', and the first token of each
+            sequence.
         mask: [B or 1, Hq or 1, N or 1, columns], or None.
         at: the window's start and the call's start as device tensors, 0-d int64; empty: both are in ``numbers``.
         numbers: these two, the lowest position read, the end of the positions, whether the buffer is rolling, and
             whether the attention is causal. For a rolling buffer the third is the number of past positions read.
+        sizes: number of sinks, tokens of a record, and the constants of the keys' and of the values' codec.
         scale: of the logits.
         launch: see :class:`.launch.Launch`.
     """
@@ -44,9 +49,11 @@ class Given(NamedTuple):
     own: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
+    whole: list[Tensor | None]
     mask: Tensor | None
     at: list[Tensor]
     numbers: list[int]
+    sizes: list[int]
     scale: float
     launch: list[int]
 
@@ -92,30 +99,38 @@ def _strides(mask: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
 
 
-def _sizes(prefix: str, width: int) -> dict[str, int]:
-    return dict(zip((f"{prefix}_WIDTH", f"{prefix}_PART0", f"{prefix}_PART1"), parts_of(width), strict=True))
-
-
 def launch_shares(kernels: Kernels, given: Given) -> Shares:
     """Launch the attention in shares."""
     (q, k, v), mask, how = given.own, given.mask, Launch(*given.launch)
     (batch, query_heads, queries, d), heads, dv = q.shape, k.shape[1], v.shape[3]
-    rows, all_heads, ring = query_heads // heads * queries, batch * heads, given.keys[-1]
-    whole_splits = min(how.splits, -(-(hint(ring.shape[2]) + hint(queries)) // WHOLE_SHARE))
+    rows, all_heads, records = query_heads // heads * queries, batch * heads, given.sizes[1]
+    k_ring, k_sinks, v_ring, v_sinks, first_token = given.whole
+    ring = v_ring if k_ring is None else k_ring
+    assert ring is not None
+    block_w = how.block_n if records == 1 else min(how.block_n, WHOLE_TILE)
+    share = WHOLE_SHARE if records == 1 else WHOLE_TILE
+    whole_splits = min(how.splits, -(-(hint(ring.shape[2]) + hint(queries)) // share))
     splits = how.splits + whole_splits
     out = q.new_empty((all_heads, splits, rows, dv), dtype=torch.float32)
     most, total = (q.new_empty((all_heads, splits, rows), dtype=torch.float32) for _ in range(2))
     window_start_at, start_at = given.at or (None, None)
     *lengths, rolling, causal = given.numbers
-    strides, widths = _strides(mask), (d, given.keys[0].shape[-1], given.values[0].shape[-1])
+    strides = _strides(mask)
     traced(kernels.attend_share)[(all_heads, triton.cdiv(rows, how.block_m), splits)](
-        q, k, v, *given.keys, *given.values, mask, window_start_at, start_at, out, most, total,
+        q, k, v, *given.keys, k_ring, k_sinks, *given.values, v_ring, v_sinks, first_token,
+        mask, window_start_at, start_at, out, most, total,
         *lengths, given.scale * _LOG2E, queries, heads,
         given.keys[0].shape[2], given.values[0].shape[2], ring.shape[2], how.splits, whole_splits, *strides,
-        **_sizes("D", widths[0]), **_sizes("K", widths[1]), **_sizes("V", widths[2]),
+        **_constants(kernels, d, dv, given.sizes[2:]), SINKS=given.sizes[0], GROUP_N=records,
         GROUP=query_heads // heads, ON_DEVICE=start_at is not None, ROLLING=bool(rolling), CAUSAL=bool(causal),
         KIND=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
         ALIKE=strides[1] == 0 and strides[2] == 0, HALF_MASK=mask is not None and mask.dtype == torch.float16,
-        BLOCK_M=how.block_m, BLOCK_N=how.block_n, num_warps=how.warps, num_stages=how.stages,
+        BLOCK_M=how.block_m, BLOCK_N=how.block_n, BLOCK_W=block_w, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return Shares(out, most, total)
+
+
+def _constants(kernels: Kernels, d: int, dv: int, sizes: list[int]) -> dict[str, int]:
+    """The codecs' constants by name, and those of whole keys and values."""
+    names = *WHOLE.constants("D"), *WHOLE.constants("DV"), *kernels.keys.constants("K"), *kernels.values.constants("V")
+    return dict(zip(names, (*parts_of(d), *parts_of(dv), *sizes), strict=True))

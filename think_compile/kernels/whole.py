@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from think_compile.kernels.codecs import DeviceCodec, parts_of
+from think_compile.kernels.codecs import SIZES, DeviceCodec, row_sizes
 
 
 @triton.jit
@@ -22,6 +22,22 @@ def read_queries(q_row, real, i0, i1, ok0, ok1):
 
 
 @triton.jit
+def doubled(x):
+    """``x`` [M, N] with M rows of zeros below, if it is too small for a tile of a tensor core."""
+    if x.shape[0] < 16:
+        x = tl.reshape(tl.permute(tl.join(x, tl.zeros_like(x)), (2, 0, 1)), (2 * x.shape[0], x.shape[1]))
+    return x
+
+
+@triton.jit
+def halved(x, rows: tl.constexpr):
+    """The first ``rows`` rows of ``x``: the product of :func:`doubled`."""
+    if x.shape[0] > rows:
+        x, _ = tl.split(tl.permute(tl.reshape(x, (2, rows, x.shape[1])), (1, 2, 0)))
+    return x
+
+
+@triton.jit
 def whole_locate(rows, bh, capacity, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
     """The rows of one KV head."""
     return rows + bh * capacity * width
@@ -35,16 +51,16 @@ def whole_prepare(q_row, real, rows, width: tl.constexpr, part0: tl.constexpr, p
 
 
 @triton.jit
-def whole_scores(q0, q1, base, rows, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+def whole_scores(q0, q1, base, at, rows, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
     """Products [M, N] of queries with key rows ``rows`` of ``width`` columns at ``base``."""
     c0, c1 = columns(part0, part1)
-    at = base + rows.to(tl.int64)[:, None] * width
-    k0 = tl.load(at + c0[None, :], mask=ok[:, None] & (c0 < width)[None, :], other=0.0)
-    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+    row = base + rows.to(tl.int64)[:, None] * width
+    k0 = tl.load(row + c0[None, :], mask=ok[:, None] & (c0 < width)[None, :], other=0.0)
+    s = tl.dot(doubled(q0), tl.trans(k0), input_precision="ieee")
     if part0 < width:
-        k1 = tl.load(at + c1[None, :], mask=ok[:, None] & (c1 < width)[None, :], other=0.0)
-        s += tl.dot(q1, tl.trans(k1), input_precision="ieee")
-    return s
+        k1 = tl.load(row + c1[None, :], mask=ok[:, None] & (c1 < width)[None, :], other=0.0)
+        s += tl.dot(doubled(q1), tl.trans(k1), input_precision="ieee")
+    return halved(s, q0.shape[0])
 
 
 @triton.jit
@@ -54,20 +70,20 @@ def whole_zero(block_m: tl.constexpr, width: tl.constexpr, part0: tl.constexpr, 
 
 
 @triton.jit
-def whole_mix(o0, o1, shrink, p, base, rows, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+def whole_mix(o0, o1, shrink, p, base, at, rows, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
     """The accumulators times ``shrink``, plus ``p`` times the value rows ``rows`` of ``width`` columns at ``base``."""
     c0, c1 = columns(part0, part1)
-    at = base + rows.to(tl.int64)[:, None] * width
-    v0 = tl.load(at + c0[None, :], mask=ok[:, None] & (c0 < width)[None, :], other=0.0)
-    o0 = o0 * shrink[:, None] + tl.dot(p.to(v0.dtype), v0, input_precision="ieee")
+    row = base + rows.to(tl.int64)[:, None] * width
+    v0 = tl.load(row + c0[None, :], mask=ok[:, None] & (c0 < width)[None, :], other=0.0)
+    o0 = o0 * shrink[:, None] + halved(tl.dot(doubled(p.to(v0.dtype)), v0, input_precision="ieee"), p.shape[0])
     if part0 < width:
-        v1 = tl.load(at + c1[None, :], mask=ok[:, None] & (c1 < width)[None, :], other=0.0)
-        o1 = o1 * shrink[:, None] + tl.dot(p.to(v1.dtype), v1, input_precision="ieee")
+        v1 = tl.load(row + c1[None, :], mask=ok[:, None] & (c1 < width)[None, :], other=0.0)
+        o1 = o1 * shrink[:, None] + halved(tl.dot(doubled(p.to(v1.dtype)), v1, input_precision="ieee"), p.shape[0])
     return o0, o1
 
 
 @triton.jit
-def whole_finish(o0, o1, total, at, real, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+def whole_finish(o0, o1, total, at, real, rows, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
     """Write the accumulators, divided by ``total``, to rows at ``at``."""
     c0, c1 = columns(part0, part1)
     tl.store(at[:, None] + c0[None, :], o0 / total[:, None], mask=real[:, None] & (c0 < width)[None, :])
@@ -98,5 +114,6 @@ WHOLE = DeviceCodec(
         "finish": whole_finish,
         "store": whole_store,
     },
-    sizes=parts_of,
+    size_names=SIZES,
+    sizes=row_sizes,
 )

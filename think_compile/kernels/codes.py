@@ -1,0 +1,380 @@
+"""Device code for rows in integer codes: products of signed bytes with the codes as they are stored.
+
+Nothing is widened. A tile of a tensor core has 16 rows, and a group has up to 8 query heads. So each query, scaled by the
+channels' steps, becomes two rows of bytes: ``high = round(127 x / max|x|)`` and the rest, 254 times larger. One product
+of bytes gives both, with an error below that of bf16. The softmax's weights meet the codes of values in the same way.
+
+Rounding and conversions use numbers around 1.5 * 2^23: there an fp32 number's low bits are the integer itself. The
+conversion instructions of a GPU run at a quarter of the rate of additions. Codes of few bits are read as the high bits
+of a byte, minus 128: so all tiers have steps of one magnitude, and one scale for a query loses nothing.
+"""
+
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from think_compile.kernels.codecs import DeviceCodec
+from think_compile.kernels.specialise import specialised
+
+MOST_BLOCKS = 4
+GROUPS = (64, 128)  # tokens in a record for which there are kernels
+MAGIC = tl.constexpr(12582912.0)
+MAGIC_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def terms(x, inverse):
+    """[2M, N] int8: ``x`` [M, N] as high rows, then low rows; ``inverse``: 127 / max|x| of each row."""
+    y = x * inverse[:, None]
+    high = y + MAGIC
+    low = (y - (high - MAGIC)) * 254.0 + MAGIC
+    high, low = high.to(tl.int32, bitcast=True).to(tl.int8), low.to(tl.int32, bitcast=True).to(tl.int8)
+    return tl.reshape(tl.permute(tl.join(high, low), (2, 0, 1)), (2 * x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def start_of(rows: tl.constexpr, columns: tl.constexpr):
+    """The accumulator of an empty product."""
+    return tl.full([rows, columns], MAGIC_BITS, tl.int32)
+
+
+@triton.jit
+def joined(product):
+    """[M, N] fp32: the sum of the high and the low rows of a product [2M, N]."""
+    rows: tl.constexpr = product.shape[0] // 2
+    pairs = tl.reshape(product.to(tl.float32, bitcast=True), (2, rows, product.shape[1]))
+    high, low = tl.split(tl.permute(pairs, (1, 2, 0)))
+    return (high - MAGIC) + (low - MAGIC) * (1.0 / 254.0)
+
+
+@triton.jit
+def nibbles(x, ASM: tl.constexpr):
+    """The low and the high four bits of bytes, each as 16 code - 128."""
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            """{ .reg .b32 t; shl.b32 t, $2, 4; lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A;
+            lop3.b32 $1, $2, 0xF0F0F0F0, 0x80808080, 0x6A; }""",
+            "=&r,=&r,r", [x], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        low, high = signed((x & 0x0F) << 4), signed(x & 0xF0)
+    return low, high
+
+
+@triton.jit
+def crumbs(x, ASM: tl.constexpr):
+    """Bits 0 and 1, 2 and 3, 4 and 5, 6 and 7 of bytes, each as 64 code - 128."""
+    if ASM:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """{ .reg .b32 t, u, v; shl.b32 t, $4, 6; shl.b32 u, $4, 4; shl.b32 v, $4, 2;
+            lop3.b32 $0, t, 0xC0C0C0C0, 0x80808080, 0x6A; lop3.b32 $1, u, 0xC0C0C0C0, 0x80808080, 0x6A;
+            lop3.b32 $2, v, 0xC0C0C0C0, 0x80808080, 0x6A; lop3.b32 $3, $4, 0xC0C0C0C0, 0x80808080, 0x6A; }""",
+            "=&r,=&r,=&r,=&r,r", [x], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        a, b = signed((x & 3) << 6), signed((x & 12) << 4)
+        c, d = signed((x & 48) << 2), signed(x & 0xC0)
+    return a, b, c, d
+
+
+@triton.jit
+def signed(x):
+    """Bytes minus 128."""
+    return (x ^ 128).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def stored_range(step, zero, bits: tl.constexpr):
+    """The step and the zero of codes as the products take them: signed bytes, for every number of bits."""
+    step = step.to(tl.float32) * (1.0 / (1 << (8 - bits)))
+    return step, zero.to(tl.float32) + 128.0 * step
+
+
+@triton.jit
+def block_channels(bits: tl.constexpr, width: tl.constexpr):
+    """(channel within its block, whether there is one) of each column of a tile.
+
+    With 2 bits, two channels share a byte: columns 2j and 2j + 1 are channel j of the first and of the second half.
+    """
+    TILE: tl.constexpr = 64 if (width > 32) or (bits == 2) else 32
+    column = tl.arange(0, TILE)
+    if bits == 2:
+        HALF: tl.constexpr = (width + 1) // 2
+        channel = (column % 2) * HALF + column // 2
+        there = (column // 2 < HALF) & (channel < width)
+    else:
+        channel, there = column, column < width
+    return channel, there
+
+
+# ------------------------------------------------------------------------------------------------------------ keys
+
+
+@triton.jit
+def block_queries(q_row, real, channels, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr):
+    """The queries' channels of a block."""
+    channel, there = block_channels(bits, width)
+    index = tl.load(channels + first + channel, mask=there, other=0)
+    return tl.load(q_row + index[None, :], mask=real[:, None] & there[None, :], other=0.0)
+
+
+@triton.jit
+def block_scaled(q, ranges, CODED: tl.constexpr, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr):
+    """The queries times the steps of a record's channels, and their products with its zeros."""
+    channel, there = block_channels(bits, width)
+    step = tl.load(ranges + first + channel, mask=there, other=0.0)
+    zero = tl.load(ranges + CODED + first + channel, mask=there, other=0.0)
+    step, zero = stored_range(step, zero, bits)
+    wide = q.to(tl.float32)
+    return wide * step[None, :], tl.sum(wide * zero[None, :], 1)
+
+
+@triton.jit
+def block_scores(
+    even, odd, x, inverse, codes, PAIRS: tl.constexpr, ASM: tl.constexpr, bits: tl.constexpr, width: tl.constexpr
+):
+    """The products of scaled queries with a record's codes, added to those of even and of odd tokens."""
+    TILE: tl.constexpr = 64 if width > 32 else 32
+    pair = tl.arange(0, PAIRS)[:, None]
+    if bits == 2:
+        HALF: tl.constexpr = (width + 1) // 2
+        column = tl.arange(0, 32)
+        low, high = tl.split(tl.reshape(x, (x.shape[0], 32, 2)))
+        low, high = terms(low, inverse), terms(high, inverse)
+        byte = tl.load(codes + pair * HALF + column[None, :], mask=(column < HALF)[None, :], other=0)
+        a, b, c, d = crumbs(byte, ASM)
+        even = tl.dot(low, tl.trans(a), even, out_dtype=tl.int32)
+        even = tl.dot(high, tl.trans(c), even, out_dtype=tl.int32)
+        odd = tl.dot(low, tl.trans(b), odd, out_dtype=tl.int32)
+        odd = tl.dot(high, tl.trans(d), odd, out_dtype=tl.int32)
+    else:
+        column = tl.arange(0, TILE)
+        at = codes + pair * width + column[None, :]
+        if bits == 8:
+            a = tl.load(at, mask=(column < width)[None, :], other=0).to(tl.int8, bitcast=True)
+            b = tl.load(at + PAIRS * width, mask=(column < width)[None, :], other=0).to(tl.int8, bitcast=True)
+        else:
+            a, b = nibbles(tl.load(at, mask=(column < width)[None, :], other=0), ASM)
+        both = terms(x, inverse)
+        even = tl.dot(both, tl.trans(a), even, out_dtype=tl.int32)
+        odd = tl.dot(both, tl.trans(b), odd, out_dtype=tl.int32)
+    return even, odd
+
+
+def key_locate(KEYS, bh, capacity, SIZES: tl.constexpr):
+    """The codes, the ranges and the channels of one KV head."""
+    return codes + bh * capacity * BYTES, ranges + bh * capacity * (2 * CODED), channels + bh * WIDTH
+
+
+def key_prepare(q_row, real, KEYS, SIZES: tl.constexpr):
+    """The queries' channels, block by block."""
+    q0 = block_queries(q_row, real, channels, BITS0, WIDTH0, FIRST0)
+    q1, q2, q3 = q0, q0, q0
+    if WIDTH1 > 0:
+        q1 = block_queries(q_row, real, channels, BITS1, WIDTH1, FIRST1)
+    if WIDTH2 > 0:
+        q2 = block_queries(q_row, real, channels, BITS2, WIDTH2, FIRST2)
+    if WIDTH3 > 0:
+        q3 = block_queries(q_row, real, channels, BITS3, WIDTH3, FIRST3)
+    return q0, q1, q2, q3
+
+
+def key_scores(QUERIES, KEYS, at, row, ok, SIZES: tl.constexpr):
+    """Products [M, N] of the queries with the record that begins at position ``at``."""
+    record = tl.cast(at // TOKENS, tl.int64)
+    ranges += record * (2 * CODED)
+    codes += record * BYTES
+    PAIRS: tl.constexpr = TOKENS // 2
+    x0, zero = block_scaled(q0, ranges, CODED, BITS0, WIDTH0, FIRST0)
+    most = tl.max(tl.abs(x0), 1)
+    if WIDTH1 > 0:
+        x1, more = block_scaled(q1, ranges, CODED, BITS1, WIDTH1, FIRST1)
+        zero, most = zero + more, tl.maximum(most, tl.max(tl.abs(x1), 1))
+    if WIDTH2 > 0:
+        x2, more = block_scaled(q2, ranges, CODED, BITS2, WIDTH2, FIRST2)
+        zero, most = zero + more, tl.maximum(most, tl.max(tl.abs(x2), 1))
+    if WIDTH3 > 0:
+        x3, more = block_scaled(q3, ranges, CODED, BITS3, WIDTH3, FIRST3)
+        zero, most = zero + more, tl.maximum(most, tl.max(tl.abs(x3), 1))
+    inverse = 127.0 / tl.maximum(most, 1e-20)
+    even, odd = start_of(2 * q0.shape[0], PAIRS), start_of(2 * q0.shape[0], PAIRS)
+    even, odd = block_scores(even, odd, x0, inverse, codes, PAIRS, ASM, BITS0, WIDTH0)
+    if WIDTH1 > 0:
+        even, odd = block_scores(even, odd, x1, inverse, codes + AT1, PAIRS, ASM, BITS1, WIDTH1)
+    if WIDTH2 > 0:
+        even, odd = block_scores(even, odd, x2, inverse, codes + AT2, PAIRS, ASM, BITS2, WIDTH2)
+    if WIDTH3 > 0:
+        even, odd = block_scores(even, odd, x3, inverse, codes + AT3, PAIRS, ASM, BITS3, WIDTH3)
+    s = tl.reshape(tl.join(joined(even), joined(odd)), (q0.shape[0], TOKENS))
+    return s * (most * (1.0 / 127.0))[:, None] + zero[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------- values
+
+
+@triton.jit
+def block_mix(
+    o, z, shrink, p, ranges, codes, TOKENS: tl.constexpr, ASM: tl.constexpr, bits: tl.constexpr, width: tl.constexpr
+):
+    """A block's accumulators times ``shrink``, plus the weights ``p`` [M, TOKENS] times a record's values.
+
+    ``o`` [M, channels] holds the part of the codes, ``z`` [M] that of the zeros.
+    """
+    token = tl.arange(0, TOKENS)
+    step, zero = stored_range(tl.load(ranges + token), tl.load(ranges + TOKENS + token), bits)
+    x = p * step[None, :]
+    most = tl.max(tl.abs(x), 1)
+    inverse = 127.0 / tl.maximum(most, 1e-20)
+    PAIRS: tl.constexpr = TOKENS // 2
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], PAIRS, 2)))
+    even, odd = terms(even, inverse), terms(odd, inverse)
+    TILE: tl.constexpr = 64 if width > 32 else 32
+    HALF: tl.constexpr = (width + 1) // 2
+    pair = tl.arange(0, PAIRS)[None, :]
+    if bits == 2:
+        channel = tl.arange(0, 32)
+        byte = tl.load(codes + channel[:, None] * PAIRS + pair, mask=(channel < HALF)[:, None], other=0)
+        a, b, c, d = crumbs(byte, ASM)
+        low = tl.dot(even, tl.trans(a), start_of(even.shape[0], 32), out_dtype=tl.int32)
+        low = tl.dot(odd, tl.trans(b), low, out_dtype=tl.int32)
+        high = tl.dot(even, tl.trans(c), start_of(even.shape[0], 32), out_dtype=tl.int32)
+        high = tl.dot(odd, tl.trans(d), high, out_dtype=tl.int32)
+        mixed = tl.reshape(tl.join(joined(low), joined(high)), (x.shape[0], 64))
+    else:
+        channel = tl.arange(0, TILE)
+        at = codes + channel[:, None] * PAIRS + pair
+        if bits == 8:
+            a = tl.load(at, mask=(channel < width)[:, None], other=0).to(tl.int8, bitcast=True)
+            b = tl.load(at + width * PAIRS, mask=(channel < width)[:, None], other=0).to(tl.int8, bitcast=True)
+        else:
+            a, b = nibbles(tl.load(at, mask=(channel < width)[:, None], other=0), ASM)
+        product = tl.dot(even, tl.trans(a), start_of(even.shape[0], TILE), out_dtype=tl.int32)
+        mixed = joined(tl.dot(odd, tl.trans(b), product, out_dtype=tl.int32))
+    o = o * shrink[:, None] + mixed * (most * (1.0 / 127.0))[:, None]
+    return o, z * shrink + tl.sum(p * zero[None, :], 1)
+
+
+@triton.jit
+def block_zero(block_m: tl.constexpr, bits: tl.constexpr, width: tl.constexpr):
+    """The empty accumulators of a block."""
+    TILE: tl.constexpr = 64 if (width > 32) or (bits == 2) else 32
+    return tl.zeros([block_m, TILE], tl.float32), tl.zeros([block_m], tl.float32)
+
+
+@triton.jit
+def block_finish(o, z, total, at, real, channels, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr):
+    """Write a block's accumulators, divided by ``total``, to their channels of the rows at ``at``."""
+    channel, there = block_channels(bits, width)
+    index = tl.load(channels + first + channel, mask=there, other=0)
+    tl.store(at[:, None] + index[None, :], (o + z[:, None]) / total[:, None], mask=real[:, None] & there[None, :])
+
+
+def value_locate(VALUES, bh, capacity, SIZES: tl.constexpr):
+    """The codes, the ranges and the channels of one KV head."""
+    return codes + bh * capacity * BYTES, ranges + bh * capacity * (BLOCKS * 2 * TOKENS), channels + bh * WIDTH
+
+
+def value_zero(block_m: tl.constexpr, SIZES: tl.constexpr):
+    """Empty accumulators."""
+    o0, z0 = block_zero(block_m, BITS0, WIDTH0)
+    o1, z1, o2, z2, o3, z3 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    if WIDTH1 > 0:
+        o1, z1 = block_zero(block_m, BITS1, WIDTH1)
+    if WIDTH2 > 0:
+        o2, z2 = block_zero(block_m, BITS2, WIDTH2)
+    if WIDTH3 > 0:
+        o3, z3 = block_zero(block_m, BITS3, WIDTH3)
+    return o0, z0, o1, z1, o2, z2, o3, z3
+
+
+def value_mix(ACC, shrink, p, VALUES, at, row, ok, SIZES: tl.constexpr):
+    """The accumulators times ``shrink``, plus ``p`` times the record that begins at position ``at``."""
+    record = tl.cast(at // TOKENS, tl.int64)
+    ranges += record * (BLOCKS * 2 * TOKENS)
+    codes += record * BYTES
+    o0, z0 = block_mix(o0, z0, shrink, p, ranges, codes, TOKENS, ASM, BITS0, WIDTH0)
+    if WIDTH1 > 0:
+        o1, z1 = block_mix(o1, z1, shrink, p, ranges + 2 * TOKENS, codes + AT1, TOKENS, ASM, BITS1, WIDTH1)
+    if WIDTH2 > 0:
+        o2, z2 = block_mix(o2, z2, shrink, p, ranges + 4 * TOKENS, codes + AT2, TOKENS, ASM, BITS2, WIDTH2)
+    if WIDTH3 > 0:
+        o3, z3 = block_mix(o3, z3, shrink, p, ranges + 6 * TOKENS, codes + AT3, TOKENS, ASM, BITS3, WIDTH3)
+    return o0, z0, o1, z1, o2, z2, o3, z3
+
+
+def value_finish(ACC, total, at, real, VALUES, SIZES: tl.constexpr):
+    """Write the accumulators, divided by ``total``, to rows at ``at``; dropped channels are zero."""
+    block_finish(o0, z0, total, at, real, channels, BITS0, WIDTH0, FIRST0)
+    if WIDTH1 > 0:
+        block_finish(o1, z1, total, at, real, channels, BITS1, WIDTH1, FIRST1)
+    if WIDTH2 > 0:
+        block_finish(o2, z2, total, at, real, channels, BITS2, WIDTH2, FIRST2)
+    if WIDTH3 > 0:
+        block_finish(o3, z3, total, at, real, channels, BITS3, WIDTH3, FIRST3)
+    for dropped in range(CODED, WIDTH):
+        index = tl.load(channels + dropped)
+        tl.store(at + index, tl.zeros_like(total), mask=real)
+
+
+# ------------------------------------------------------------------------------------------------------------ codecs
+
+SIZES = ("TOKENS", "BYTES", "CODED", "WIDTH", "BLOCKS", "ASM")
+SIZES += tuple(f"{name}{i}" for i in range(MOST_BLOCKS) for name in ("BITS", "WIDTH", "FIRST", "AT"))
+
+
+def fits(codec) -> str:
+    """Why a bit plan has no kernel; "" if it has one."""
+    if codec.whole:
+        return "some channels of the plan have 16 bits"
+    if len(codec.blocks) > MOST_BLOCKS:
+        return f"the plan has {len(codec.blocks)} blocks of channels, and kernels take {MOST_BLOCKS}"
+    return "" if codec.group in GROUPS else f"groups have {codec.group} tokens, and kernels take {GROUPS}"
+
+
+def sizes(codec, rows, width: int, asm: bool) -> tuple[int, ...]:
+    """The constants of a bit plan for rows of ``width`` channels; ``asm``: whether PTX may stand in the kernel."""
+    found, at = [], 0
+    for block in codec.blocks:
+        found += [block.bits, block.width, block.first, at]
+        at += block.size(codec.group)
+    found += [0] * (4 * MOST_BLOCKS - len(found))
+    return codec.group, at, codec.coded, width, len(codec.blocks), int(asm), *found
+
+
+_PARTS = ("codes", "ranges", "channels")
+_QUERIES = tuple(f"q{i}" for i in range(MOST_BLOCKS))
+_ACCUMULATORS = tuple(f"{name}{i}" for i in range(MOST_BLOCKS) for name in "oz")
+
+
+def _function(template, **groups):
+    return specialised(template, template.__name__, {}, {"SIZES": SIZES, **groups})
+
+
+KEY_BITS = DeviceCodec(
+    name="key_bits",
+    parts=_PARTS,
+    queries=_QUERIES,
+    accumulators=(),
+    functions={
+        "locate": _function(key_locate, KEYS=_PARTS),
+        "prepare": _function(key_prepare, KEYS=_PARTS),
+        "scores": _function(key_scores, KEYS=_PARTS, QUERIES=_QUERIES),
+    },
+    size_names=SIZES,
+    sizes=sizes,
+)
+VALUE_BITS = DeviceCodec(
+    name="value_bits",
+    parts=_PARTS,
+    queries=(),
+    accumulators=_ACCUMULATORS,
+    functions={
+        "locate": _function(value_locate, VALUES=_PARTS),
+        "zero": _function(value_zero),
+        "mix": _function(value_mix, VALUES=_PARTS, ACC=_ACCUMULATORS),
+        "finish": _function(value_finish, VALUES=_PARTS, ACC=_ACCUMULATORS),
+    },
+    size_names=SIZES,
+    sizes=sizes,
+)
