@@ -15,8 +15,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from think_compile.formats.bits import KeyBits, ValueBits
 from think_compile.kernels.codecs import SIZES, parts_of
-from think_compile.kernels.launch import H100, Device, Launch, launch_for
+from think_compile.kernels.launch import H100, Device, Launch, launch_for, launch_for_codes
 from think_compile.kernels.merge import merge_shares
 from think_compile.kernels.pair import kernels_of
 
@@ -116,6 +117,50 @@ def share(
     return compiled(kernel, types, constants, device, num_warps=launch.warps, num_stages=launch.stages)
 
 
+def codes(
+    *,
+    keys=((4, 64),),
+    values=((4, 128),),
+    d=128,
+    dv=128,
+    group=4,
+    queries=1,
+    mask="bool",
+    sinks=4,
+    records=128,
+    on_device=True,
+    device="H100",
+) -> dict[str, object]:
+    """The kernel of a call's shares for bit plans; None: whole rows on this side."""
+    names = "whole" if keys is None else "key_bits", "whole" if values is None else "value_bits"
+    kernels = kernels_of(*names)
+    launch = launch_for_codes(group * queries, 8, 8192, records)
+    constants = {"SINKS": sinks, "GROUP_N": records, "GROUP": group, "ON_DEVICE": on_device, "ROLLING": False}
+    constants |= {"CAUSAL": False, "KIND": ["none", "bool", "float"].index(mask), "ALIKE": True, "HALF_MASK": False}
+    constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_W": 32}
+    types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "K_ROWS", "V_ROWS"), "*bf16") | {"OUT": "*fp32", "FIRST_TOKEN": "*i64"}
+    types |= dict.fromkeys(("MOST", "TOTAL"), "*fp32") | dict.fromkeys(("WINDOW_START", "START"), "*i64")
+    types |= {"scale": "fp64" if on_device else "fp32", "MASK": "*i1" if mask == "bool" else "*bf16"}
+    for side, plan, codec, width, of in (
+        ("K", keys, KeyBits, d, kernels.keys),
+        ("V", values, ValueBits, dv, kernels.values),
+    ):
+        types |= {f"{side}_CODES": "*u8", f"{side}_RANGES": "*fp16", f"{side}_CHANNELS": "*i64"}
+        types |= {f"{side}_RING": "*bf16", f"{side}_SINKS": "*bf16"}
+        if plan is None:
+            constants |= {f"{side}_RING": None, f"{side}_SINKS": None}
+            numbers = parts_of(width)
+        else:
+            numbers = of.sizes(codec(plan, 32, records), None, width, True)
+        constants |= dict(zip(of.constants(side), numbers, strict=True))
+    for side, width in (("D", d), ("DV", dv)):
+        constants |= {f"{side}_{size}": n for size, n in zip(SIZES, parts_of(width), strict=True)}
+    constants |= {"MASK": None} if mask == "none" else {}
+    constants |= {} if on_device else {"WINDOW_START": None, "START": None}
+    constants |= {} if sinks else {"K_SINKS": None, "V_SINKS": None, "FIRST_TOKEN": None}
+    return compiled(kernels.attend_share, types, constants, device, num_warps=launch.warps, num_stages=launch.stages)
+
+
 # Names in the kernel written by hand, by the template's names.
 NAMES = {"K_ROWS": "PRUNED", "K_CHANNELS": "CHANNELS", "K_RING": "RECENT", "V_ROWS": "VALUES", "WINDOW_START": "FLOOR"}
 NAMES |= {"D_WIDTH": "D", "D_PART0": "D0", "D_PART1": "D1", "K_WIDTH": "T", "K_PART0": "T0", "K_PART1": "T1"}
@@ -144,5 +189,5 @@ def finished() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    kernels = {"share": share, "merge": merge, "append": appended, "finish": finished}
+    kernels = {"share": share, "codes": codes, "merge": merge, "append": appended, "finish": finished}
     print(json.dumps([kernels[name](**options) for name, options in json.loads(sys.argv[1])]))

@@ -35,12 +35,15 @@ def walk(
     for at in range(begin, high, BLOCK_N):
         position = at + tl.arange(0, BLOCK_N)
         ok, later = within(position, low, high, GROUP_N), position + BLOCK_N
-        if HIDDEN > 0:
-            ok = ok & ((position < hidden_from) | (position >= hidden_from + HIDDEN))
         k_row = position % ring_rows if IN_K_RING else position % capacity if ROLLING else position - k_shift
         v_row = position % ring_rows if IN_V_RING else position % capacity if ROLLING else position - v_shift
         s = scores(QUERIES, KEYS, at, k_row, ok, K_SIZES)
-        s = hidden(s * scale, value, position - first, query, ok, KIND, CAUSAL)
+        if HIDDEN > 0:
+            ok = ok & ((position < hidden_from) | (position >= hidden_from + HIDDEN))
+        if GROUP_N > 1 and ALIKE and not CAUSAL:  # a program has one warp: what all rows share is worked out once
+            s = s * scale + hidden(tl.zeros([1, BLOCK_N], tl.float32), value, 0, 0, ok, KIND, False)
+        else:
+            s = hidden(s * scale, value, position - first, query, ok, KIND, CAUSAL)
         # read a tile ahead: it is too small for the pipeline that hides the latency of keys and values
         value = masked(MASK, mask_row, later - first, later < high, sm_s, KIND, ALIKE)
         new = tl.maximum(m, tl.max(s, 1))
@@ -77,7 +80,7 @@ def attend_share(
         extent = start + queries
     first_token = 0
     if SINKS > 0:
-        first_token = tl.load(FIRST_TOKEN + bh // heads).to(tl.int32)
+        first_token = tl.load(FIRST_TOKEN + bh // heads)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n_rows = GROUP * queries
     real = row < n_rows
@@ -93,14 +96,8 @@ def attend_share(
     V_NEW = whole_locate(V_NEW, bh, queries, DV_SIZES)
     HAS_K_RING: tl.constexpr = K_RING is not None
     HAS_V_RING: tl.constexpr = V_RING is not None
-    if HAS_K_RING:
-        K_RING = whole_locate(K_RING, bh, ring_rows, D_SIZES)
-    else:
-        K_RING = K_ROWS
-    if HAS_V_RING:
-        V_RING = whole_locate(V_RING, bh, ring_rows, DV_SIZES)
-    else:
-        V_RING = V_ROWS
+    K_RING = whole_locate(K_RING, bh, ring_rows, D_SIZES) if HAS_K_RING else K_ROWS
+    V_RING = whole_locate(V_RING, bh, ring_rows, DV_SIZES) if HAS_V_RING else V_ROWS
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -108,7 +105,7 @@ def attend_share(
     end = tl.minimum(start + queries, extent)
     if split < splits:  # encoded rows, in equal shares, and the empty rows after the tokens
         ACC = values_zero(BLOCK_M, V_SIZES)
-        CHUNK: tl.constexpr = 1024 if ALIKE else 128
+        CHUNK: tl.constexpr = 1024 if ALIKE and GROUP_N == 1 else 128
         AFTER: tl.constexpr = 0 if CAUSAL else KIND  # causal queries never see those rows
         chunk = tl.arange(0, CHUNK)
         QUERIES = keys_prepare(q_row, real, KEYS, K_SIZES)
@@ -156,19 +153,12 @@ def attend_share(
                 # a side without sinks has all rows whole, by position
                 HAS_K_SINKS: tl.constexpr = K_SINKS is not None
                 HAS_V_SINKS: tl.constexpr = V_SINKS is not None
-                k_shift, v_shift = 0, 0
-                if HAS_K_SINKS:
-                    K_SINKS = whole_locate(K_SINKS, bh, SINKS, D_SIZES)
-                    k_shift = first_token
-                else:
-                    K_SINKS = K_ROWS
-                if HAS_V_SINKS:
-                    V_SINKS = whole_locate(V_SINKS, bh, SINKS, DV_SIZES)
-                    v_shift = first_token
-                else:
-                    V_SINKS = V_ROWS
+                k_first = whole_locate(K_SINKS, bh, SINKS, D_SIZES) if HAS_K_SINKS else K_ROWS
+                v_first = whole_locate(V_SINKS, bh, SINKS, DV_SIZES) if HAS_V_SINKS else V_ROWS
+                k_shift = first_token if HAS_K_SINKS else 0
+                v_shift = first_token if HAS_V_SINKS else 0
                 m, total, WHOLE_ACC = walk_sinks(
-                    m, total, WHOLE_ACC, WHOLE, K_SINKS, V_SINKS, tl.maximum(first, first_token),
+                    m, total, WHOLE_ACC, WHOLE, k_first, v_first, tl.maximum(first, first_token),
                     tl.minimum(first_token + SINKS, tl.minimum(window_start, end)), k_shift, v_shift, ring_rows, MASK,
                     mask_row, query, first, sm_s, scale, capacity, False, False, False, 0, 0, D_SIZES, DV_SIZES,
                     KIND, CAUSAL, ALIKE, 1, BLOCK_W,

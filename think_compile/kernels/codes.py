@@ -29,8 +29,9 @@ def terms(x, inverse):
     y = x * inverse[:, None]
     high = y + MAGIC
     low = (y - (high - MAGIC)) * 254.0 + MAGIC
-    high, low = high.to(tl.int32, bitcast=True).to(tl.int8), low.to(tl.int32, bitcast=True).to(tl.int8)
-    return tl.reshape(tl.permute(tl.join(high, low), (2, 0, 1)), (2 * x.shape[0], x.shape[1]))
+    # not joined and permuted: Triton 3.6 then gives wrong operands for products
+    both = tl.where((tl.arange(0, 2) == 0)[:, None, None], high[None], low[None])
+    return tl.reshape(both.to(tl.int32, bitcast=True).to(tl.int8), (2 * x.shape[0], x.shape[1]))
 
 
 @triton.jit
@@ -44,8 +45,8 @@ def joined(product):
     """[M, N] fp32: the sum of the high and the low rows of a product [2M, N]."""
     rows: tl.constexpr = product.shape[0] // 2
     pairs = tl.reshape(product.to(tl.float32, bitcast=True), (2, rows, product.shape[1]))
-    high, low = tl.split(tl.permute(pairs, (1, 2, 0)))
-    return (high - MAGIC) + (low - MAGIC) * (1.0 / 254.0)
+    weight = tl.where(tl.arange(0, 2) == 0, 1.0, 1.0 / 254.0)
+    return tl.sum((pairs - MAGIC) * weight[:, None, None], 0)
 
 
 @triton.jit
