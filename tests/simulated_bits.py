@@ -52,12 +52,16 @@ class BitRules:
     @property
     def whole_first(self) -> int:
         """Number of sinks: 4 by default if a plan has codes."""
-        has_codes = any(bits < WHOLE for side in SIDES for bits in self.plan(side))
-        return self.sinks if self.sinks is not None else 4 * has_codes
+        return self.sinks if self.sinks is not None else 4 * self.has_codes
 
-    def group_of(self, side: str) -> int:
-        """Tokens that leave the window together: 1 if the side has no codes."""
-        return self.group if any(bits < WHOLE for bits in self.plan(side)) else 1
+    @property
+    def together(self) -> int:
+        """Tokens that leave the window at once, of both sides: 1 if no plan has codes."""
+        return self.group if self.has_codes else 1
+
+    @property
+    def has_codes(self) -> bool:
+        return any(bits < WHOLE for side in SIDES for bits in self.plan(side))
 
 
 def tier_sizes(plan: Plan, dim: int, multiple: int) -> list[tuple[int, int]]:
@@ -93,17 +97,23 @@ def value_scores(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, observed: Tenso
 # ------------------------------------------------------------------ codes
 
 
-def half(x: Tensor, towards: float) -> Tensor:
-    """The nearest fp16 number on that side of `x`."""
-    near = x.half()
-    beyond = near.float() > x if towards < 0 else near.float() < x
-    return torch.where(beyond, torch.nextafter(near, torch.full_like(near, towards)), near).float()
+def stored_range(low: Tensor, high: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """(zero, step) in fp16, rounded outwards: the only rule taken from the package, since other roundings flip codes.
+
+    `unrounded_range` in its place measures what the rounding costs.
+    """
+    zero = (low - low.abs() * 2**-11).half().float()
+    return zero, ((high - zero) / levels * (1 + 2**-10)).half().float()
+
+
+def unrounded_range(low: Tensor, high: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """(zero, step) that meet the minimum and the maximum."""
+    return low, (high - low) / levels
 
 
 def coded(x: Tensor, low: Tensor, high: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """`x` rounded to levels + 1 equidistant numbers that cover low to high, and their distance."""
-    zero = half(low, -float("inf"))
-    step = half((high - zero) / levels, float("inf"))
+    zero, step = stored_range(low, high, levels)
     codes = torch.where(step > 0, (x - zero) / step, 0).round().clamp(min=0).minimum(levels)
     return zero + codes * step, step
 
@@ -221,7 +231,7 @@ class Simulation:
         return tier_sizes(self.rules.plan(side), dim, self.rules.channel_multiple)
 
     def _flush(self, state: State, side: str, rows: Tensor, past: int) -> None:
-        count, group, bits = rows.shape[2], self.rules.group_of(side), state.bits[side]
+        count, group, bits = rows.shape[2], self.rules.together, state.bits[side]
         old = state.steps[side][:, :, :past]
         state.steps[side] = steps = torch.cat([old, torch.zeros_like(rows[:, :, old.shape[2] :])], 2)
         start = min(state.start[side], past // group * group)  # after a crop

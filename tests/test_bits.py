@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import simulated_bits
 import torch
 from compare import padding, tokens
 from models import CAPACITY, HuggingFaceSession, dense, hugging_face
@@ -13,15 +14,16 @@ from transformers import DynamicCache, StaticCache
 from think_compile import report, think_compile
 from think_compile.cache.handle import Handle
 
-FULL = {"layer_types": ["full_attention"] * 2}
-MODELS = {"llama": {}, "qwen3": {}, "gemma3": FULL}  # gemma3: head_dim is not hidden size / heads, one KV head
 MIXED = BitRules({8: 0.25, 4: 0.75}, 4)
 CALLS = [21, 7, 13] + [1] * 17  # window and group of 8: the single steps flush twice
 PADDED = [27, 3, 11] + [1] * 17  # the first call is longer than any padding
 
 
-def model_of(name="llama", **overrides):
-    return hugging_face(name, **{**MODELS[name], **overrides})
+def model_of(name="llama", layers=1, **overrides):
+    """gemma3: other head_dim than hidden size / heads, other scale than 1 / sqrt(D), one KV head."""
+    if name == "gemma3":
+        overrides["layer_types"] = ["full_attention"] * layers
+    return hugging_face(name, num_hidden_layers=layers, **overrides)
 
 
 def wrap(model, rules, lowering="eager"):
@@ -82,21 +84,19 @@ class Three:
 
     def check(self):
         """Logits and cache contents of everything so far."""
-        self.check_logits()
+        layers = self.got.cache.layers
+        assert all(isinstance(layer.keys, Handle) and isinstance(layer.values, Handle) for layer in layers)
+        assert len(report(self.wrapped).rewritten) == len(layers) and not report(self.wrapped).refused
         self.check_caches()
-        assert {type(getattr(layer, side)) for layer in self.got.cache.layers for side in ("keys",)} == {Handle}
-        assert len(report(self.wrapped).rewritten) == 2 and not report(self.wrapped).refused
+        self.check_logits()
 
-    def check_logits(self):
-        """The error is a small part of what the format itself changes, which is no small change."""
+    def check_logits(self, allowed=0.05):
+        """The error is a small part of what the format itself changes, and that is no small change."""
         plain, expected, got = (torch.cat(logits) for logits in zip(*self.later, strict=True))
-        if is_exact(self.rules):
-            torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
-            return
         of_format, error = (expected - plain).norm().item(), (got - expected).norm().item()
         assert of_format > 1e-3 * plain.norm().item()
-        eight = all(bits >= 8 for side in SIDES for bits in self.rules.plan(side))
-        allowed = 0.5 if eight else 0.2
+        if is_exact(self.rules):
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
         assert error <= allowed * of_format, f"off by {error:.3g}; the format makes {of_format:.3g}"
 
     def check_caches(self):
@@ -166,48 +166,57 @@ def test_value_scores_are_norms_of_attention_outputs():
 # ------------------------------------------------------------------ plans, models, caches
 
 PLANS = [
-    pytest.param("llama", BitRules(8, 8), True, id="8-8-llama-fixed-padded"),
-    pytest.param("qwen3", BitRules(4, 4), False, id="4-4-qwen3-growing-padded"),
-    pytest.param("gemma3", MIXED, True, id="mixed-4-gemma3-fixed-padded"),
-    pytest.param("llama", BitRules({4: 0.5}, 4), False, id="half4-4-llama-growing-padded"),
-    pytest.param("qwen3", BitRules({4: 0.5, 2: 0.5}, 4), True, id="4+2-4-qwen3-fixed-padded"),
-    pytest.param("gemma3", BitRules({16: 0.5}, 4), False, id="think-4-gemma3-growing-padded"),
-    pytest.param("llama", BitRules(4), True, id="4-none-llama-fixed-padded"),
-    pytest.param("qwen3", BitRules({16: 0.5}, {16: 0.5}), False, id="16half-16half-qwen3-growing-padded"),
-    pytest.param("gemma3", BitRules(2, 2), True, id="2-2-gemma3-fixed-padded"),
+    pytest.param("llama", BitRules(8, 8), True, id="8-8-llama-fixed"),
+    pytest.param("qwen3", BitRules(4, 4), False, id="4-4-qwen3-growing"),
+    pytest.param("gemma3", MIXED, True, id="8+4-4-gemma3-fixed"),
+    pytest.param("llama", BitRules({4: 0.5}, 4), False, id="half4-4-llama-growing"),
+    pytest.param("qwen3", BitRules({4: 0.5, 2: 0.5}, 4), True, id="4+2-4-qwen3-fixed"),
+    pytest.param("gemma3", BitRules({16: 0.5}, 4), False, id="half16-4-gemma3-growing"),
+    pytest.param("llama", BitRules(4), True, id="4-none-llama-fixed"),
+    pytest.param("qwen3", BitRules({16: 0.5}, {16: 0.5}), False, id="half16-half16-qwen3-growing"),
+    pytest.param("gemma3", BitRules(2, 2), True, id="2-2-gemma3-fixed"),
+    pytest.param("llama", BitRules({4: 0.5, 2: 0.25}, {8: 0.5, 4: 0.25}), True, id="4+2-8+4-llama-fixed"),
 ]
 
 
 @pytest.mark.parametrize(("name", "rules", "fixed"), PLANS)
-def test_padded_batches(name, rules, fixed):
+def test_plans_with_padding(name, rules, fixed):
     real = padding("left", 3, sum(PADDED))
     Three(rules, model_of(name), fixed=fixed).run(tokens(3, sum(PADDED)), PADDED, real).check()
 
 
 MORE_PLANS = [
-    pytest.param("qwen3", BitRules(8, 8), False, id="8-8-qwen3-growing"),
-    pytest.param("gemma3", BitRules(4, 4, group=16), True, id="4-4-gemma3-fixed-group16"),
-    pytest.param("llama", MIXED, False, id="mixed-4-llama-growing"),
-    pytest.param("gemma3", BitRules({4: 0.5, 2: 0.25}, {8: 0.5, 4: 0.25}), False, id="dropped-tiers-gemma3-growing"),
+    pytest.param("gemma3", BitRules(4, {16: 0.5, 4: 0.25}), False, id="values-scored-gemma3-growing"),
     pytest.param("llama", BitRules(values=4, ratio=0.25), True, id="ratio-4-llama-fixed"),
-    pytest.param("llama", BitRules({16: 0.25, 4: 0.5}, {16: 0.25, 2: 0.75}), False, id="whole-channels-llama-growing"),
-    pytest.param("llama", BitRules({16: 1.0}, 2, sinks=0), True, id="none-2-llama-fixed-no-sinks"),
-    pytest.param("llama", BitRules({16: 0.5}, {16: 0.75}, sinks=3), True, id="16-16-llama-fixed-sinks"),
-    pytest.param("llama", BitRules({8: 0.3, 4: 0.3}, {4: 0.6}, channel_multiple=8), False, id="rounded-up-llama-growing"),
+    pytest.param("llama", BitRules({16: 0.25, 4: 0.5}, {16: 0.25, 2: 0.75}), False, id="16+4-16+2-llama-growing"),
+    pytest.param("llama", BitRules({16: 1}, 2, sinks=0, group=16), True, id="16-2-llama-fixed-without-sinks"),
+    pytest.param("llama", BitRules({16: 0.5}, {16: 0.75}, sinks=3), True, id="half16-16-llama-fixed-sinks"),
+    pytest.param("llama", BitRules({8: 0.3, 4: 0.3}, {4: 0.6}, channel_multiple=8), False, id="rounded-up-llama"),
 ]
 
 
 @pytest.mark.parametrize(("name", "rules", "fixed"), MORE_PLANS)
-def test_more_plans(name, rules, fixed):
+def test_plans_without_padding(name, rules, fixed):
     Three(rules, model_of(name), fixed=fixed).run(tokens(2, sum(CALLS)), CALLS).check()
+
+
+def test_two_layers():
+    """The codes of a layer change what the next one stores."""
+    Three(MIXED, model_of("qwen3", layers=2)).run(tokens(2, sum(CALLS)), CALLS).check()
+
+
+@pytest.mark.parametrize(("bits", "allowed"), [(8, 0.5), (4, 0.2), (2, 0.2)])
+def test_the_stored_form_of_ranges_costs_little(bits, allowed, monkeypatch):
+    """Against codes between the exact minimum and maximum: the rounding of scales and zeros may flip some."""
+    monkeypatch.setattr(simulated_bits, "stored_range", simulated_bits.unrounded_range)
+    three = Three(BitRules(bits, bits)).run(tokens(2, sum(CALLS)), CALLS)
+    three.check_logits(allowed)
 
 
 def test_values_of_many_channels_have_a_scale_for_each_64():
     """128 channels: one tier in two blocks; then tiers of 32 and 96, the latter in blocks of 64 and 32."""
-    model = model_of(head_dim=128)
     for values in (4, {8: 0.25, 4: 0.75}):
-        rules = BitRules({16: 0.75}, values)
-        Three(rules, model).run(tokens(2, 41), [21, 13] + [1] * 7).check()
+        Three(BitRules({16: 0.75}, values), model_of(head_dim=128)).run(tokens(2, 30), [23, 7]).check()
 
 
 def test_a_plan_that_keeps_everything_is_the_plain_model():
@@ -247,17 +256,15 @@ def test_crop_into_the_sinks():
     three.run(tokens(2, 30), [1, 1, 20] + [1] * 8).check()
 
 
-@pytest.mark.parametrize("rules", [MIXED, BitRules(4, {8: 0.25, 4: 0.5})], ids=["mixed-4", "4-dropped"])
 @torch.no_grad()
-def test_reordered_sequences(rules):
-    """Sequences with different padding swap places, one twice; then the next groups leave the window."""
+def test_reordered_sequences():
+    """Sequences with different padding and channels swap places, one twice; then the next groups leave the window."""
     real = padding("left", 3, 31)
-    three = Three(rules).run(tokens(3, 31), [23, 8], real)
-    for index in ([2, 0, 1], [1, 1, 0, 2], [3, 1]):
+    three = Three(BitRules({8: 0.25, 4: 0.75}, {8: 0.25, 4: 0.5})).run(tokens(3, 31), [23, 8], real)
+    for index in ([2, 0, 1], [1, 1, 2], [2, 1, 0]):
         three.select(torch.tensor(index))
         three.check_caches()
-        more = [5] + [1] * 5
-        three.run(tokens(len(index), 10), more, torch.ones(len(index), 10, dtype=torch.long))
+        three.run(tokens(3, 5), [1] * 5, torch.ones(3, 5, dtype=torch.long))
     three.check()
 
 
@@ -287,5 +294,5 @@ def test_generate(options):
 )
 def test_inductor(rules, fixed):
     real = padding("left", 2, 60)
-    three = Three(rules, model_of(num_hidden_layers=2), fixed=fixed, lowering="inductor")
+    three = Three(rules, fixed=fixed, lowering="inductor")
     three.run(tokens(2, 60), [21, 20] + [1] * 19, real).check()
