@@ -168,7 +168,7 @@ def test_value_scores_are_norms_of_attention_outputs():
 
 PLANS = [
     pytest.param("llama", BitRules(8, 8), True, STEPS, id="8-8-llama-fixed"),
-    pytest.param("qwen3", BitRules(4, 4), False, CHUNKS, id="4-4-qwen3-growing-chunks"),
+    pytest.param("qwen3", BitRules(4, 4), False, STEPS, id="4-4-qwen3-growing"),
     pytest.param("gemma3", MIXED, True, STEPS, id="8+4-4-gemma3-fixed"),
     pytest.param("llama", BitRules({4: 0.5}, 4), False, STEPS, id="half4-4-llama-growing"),
     pytest.param("qwen3", BitRules({4: 0.5, 2: 0.5}, 4), True, STEPS, id="4+2-4-qwen3-fixed"),
@@ -196,7 +196,7 @@ MORE_PLANS = [
         "llama", BitRules({16: 0.25, 4: 0.5}, {16: 0.25, 2: 0.75}), False, CHUNKS, id="16+4-16+2-llama-growing"
     ),
     pytest.param("llama", BitRules({16: 1}, 2, sinks=0, group=16), True, STEPS, id="16-2-llama-fixed-without-sinks"),
-    pytest.param("llama", BitRules({16: 0.5}, {16: 0.75}, sinks=3), True, CHUNKS, id="half16-16-llama-fixed-sinks"),
+    pytest.param("llama", BitRules({16: 0.5}, {16: 0.75}, sinks=3), True, STEPS, id="half16-16-llama-fixed-sinks"),
     pytest.param(
         "llama", BitRules({8: 0.3, 4: 0.3}, {4: 0.6}, channel_multiple=8), False, STEPS, id="rounded-up-llama"
     ),
@@ -281,7 +281,9 @@ def generate(model, ids, real, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}], ids=["greedy", "fixed", "beams"]
+    "options",
+    [{}, {"cache_implementation": "static"}, pytest.param({"num_beams": 3}, marks=pytest.mark.slow)],
+    ids=["greedy", "fixed", "beams"],
 )
 def test_generate(options):
     model, ids, real = model_of(), tokens(2, 27), padding("left", 2, 27)

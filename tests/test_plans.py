@@ -201,3 +201,18 @@ def test_a_plan_is_checked_where_it_is_made():
     """`Plan.of` alone says the same."""
     with pytest.raises(ValueError, match=r"values={8: 2}.*\(0, 1\], got 2"):
         Plan.of({8: 2}, "values")
+
+
+def test_numbers_of_bits_are_whole_numbers():
+    """8.0 == 8, but shifts by 8.0 fail in the first call."""
+    try:
+        plan = plan_of({8.0: 1.0})
+    except (TypeError, ValueError) as error:
+        assert "8.0" in str(error)
+    else:
+        assert [type(bits) for bits, _ in plan.tiers] == [int]
+
+
+def test_a_tiny_share_keeps_a_channel():
+    """D - int(D * (1 - share)) is at least 1."""
+    assert plan_of({4: 1e-9}).counts(32, 1) == ((4, 1),)
