@@ -1,7 +1,7 @@
 """An independent simulation of bit plans: a plain eager model whose dense cache is edited after each call.
 
 Nothing here shares code with the package. Channels get bits by the first call's scores; rows that leave the window
-are replaced by their decoded form, a group at a time. `/work/shared/FORMATS.md`, section 4, is the specification.
+are replaced by their decoded form, a group at a time.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ SIDES = ("keys", "values")
 Plan = Mapping[int, float]
 
 
-# ------------------------------------------------------------------ the rules, each a function of plain values
-
-
 @dataclass(frozen=True)
 class BitRules:
     """The arguments of `think_compile`; windows small enough to move in a short test."""
@@ -43,16 +40,17 @@ class BitRules:
     def plan(self, side: str) -> Plan:
         """Shares of the channels by number of bits."""
         given = getattr(self, side)
-        if isinstance(given, int):
-            return {given: 1.0}
         if given is None:
             return {WHOLE: 1 - (0.5 if self.ratio is None else self.ratio) if side == "keys" else 1.0}
-        return given
+        return {given: 1.0} if isinstance(given, int) else given
 
     @property
     def whole_first(self) -> int:
         """Number of sinks: 4 by default if a plan has codes."""
         return self.sinks if self.sinks is not None else 4 * self.has_codes
+
+    def sizes(self, side: str, dim: int) -> list[tuple[int, int]]:
+        return tier_sizes(self.plan(side), dim, self.channel_multiple)
 
     @property
     def together(self) -> int:
@@ -94,13 +92,10 @@ def value_scores(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, observed: Tenso
     return output.square().sum(2).unflatten(1, (-1, heads)).sum(2)
 
 
-# ------------------------------------------------------------------ codes
-
-
 def stored_range(low: Tensor, high: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """(zero, step) in fp16, rounded outwards: the only rule taken from the package, since other roundings flip codes.
 
-    `unrounded_range` in its place measures what the rounding costs.
+    `unrounded_range` in its place measures the cost.
     """
     zero = (low - low.abs() * 2**-11).half().float()
     return zero, ((high - zero) / levels * (1 + 2**-10)).half().float()
@@ -156,9 +151,6 @@ def encode(side: str, rows: Tensor, bits: Tensor, counts: Tensor, group: int) ->
     return torch.where(counts, decoded, rows), steps.masked_fill((bits == WHOLE) | (bits == 0) | ~counts, 0)
 
 
-# ------------------------------------------------------------------ the simulation
-
-
 @dataclass
 class State:
     """What is known about one layer's cache."""
@@ -191,10 +183,7 @@ class Simulation:
         def forward(*args, **kwargs):
             return self._call(plain, *args, **kwargs)
 
-        self.model.forward = forward  # an instance attribute: generate() and __call__ both use it
-
-    def __call__(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
+        self.model.forward = forward  # an instance attribute: generate() uses it too
 
     def _call(self, plain: Callable, *args, **kwargs):
         cache = inspect.signature(plain).bind(*args, **kwargs).arguments.get(CACHE)
@@ -223,12 +212,9 @@ class Simulation:
             "keys": channel_scores(call.q, keys, valid, observed),
             "values": value_scores(call.q, keys, values, pairs, observed, call.scale),
         }
-        bits = {side: deal(self._sizes(side, x.shape[-1]), x) for side, x in scores.items()}
+        bits = {side: deal(self.rules.sizes(side, x.shape[-1]), x) for side, x in scores.items()}
         coded_from = valid.int().argmax(1) + self.rules.whole_first
         return State(bits, coded_from, dict.fromkeys(SIDES, 0), {"keys": keys[:, :, :0], "values": values[:, :, :0]})
-
-    def _sizes(self, side: str, dim: int) -> list[tuple[int, int]]:
-        return tier_sizes(self.rules.plan(side), dim, self.rules.channel_multiple)
 
     def _flush(self, state: State, side: str, rows: Tensor, past: int) -> None:
         count, group, bits = rows.shape[2], self.rules.together, state.bits[side]

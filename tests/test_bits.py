@@ -44,7 +44,7 @@ class Three:
         self.rules = rules
         model = model_of() if model is None else model
         self.wrapped = wrap(model, rules, lowering)
-        models = (model, Simulation(model, rules), self.wrapped)
+        models = (model, Simulation(model, rules).model, self.wrapped)
         caches = [StaticCache(config=model.config, max_cache_len=CAPACITY) if fixed else DynamicCache() for _ in models]
         self.plain, self.expected, self.got = self.sessions = [
             HuggingFaceSession(m, cache) for m, cache in zip(models, caches, strict=True)
@@ -136,7 +136,7 @@ def assert_same_codes(expected, got, steps, what):
 def test_the_simulation_of_thinks_plan_is_the_oracle():
     model, ids, real = model_of(), tokens(3, 40), padding("left", 3, 40)
     ours = Simulation(model, BitRules({16: 0.5}))
-    talks = [HuggingFaceSession(m) for m in (ours, Oracle(model, 0.5, recent=8, observe=8, channel_multiple=1))]
+    talks = [HuggingFaceSession(m) for m in (ours.model, Oracle(model, 0.5, recent=8, observe=8, channel_multiple=1))]
     calls = [20, 7] + [1] * 13
     for part, marks in zip(ids.split(calls, 1), real.split(calls, 1), strict=True):
         logits = [talk.step(part, marks) for talk in talks]
