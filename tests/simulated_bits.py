@@ -93,16 +93,13 @@ def value_scores(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, observed: Tenso
 
 
 def stored_range(low: Tensor, high: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """(zero, step) in fp16, rounded outwards: the only rule taken from the package, since other roundings flip codes.
-
-    `unrounded_range` in its place measures the cost.
-    """
+    """(zero, step) in fp16, rounded outwards: the only rule taken from the package, as other roundings flip codes."""
     zero = (low - low.abs() * 2**-11).half().float()
     return zero, ((high - zero) / levels * (1 + 2**-10)).half().float()
 
 
 def unrounded_range(low: Tensor, high: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """(zero, step) that meet the minimum and the maximum."""
+    """The same without rounding: in place of `stored_range` it measures the cost of the rounding."""
     return low, (high - low) / levels
 
 
