@@ -24,14 +24,23 @@ MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
-def terms(x, inverse):
+def terms(x, inverse, ASM: tl.constexpr):
     """[2M, N] int8: ``x`` [M, N] as high rows, then low rows; ``inverse``: 127 / max|x| of each row."""
     y = x * inverse[:, None]
     high = y + MAGIC
     low = (y - (high - MAGIC)) * 254.0 + MAGIC
-    # not joined and permuted: Triton 3.6 then gives wrong operands for products
     both = tl.where((tl.arange(0, 2) == 0)[:, None, None], high[None], low[None])
-    return tl.reshape(both.to(tl.int32, bitcast=True).to(tl.int8), (2 * x.shape[0], x.shape[1]))
+    both = tl.reshape(both, (2 * x.shape[0], x.shape[1]))
+    # Not by a bitcast to int32 and a truncation: Triton 3.6 then gives wrong operands for the products.
+    if ASM:
+        both = tl.inline_asm_elementwise(
+            """{ .reg .b32 t, u; prmt.b32 t, $1, $2, 0x0040; prmt.b32 u, $3, $4, 0x0040;
+            prmt.b32 $0, t, u, 0x5410; }""",
+            "=r,r,r,r,r", [both], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        both = (both - MAGIC).to(tl.int8)
+    return both
 
 
 @triton.jit
@@ -142,7 +151,7 @@ def block_scores(
         HALF: tl.constexpr = (width + 1) // 2
         column = tl.arange(0, 32)
         low, high = tl.split(tl.reshape(x, (x.shape[0], 32, 2)))
-        low, high = terms(low, inverse), terms(high, inverse)
+        low, high = terms(low, inverse, ASM), terms(high, inverse, ASM)
         byte = tl.load(codes + pair * HALF + column[None, :], mask=(column < HALF)[None, :], other=0)
         a, b, c, d = crumbs(byte, ASM)
         even = tl.dot(low, tl.trans(a), even, out_dtype=tl.int32)
@@ -157,7 +166,7 @@ def block_scores(
             b = tl.load(at + PAIRS * width, mask=(column < width)[None, :], other=0).to(tl.int8, bitcast=True)
         else:
             a, b = nibbles(tl.load(at, mask=(column < width)[None, :], other=0), ASM)
-        both = terms(x, inverse)
+        both = terms(x, inverse, ASM)
         even = tl.dot(both, tl.trans(a), even, out_dtype=tl.int32)
         odd = tl.dot(both, tl.trans(b), odd, out_dtype=tl.int32)
     return even, odd
@@ -229,7 +238,7 @@ def block_mix(
     inverse = 127.0 / tl.maximum(most, 1e-20)
     PAIRS: tl.constexpr = TOKENS // 2
     even, odd = tl.split(tl.reshape(x, (x.shape[0], PAIRS, 2)))
-    even, odd = terms(even, inverse), terms(odd, inverse)
+    even, odd = terms(even, inverse, ASM), terms(odd, inverse, ASM)
     TILE: tl.constexpr = 64 if width > 32 else 32
     HALF: tl.constexpr = (width + 1) // 2
     pair = tl.arange(0, PAIRS)[None, :]
