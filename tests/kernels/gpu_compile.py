@@ -145,7 +145,7 @@ def codes(
         ("K", keys, KeyBits, d, kernels.keys),
         ("V", values, ValueBits, dv, kernels.values),
     ):
-        types |= {f"{side}_CODES": "*u8", f"{side}_RANGES": "*fp16", f"{side}_CHANNELS": "*i64"}
+        types |= {f"{side}_CODES": "*u8", f"{side}_RANGES": "*fp16", f"{side}_CHANNELS": "*i64"} | {"K_ORDERED": "*bf16"}
         types |= {f"{side}_RING": "*bf16", f"{side}_SINKS": "*bf16"}
         if plan is None:
             constants |= {f"{side}_RING": None, f"{side}_SINKS": None}

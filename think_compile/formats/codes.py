@@ -1,7 +1,7 @@
 """Integer codes in bytes: how a group of tokens of a few channels lies in memory.
 
-Codes of two adjacent tokens share a byte (4 bits), lie in two planes (8 bits), or share a byte with another channel
-(2 bits). So a kernel unpacks even and odd tokens apart, for every number of bits, without moving them between threads.
+Codes of two adjacent tokens share a byte (4 bits), lie in two planes (8 bits), or share a byte with those of the next
+channel (2 bits). So a kernel unpacks even and odd tokens apart, for every number of bits, without moving them between threads.
 8-bit codes are stored as signed numbers, code - 128, for products of signed integers.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 WIDTHS = (8, 4, 2)  # bits of a code
@@ -59,20 +60,12 @@ def packed(codes: Tensor, bits: int, *, tokens_last: bool = False) -> Tensor:
         return (torch.stack([even, odd], -3) ^ 128).flatten(-3)
     pairs = even | (odd << bits)
     if bits == 2:
-        axis = -2 if tokens_last else -1
-        low, high = _halves(pairs, axis)
-        pairs = low | (high << 4)
+        pairs = pairs.mT if tokens_last else pairs
+        if pairs.shape[-1] % 2:
+            pairs = F.pad(pairs, (0, 1))
+        pairs = pairs[..., 0::2] | (pairs[..., 1::2] << 4)
+        pairs = pairs.mT if tokens_last else pairs
     return pairs.flatten(-2)
-
-
-def _halves(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """The first and the second half of ``x`` along ``axis``, the second padded with zeros."""
-    size = x.shape[axis]
-    half = -(-size // 2)
-    low, high = x.narrow(axis, 0, half), x.narrow(axis, half, size - half)
-    if size % 2:
-        high = torch.cat([high, torch.zeros_like(low.narrow(axis, 0, 1))], axis)
-    return low, high
 
 
 def unpacked(stored: Tensor, block: Block, group: int, *, tokens_last: bool = False) -> Tensor:
@@ -85,8 +78,9 @@ def unpacked(stored: Tensor, block: Block, group: int, *, tokens_last: bool = Fa
     else:
         pairs = stored.unflatten(-1, shape)
         if block.bits == 2:
-            axis = -2 if tokens_last else -1
-            pairs = torch.cat([pairs & 15, pairs >> 4], axis).narrow(axis, 0, block.width)
+            pairs = pairs.mT if tokens_last else pairs
+            pairs = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)[..., : block.width]
+            pairs = pairs.mT if tokens_last else pairs
         even, odd = pairs & block.levels, pairs >> block.bits
     if tokens_last:
         even, odd = even.mT, odd.mT

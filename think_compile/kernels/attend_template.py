@@ -15,7 +15,7 @@ encoded key, a whole key and a value.
 
 import triton.language as tl
 
-from think_compile.kernels.masks import counts_some, hidden, masked, part_of, within
+from think_compile.kernels.masks import counts_some, flat_hidden, flat_masked, hidden, masked, part_of, within, within_tile
 
 
 def walk(
@@ -31,21 +31,27 @@ def walk(
     """
     begin = low // GROUP_N * GROUP_N if GROUP_N > 1 else low
     position = begin + tl.arange(0, BLOCK_N)
-    value = masked(MASK, mask_row, position - first, within(position, low, high, GROUP_N), sm_s, KIND, ALIKE)
+    FLAT: tl.constexpr = GROUP_N > 1 and ALIKE and not CAUSAL  # what a mask adds is worked out once for all rows
+    if FLAT:
+        value = flat_masked(MASK, mask_row, position - first, within(position, low, high, GROUP_N), sm_s, KIND)
+    else:
+        value = masked(MASK, mask_row, position - first, within(position, low, high, GROUP_N), sm_s, KIND, ALIKE)
     for at in range(begin, high, BLOCK_N):
         position = at + tl.arange(0, BLOCK_N)
         ok, later = within(position, low, high, GROUP_N), position + BLOCK_N
         k_row = position % ring_rows if IN_K_RING else position % capacity if ROLLING else position - k_shift
         v_row = position % ring_rows if IN_V_RING else position % capacity if ROLLING else position - v_shift
         s = scores(QUERIES, KEYS, at, k_row, ok, K_SIZES)
-        if HIDDEN > 0:
-            ok = ok & ((position < hidden_from) | (position >= hidden_from + HIDDEN))
-        if GROUP_N > 1 and ALIKE and not CAUSAL:  # a program has one warp: what all rows share is worked out once
-            s = s * scale + hidden(tl.zeros([1, BLOCK_N], tl.float32), value, 0, 0, ok, KIND, False)
+        # the mask is read a tile ahead: it is too small for the pipeline that hides the latency of keys and values
+        if FLAT:
+            shown = within_tile(at, low, high, hidden_from, HIDDEN, BLOCK_N)
+            s = s * scale + flat_hidden(value, shown, KIND)[None, :]
+            value = flat_masked(MASK, mask_row, later - first, later < high, sm_s, KIND)
         else:
+            if HIDDEN > 0:
+                ok = ok & ((position < hidden_from) | (position >= hidden_from + HIDDEN))
             s = hidden(s * scale, value, position - first, query, ok, KIND, CAUSAL)
-        # read a tile ahead: it is too small for the pipeline that hides the latency of keys and values
-        value = masked(MASK, mask_row, later - first, later < high, sm_s, KIND, ALIKE)
+            value = masked(MASK, mask_row, later - first, later < high, sm_s, KIND, ALIKE)
         new = tl.maximum(m, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2(s - safe[:, None])
@@ -108,7 +114,7 @@ def attend_share(
         CHUNK: tl.constexpr = 1024 if ALIKE and GROUP_N == 1 else 128
         AFTER: tl.constexpr = 0 if CAUSAL else KIND  # causal queries never see those rows
         chunk = tl.arange(0, CHUNK)
-        QUERIES = keys_prepare(q_row, real, KEYS, K_SIZES)
+        QUERIES = keys_prepare(q_row, bh * n_rows + row, real, KEYS, K_SIZES)
         low, high = part_of(first, tl.minimum(window_start, end), split, splits, BLOCK_N)
         # For rows after the tokens, only the mask is read, unless it shows any. Loaded here, tested below.
         after, last = part_of(end, extent, split, splits, CHUNK)
@@ -136,7 +142,7 @@ def attend_share(
             tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)
     else:  # whole keys
         WHOLE_ACC = whole_zero(BLOCK_M, DV_SIZES)
-        WHOLE = whole_prepare(q_row, real, K_RING, D_SIZES)
+        WHOLE = whole_prepare(q_row, bh * n_rows + row, real, K_RING, D_SIZES)
         low, high = part_of(tl.maximum(first, window_start), end, split - splits, whole_splits, BLOCK_W)
         m, total, WHOLE_ACC = walk_window(
             m, total, WHOLE_ACC, WHOLE, K_RING, V_RING, low, tl.minimum(high, start), 0, 0, ring_rows, MASK,

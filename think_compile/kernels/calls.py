@@ -88,9 +88,13 @@ class PairKernels:
         why = next((why for codec in self.codecs if codec is not None and (why := fits(codec))), "")
         return why or ("" if self.one_window and not span.rolling else "keys and values have different windows")
 
-    def _parts(self, keys: Stored, values: Stored) -> tuple[list[Tensor], list[Tensor]]:
+    def _parts(self, keys: Stored, values: Stored, q: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """The encoded tensors that the attention reads."""
         ours = [keys.state[name].contiguous() for name in self.key_parts]
+        if q is not None and self.codecs[0] is not None:  # the queries, in the order of the plan
+            order = ours.pop()[:, :, None, : self.codecs[0].kept]
+            grouped = q.unflatten(1, (order.shape[1], -1)).flatten(2, 3)
+            ours.append(grouped.gather(3, order.expand(-1, -1, grouped.shape[2], -1)))
         return ours, [values.state[name] for name in self.value_parts]
 
     def _whole(self, keys: Stored, values: Stored) -> list[Tensor | None]:
@@ -122,7 +126,7 @@ class PairKernels:
         lengths, at = _lengths(window_start, span.start)
         numbers = [*lengths, *_bounds(call, span), int(span.rolling), int(call.causal)]
         launch = launch or self.launch(call, keys, values, span)
-        past, own, mask = self._parts(keys, values), _own(call), _four_axes(call.mask)
+        past, own, mask = self._parts(keys, values, call.q), _own(call), _four_axes(call.mask)
         operation, sizes = attend_operation(self.keys, self.values), self._sizes(call, past)
         whole = self._whole(keys, values)
         result: Tensor = operation(own, *past, whole, mask, at, numbers, sizes, scale_of(call), list(launch))

@@ -16,7 +16,7 @@ def channels_locate(rows, channels, bh, capacity, width: tl.constexpr, part0: tl
 
 
 @triton.jit
-def channels_prepare(q_row, real, rows, channels, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+def channels_prepare(q_row, index, real, rows, channels, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
     """The kept channels of the queries."""
     c0, c1 = columns(part0, part1)
     i0 = tl.load(channels + c0, mask=c0 < width, other=0)

@@ -24,23 +24,29 @@ MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
+def low_bytes(x, ASM: tl.constexpr):
+    """The integers -127 to 127 in numbers x around 1.5 * 2^23, as int8.
+
+    Not by a truncation of the bits: ptxas takes that for a conversion to an unsigned byte, and clips what is negative.
+    """
+    if ASM:
+        x = tl.inline_asm_elementwise(
+            "{ .reg .b32 t, u; prmt.b32 t, $1, $2, 0x0040; prmt.b32 u, $3, $4, 0x0040; prmt.b32 $0, t, u, 0x5410; }",
+            "=r,r,r,r,r", [x], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        x = (x - MAGIC).to(tl.int8)
+    return x
+
+
+@triton.jit
 def terms(x, inverse, ASM: tl.constexpr):
     """[2M, N] int8: ``x`` [M, N] as high rows, then low rows; ``inverse``: 127 / max|x| of each row."""
     y = x * inverse[:, None]
     high = y + MAGIC
     low = (y - (high - MAGIC)) * 254.0 + MAGIC
-    both = tl.where((tl.arange(0, 2) == 0)[:, None, None], high[None], low[None])
-    both = tl.reshape(both, (2 * x.shape[0], x.shape[1]))
-    # Not by a bitcast to int32 and a truncation: Triton 3.6 then gives wrong operands for the products.
-    if ASM:
-        both = tl.inline_asm_elementwise(
-            """{ .reg .b32 t, u; prmt.b32 t, $1, $2, 0x0040; prmt.b32 u, $3, $4, 0x0040;
-            prmt.b32 $0, t, u, 0x5410; }""",
-            "=r,r,r,r,r", [both], dtype=tl.int8, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        both = (both - MAGIC).to(tl.int8)
-    return both
+    both = tl.permute(tl.join(low_bytes(high, ASM), low_bytes(low, ASM)), (2, 0, 1))
+    return tl.reshape(both, (2 * x.shape[0], x.shape[1]))
 
 
 @triton.jit
@@ -103,30 +109,20 @@ def stored_range(step, zero, bits: tl.constexpr):
 
 @triton.jit
 def block_channels(bits: tl.constexpr, width: tl.constexpr):
-    """(channel within its block, whether there is one) of each column of a tile.
-
-    With 2 bits, two channels share a byte: columns 2j and 2j + 1 are channel j of the first and of the second half.
-    """
+    """The channels of a block, and which columns of its tile have one."""
     TILE: tl.constexpr = 64 if (width > 32) or (bits == 2) else 32
     column = tl.arange(0, TILE)
-    if bits == 2:
-        HALF: tl.constexpr = (width + 1) // 2
-        channel = (column % 2) * HALF + column // 2
-        there = (column // 2 < HALF) & (channel < width)
-    else:
-        channel, there = column, column < width
-    return channel, there
+    return column, column < width
 
 
 # ------------------------------------------------------------------------------------------------------------ keys
 
 
 @triton.jit
-def block_queries(q_row, real, channels, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr):
+def block_queries(row, real, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr):
     """The queries' channels of a block."""
     channel, there = block_channels(bits, width)
-    index = tl.load(channels + first + channel, mask=there, other=0)
-    return tl.load(q_row + index[None, :], mask=real[:, None] & there[None, :], other=0.0)
+    return tl.load(row + first + channel[None, :], mask=real[:, None] & there[None, :], other=0.0)
 
 
 @triton.jit
@@ -148,7 +144,7 @@ def block_scores(
     TILE: tl.constexpr = 64 if width > 32 else 32
     pair = tl.arange(0, PAIRS)[:, None]
     if bits == 2:
-        HALF: tl.constexpr = (width + 1) // 2
+        HALF: tl.constexpr = (width + 1) // 2  # two channels share a byte
         column = tl.arange(0, 32)
         low, high = tl.split(tl.reshape(x, (x.shape[0], 32, 2)))
         low, high = terms(low, inverse, ASM), terms(high, inverse, ASM)
@@ -173,20 +169,21 @@ def block_scores(
 
 
 def key_locate(KEYS, bh, capacity, SIZES: tl.constexpr):
-    """The codes, the ranges and the channels of one KV head."""
-    return codes + bh * capacity * BYTES, ranges + bh * capacity * (2 * CODED), channels + bh * WIDTH
+    """The codes and the ranges of one KV head, and the queries of all heads, in the order of the plan."""
+    return codes + bh * capacity * BYTES, ranges + bh * capacity * (2 * CODED), ordered
 
 
-def key_prepare(q_row, real, KEYS, SIZES: tl.constexpr):
-    """The queries' channels, block by block."""
-    q0 = block_queries(q_row, real, channels, BITS0, WIDTH0, FIRST0)
+def key_prepare(q_row, index, real, KEYS, SIZES: tl.constexpr):
+    """The queries' channels, block by block; not gathered here, since a thread then has single channels."""
+    row = ordered + index[:, None] * CODED
+    q0 = block_queries(row, real, BITS0, WIDTH0, FIRST0)
     q1, q2, q3 = q0, q0, q0
     if WIDTH1 > 0:
-        q1 = block_queries(q_row, real, channels, BITS1, WIDTH1, FIRST1)
+        q1 = block_queries(row, real, BITS1, WIDTH1, FIRST1)
     if WIDTH2 > 0:
-        q2 = block_queries(q_row, real, channels, BITS2, WIDTH2, FIRST2)
+        q2 = block_queries(row, real, BITS2, WIDTH2, FIRST2)
     if WIDTH3 > 0:
-        q3 = block_queries(q_row, real, channels, BITS3, WIDTH3, FIRST3)
+        q3 = block_queries(row, real, BITS3, WIDTH3, FIRST3)
     return q0, q1, q2, q3
 
 
@@ -353,6 +350,7 @@ def sizes(codec, rows, width: int, asm: bool) -> tuple[int, ...]:
 
 
 _PARTS = ("codes", "ranges", "channels")
+_KEYS = ("codes", "ranges", "ordered")
 _QUERIES = tuple(f"q{i}" for i in range(MOST_BLOCKS))
 _ACCUMULATORS = tuple(f"{name}{i}" for i in range(MOST_BLOCKS) for name in "oz")
 
@@ -363,13 +361,13 @@ def _function(template, **groups):
 
 KEY_BITS = DeviceCodec(
     name="key_bits",
-    parts=_PARTS,
+    parts=_KEYS,
     queries=_QUERIES,
     accumulators=(),
     functions={
-        "locate": _function(key_locate, KEYS=_PARTS),
-        "prepare": _function(key_prepare, KEYS=_PARTS),
-        "scores": _function(key_scores, KEYS=_PARTS, QUERIES=_QUERIES),
+        "locate": _function(key_locate, KEYS=_KEYS),
+        "prepare": _function(key_prepare, KEYS=_KEYS),
+        "scores": _function(key_scores, KEYS=_KEYS, QUERIES=_QUERIES),
     },
     size_names=SIZES,
     sizes=sizes,

@@ -34,6 +34,31 @@ def hidden(s, value, column, query, ok, kind: tl.constexpr, causal: tl.constexpr
 
 
 @triton.jit
+def flat_masked(MASK, mask_row, column, ok, sm_s, kind: tl.constexpr):
+    """The mask that all rows share, at some columns, [N]."""
+    if kind == 0:
+        value = tl.zeros([column.shape[0]], tl.int8)
+    else:
+        value = tl.load(MASK + mask_row + column.to(tl.int64) * sm_s, mask=ok, other=0)
+    return value
+
+
+@triton.jit
+def flat_hidden(value, ok, kind: tl.constexpr):
+    """What a mask's ``value`` [N] adds to logits (base 2); -inf where not ``ok``.
+
+    A vector: the layout of a matrix [1, N] would become the logits', and put a row's numbers into all threads.
+    """
+    added = tl.zeros([value.shape[0]], tl.float32)
+    if kind == 1:
+        ok = ok & (value != 0)
+    if kind == 2:
+        added = tl.maximum(value.to(tl.float32), -2e38) * 1.4426950408889634
+        ok = ok & (value != float("-inf"))
+    return tl.where(ok, added, float("-inf"))
+
+
+@triton.jit
 def counts_some(value, m, real, ok, kind: tl.constexpr, alike: tl.constexpr, half: tl.constexpr):
     """Whether a mask's ``value`` shows any ``ok`` column to a ``real`` row; ``m``: the rows' largest logits.
 
@@ -66,4 +91,14 @@ def within(position, low, high, group: tl.constexpr):
     ok = position < high
     if group > 1:
         ok = ok & (position >= low)
+    return ok
+
+
+@triton.jit
+def within_tile(at, low, high, hidden_from, HIDDEN: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which positions of the tile at ``at`` are in [low, high) and not among the hidden ones, in 32 bits."""
+    column = tl.arange(0, BLOCK_N)
+    ok = (column >= tl.cast(low - at, tl.int32)) & (column < tl.cast(high - at, tl.int32))
+    if HIDDEN > 0:
+        ok = ok & ((column - tl.cast(hidden_from - at, tl.int32)).to(tl.uint32, bitcast=True) >= HIDDEN)
     return ok

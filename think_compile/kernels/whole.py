@@ -46,7 +46,7 @@ def whole_locate(rows, bh, capacity, width: tl.constexpr, part0: tl.constexpr, p
 
 
 @triton.jit
-def whole_prepare(q_row, real, rows, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+def whole_prepare(q_row, index, real, rows, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
     """All columns of the queries."""
     c0, c1 = columns(part0, part1)
     return read_queries(q_row, real, c0, c1, c0 < width, c1 < width)
