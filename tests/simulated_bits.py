@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
+import numpy as np
 import torch
 from oracle import CACHE, allowed_pairs, channel_scores, kept_count, observed_queries, valid_keys
 from torch import Tensor, nn
@@ -93,9 +94,16 @@ def value_scores(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, observed: Tenso
 
 
 def stored_range(low: Tensor, high: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """(zero, step) in fp16, rounded outwards: the only rule taken from the package, as other roundings flip codes."""
-    zero = (low - low.abs() * 2**-11).half().float()
-    return zero, ((high - zero) / levels * (1 + 2**-10)).half().float()
+    """(zero, step) in fp16, each the nearest that covers low to high: the codes depend on that."""
+    zero = neighbour(low, -np.inf)
+    return zero, neighbour((high - zero) / levels, np.inf)
+
+
+def neighbour(x: Tensor, towards: float) -> Tensor:
+    """The nearest number of fp16 that is not on the other side of `x`."""
+    near = x.numpy().astype(np.float16)
+    beyond = near.astype(x.numpy().dtype) > x.numpy() if towards < 0 else near.astype(x.numpy().dtype) < x.numpy()
+    return torch.from_numpy(np.where(beyond, np.nextafter(near, np.float16(towards)), near)).to(x.dtype)
 
 
 def unrounded_range(low: Tensor, high: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:

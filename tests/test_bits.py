@@ -213,9 +213,9 @@ def test_two_layers():
     Three(MIXED, model_of("qwen3", layers=2)).run(tokens(2, sum(STEPS)), STEPS).check()
 
 
-@pytest.mark.parametrize(("bits", "allowed"), [(8, 0.5), (4, 0.2)])
+@pytest.mark.parametrize(("bits", "allowed"), [(8, 0.9), (4, 0.3)])
 def test_the_stored_form_of_ranges_costs_little(bits, allowed, monkeypatch):
-    """Against codes between the exact minimum and maximum: the rounding of scales and zeros may flip some."""
+    """Against codes between the exact minimum and maximum, relative to the error of these: a flipped code counts twice."""
     monkeypatch.setattr(simulated_bits, "stored_range", simulated_bits.unrounded_range)
     three = Three(BitRules(bits, bits)).run(tokens(2, 57), [40] + [1] * 17)
     three.check_logits(allowed)

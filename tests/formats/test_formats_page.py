@@ -4,6 +4,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,8 +66,10 @@ def test_the_format_of_the_page(kind, sides, half):
 
 def test_what_is_no_codec_is_told():
     model = tiny_llama()
-    with pytest.raises(TypeError, match=r"keys must be a codec .* without name, group"):
-        think_compile(model, keys=4)
+    with pytest.raises(TypeError, match=r"keys must be a codec .* without has_window, parts"):
+        think_compile(model, keys=SimpleNamespace(name="half", group=1))
+    with pytest.raises(TypeError, match=r"keys must be a bit plan, for example 4, .*, or a codec; got 0.5"):
+        think_compile(model, keys=0.5)
     with pytest.raises(TypeError, match=r"values must be a codec .* a class and not an object of it"):
         think_compile(model, values=dict)
 

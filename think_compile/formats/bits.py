@@ -21,7 +21,7 @@ from think_compile.formats.think import dealt_channels, narrow_rows, score_chann
 
 WHOLE_BITS = 16  # of a channel in the model's own dtype
 _LARGEST = 65504.0  # of fp16
-_ROUNDING = 2.0**-11  # relative error of a number in fp16
+_HALF_STEP = 2.0**-11  # at least half of the distance between two numbers of fp16, relative to them
 
 
 @dataclass(frozen=True)
@@ -177,14 +177,15 @@ def _range(x: Tensor, axis: int, levels: int) -> tuple[Tensor, Tensor]:
     instead of clipped numbers.
     """
     low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
-    zero = _half(low - low.abs() * _ROUNDING)
-    scale = _half((high - zero.to(x.dtype)) / levels * (1 + 2 * _ROUNDING))
-    return scale, zero
+    zero = -_half_above(-low)
+    return _half_above((high - zero.to(x.dtype)) / levels), zero
 
 
-def _half(x: Tensor) -> Tensor:
-    """fp16, with finite numbers that are too large at its limit."""
-    return torch.where(x.isinf(), x, x.clamp(-_LARGEST, _LARGEST)).half()
+def _half_above(x: Tensor) -> Tensor:
+    """The least number of fp16 that is not below ``x``; finite numbers that are too large become the largest."""
+    x = torch.where(x.isinf(), x, x.clamp(-_LARGEST, _LARGEST))
+    nearest = x.half().to(x.dtype)
+    return torch.where(nearest < x, nearest + nearest.abs() * (1.01 * _HALF_STEP), nearest).half()
 
 
 @dataclass(frozen=True)

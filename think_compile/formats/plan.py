@@ -44,7 +44,7 @@ class Plan:
         if not shares:
             raise ValueError(f"{side}={given!r} has no tier: give at least one, {_EXAMPLES}.")
         for bits, share in shares.items():
-            if bits not in BITS:
+            if bits not in BITS or not isinstance(bits, int):
                 raise ValueError(f"{side}={given!r}: {bits!r} bits are not known; known are {_listed(BITS)}.")
             if isinstance(share, bool) or not isinstance(share, (int, float)):
                 raise TypeError(f"{side}={given!r}: a share is a number in (0, 1], got {share!r}.")
@@ -69,7 +69,8 @@ class Plan:
 
         The number of kept channels and each tier's are rounded up to ``multiple``; the last tier takes the rest.
         """
-        dropped = int(width * (1 - sum(share for _, share in self.tiers)) + 1e-6)
+        kept = sum(share for _, share in self.tiers)
+        dropped = min(width - 1, int(width * (1 - kept) + 1e-6))
         left = min(width, _rounded(width - dropped, multiple))
         counts = []
         for index, (bits, share) in enumerate(self.tiers):
@@ -114,9 +115,12 @@ def _shares(given: Any, side: str) -> dict[Any, Any]:
     for tier in given.split("+"):
         bits, _, share = tier.partition(":")
         try:
-            shares[int(bits)] = shares.get(int(bits), 0) + (float(share) if share else 1.0)
+            number, part = int(bits), float(share) if share else 1.0
         except ValueError:
             raise ValueError(
                 f"{side}={given!r} is neither bits:share+bits:share nor one of {', '.join(NAMED)}; {_EXAMPLES}."
             ) from None
+        if number in shares:
+            raise ValueError(f"{side}={given!r} has two tiers of {number} bits: give one, with the sum of the shares.")
+        shares[number] = part
     return shares

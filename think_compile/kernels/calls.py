@@ -246,7 +246,7 @@ def kernels_for(keys: Any, values: Any) -> PairKernels | None:
     pair = PAIRS.get((keys.codec.name, values.codec.name))
     codecs = tuple(side.codec if side.flushes else None for side in (keys, values))
     if pair is None or codecs == (None, None):
-        return pair
+        return pair if pair and _CODES not in (pair.key_parts, pair.value_parts) else None  # rows of 16 bits in records
     sinks = {side.sinks for side in (keys, values) if side.has_ring}
     windows = {side.window_rule for side in (keys, values) if side.has_ring}
     return replace(pair, codecs=codecs, sinks=max(sinks), one_window=len(sinks) == len(windows) == 1)

@@ -125,7 +125,7 @@ class _Rewriter(Draft):
         queries: Any = [self.queries(site, k) for site in readers]
         if len(queries) > 1:
             queries = [self.call(arrange.joined_queries, queries, int(readers[0].keys.size(HEAD)))]
-        return Call(queries[0], k, v, self.mask(readers[0], k))
+        return Call(queries[0], k, v, self.mask(readers[0], k), self.at(readers[0].attention.scale))
 
     # ------------------------------------------------------------------------------------------- first calls
 
