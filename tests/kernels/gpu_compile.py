@@ -138,14 +138,19 @@ def codes(
     constants = {"SINKS": sinks, "GROUP_N": records, "GROUP": group, "ON_DEVICE": on_device, "ROLLING": False}
     constants |= {"CAUSAL": False, "KIND": ["none", "bool", "float"].index(mask), "ALIKE": True, "HALF_MASK": False}
     constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_W": 32}
-    types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "K_ROWS", "V_ROWS"), "*bf16") | {"OUT": "*fp32", "FIRST_TOKEN": "*i64"}
+    types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "K_ROWS", "V_ROWS"), "*bf16") | {
+        "OUT": "*fp32",
+        "FIRST_TOKEN": "*i64",
+    }
     types |= dict.fromkeys(("MOST", "TOTAL"), "*fp32") | dict.fromkeys(("WINDOW_START", "START"), "*i64")
     types |= {"scale": "fp64" if on_device else "fp32", "MASK": "*i1" if mask == "bool" else "*bf16"}
     for side, plan, codec, width, of in (
         ("K", keys, KeyBits, d, kernels.keys),
         ("V", values, ValueBits, dv, kernels.values),
     ):
-        types |= {f"{side}_CODES": "*u8", f"{side}_RANGES": "*fp16", f"{side}_CHANNELS": "*i64"} | {"K_ORDERED": "*bf16"}
+        types |= {f"{side}_CODES": "*u8", f"{side}_RANGES": "*fp16", f"{side}_CHANNELS": "*i64"} | {
+            "K_ORDERED": "*bf16"
+        }
         types |= {f"{side}_RING": "*bf16", f"{side}_SINKS": "*bf16"}
         if plan is None:
             constants |= {f"{side}_RING": None, f"{side}_SINKS": None}

@@ -6,6 +6,8 @@ columns are gathered at the segments' positions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,18 +38,28 @@ def _logits(side: Side, q: Tensor, k: Tensor, keys: Stored, read: Reading) -> li
     return [x.unflatten(2, (-1, q.shape[2])).flatten(1, 2) for x in products]
 
 
-def _masked(logits: Tensor, call: Call, segment: Segment, span: Span) -> Tensor:
+def _masked(logits: Tensor, call: Call, segment: Segment, read: Reading) -> Tensor:
     """The logits with the model's mask, gathered at the positions; -inf for rows that do not count."""
-    columns, counts = segment.positions - span.oldest, segment.counts
+    columns, counts = segment.positions - read.span.oldest, segment.counts
     if call.causal:
         counts = counts & (columns <= torch.arange(call.q.shape[2], device=columns.device)[:, None])
     if call.mask is not None:
-        mask = _columns_of(call.mask, columns)
+        if segment.name == "body" and not read.span.rolling:
+            mask = _widened(call.mask, read.span.oldest - read.first, segment.size)
+        else:
+            mask = _columns_of(call.mask, columns)
         if mask.dtype == torch.bool:
             counts = counts & mask
         else:
             logits = logits + mask
     return logits.masked_fill(~counts, float("-inf"))
+
+
+def _widened(mask: Tensor, left: Any, size: int) -> Tensor:
+    """The mask with ``left`` more columns before and others after, ``size`` in all; rows there do not count."""
+    if mask.shape[-1] == 1 or (isinstance(left, int) and left == 0 and mask.shape[-1] == size):
+        return mask
+    return F.pad(mask, (left, size - left - mask.shape[-1]))
 
 
 def _columns_of(mask: Tensor, columns: Tensor) -> Tensor:
@@ -57,9 +69,10 @@ def _columns_of(mask: Tensor, columns: Tensor) -> Tensor:
     columns = columns.clamp(min=0, max=mask.shape[-1] - 1)
     if columns.dim() == 1:
         return mask.index_select(-1, columns)
-    mask = mask[(None,) * (4 - mask.dim())]
-    mask = mask.expand(columns.shape[0], -1, -1, -1)
-    return mask.gather(-1, columns.expand(-1, mask.shape[1], mask.shape[2], -1))
+    # compared, not gathered: Inductor's C++ fails on a gather along an axis of dynamic size
+    mask = mask[(None,) * (4 - mask.dim())][..., None, :]
+    wanted = columns[..., None] == torch.arange(mask.shape[-1], device=mask.device)
+    return (mask & wanted).any(-1) if mask.dtype == torch.bool else torch.where(wanted, mask, 0).sum(-1)
 
 
 def narrow(call: Call, keys: Stored, values: Stored, span: Span, sides: tuple[Side, Side]) -> Tensor:
@@ -72,7 +85,7 @@ def narrow(call: Call, keys: Stored, values: Stored, span: Span, sides: tuple[Si
         values_side.write_rows(call.v, values.state, span)
     read = reading([(keys_side, keys), (values_side, values)], span, n_new, call.q.device)
     logits = _logits(keys_side, wide(call.q) * scale_of(call), call.k, keys, read)
-    masked = [_masked(x, call, segment, span) for x, segment in zip(logits, read.segments, strict=True)]
+    masked = [_masked(x, call, segment, read) for x, segment in zip(logits, read.segments, strict=True)]
     probabilities = torch._safe_softmax(torch.cat(masked, -1), -1)
     grouped = probabilities.unflatten(1, (call.k.shape[1], -1)).flatten(2, 3)  # [B, H, G*N, M]
     out = None

@@ -107,7 +107,7 @@ def _body(sides: Sides, span: Span, begin: Length, n_new: int, device: torch.dev
     group = max(side.codec.group for side, _ in sides)
     end = span.oldest + span.columns
     first, last = (span.oldest, end) if group == 1 else (span.oldest // group * group, -(-end // group) * group)
-    at = first + torch.arange(last - first, device=device)  # type: ignore[arg-type]
+    at = first + torch.arange(last - first, device=device)  # type: ignore[arg-type,operator]
     counts = (at < begin) | (at >= span.start + n_new)
     if group > 1:
         counts = counts & (at >= span.oldest) & (at < end)

@@ -15,7 +15,16 @@ encoded key, a whole key and a value.
 
 import triton.language as tl
 
-from think_compile.kernels.masks import counts_some, flat_hidden, flat_masked, hidden, masked, part_of, within, within_tile
+from think_compile.kernels.masks import (
+    counts_some,
+    flat_hidden,
+    flat_masked,
+    hidden,
+    masked,
+    part_of,
+    within,
+    within_tile,
+)
 
 
 def walk(
@@ -26,8 +35,8 @@ def walk(
 ):  # fmt: skip
     """Attend to positions [low, high); keys and values are in rows position - shift, or in a ring.
 
-    ``ROLLING``: position p is in row p % capacity. ``HIDDEN`` positions from ``hidden_from`` on do not count. Tiles begin
-    at multiples of ``GROUP_N``.
+    ``ROLLING``: position p is in row p % capacity. ``HIDDEN`` positions from ``hidden_from`` on do not count. Tiles
+    begin at multiples of ``GROUP_N``.
     """
     begin = low // GROUP_N * GROUP_N if GROUP_N > 1 else low
     position = begin + tl.arange(0, BLOCK_N)
@@ -73,8 +82,8 @@ def attend_share(
 ):  # fmt: skip
     """One share of the positions of one KV head, for BLOCK_M of its rows (query head of the group, query).
 
-    ``ROLLING``: ``first`` counts back from the start, and position p is in row p % capacity. ``GROUP_N``: tokens encoded
-    together. ``BLOCK_W``: positions with whole rows in a tile.
+    ``ROLLING``: ``first`` counts back from the start, and position p is in row p % capacity. ``GROUP_N``: tokens of a
+    record. ``BLOCK_W``: positions with whole rows in a tile.
     """
     scale = tl.cast(scale, tl.float32)  # a Python float arrives as float64 from Inductor
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
@@ -154,7 +163,7 @@ def attend_share(
             mask_row, query, first, sm_s, scale, capacity, False, False, False, 0, 0, D_SIZES, DV_SIZES,
             KIND, CAUSAL, ALIKE, 1, BLOCK_W,
         )  # fmt: skip
-        if SINKS > 0:
+        if SINKS > 0:  # noqa: SIM102  the first is decided while compiling
             if split == splits:
                 # a side without sinks has all rows whole, by position
                 HAS_K_SINKS: tl.constexpr = K_SINKS is not None

@@ -244,7 +244,7 @@ PAIRS = {
 def kernels_for(keys: Any, values: Any) -> PairKernels | None:
     """The kernels for two sides of a format, or None."""
     pair = PAIRS.get((keys.codec.name, values.codec.name))
-    codecs = tuple(side.codec if side.flushes else None for side in (keys, values))
+    codecs = keys.codec if keys.flushes else None, values.codec if values.flushes else None
     if pair is None or codecs == (None, None):
         return pair if pair and _CODES not in (pair.key_parts, pair.value_parts) else None  # rows of 16 bits in records
     sinks = {side.sinks for side in (keys, values) if side.has_ring}

@@ -1,14 +1,15 @@
 """Device code for rows in integer codes: products of signed bytes with the codes as they are stored.
 
-Nothing is widened. A tile of a tensor core has 16 rows, and a group has up to 8 query heads. So each query, scaled by the
-channels' steps, becomes two rows of bytes: ``high = round(127 x / max|x|)`` and the rest, 254 times larger. One product
-of bytes gives both, with an error below that of bf16. The softmax's weights meet the codes of values in the same way.
+Nothing is widened. A tile of a tensor core has 16 rows, and a group has up to 8 query heads. So each query, scaled by
+the channels' steps, becomes two rows of bytes: ``high = round(127 x / max|x|)`` and the rest, 254 times larger. One
+product of bytes gives both, with an error below that of bf16. The softmax's weights meet the values' codes likewise.
 
 Rounding and conversions use numbers around 1.5 * 2^23: there an fp32 number's low bits are the integer itself. The
 conversion instructions of a GPU run at a quarter of the rate of additions. Codes of few bits are read as the high bits
 of a byte, minus 128: so all tiers have steps of one magnitude, and one scale for a query loses nothing.
 """
 
+# ruff: noqa: F821  specialise fills in the names of a template
 # mypy: ignore-errors
 
 import triton
