@@ -187,7 +187,13 @@ def evaluate(
         str | None,
         typer.Option(help="A folder, a .gguf file or a hub id; by default the demo's model.", show_default=False),
     ] = None,
-    ratio: Annotated[str, typer.Option(help="Ratios, separated by commas.")] = f"0,{DEFAULTS.ratio}",
+    ratio: Annotated[
+        str | None, typer.Option(help="Ratios, separated by commas; 0,0.5 without --keys.", show_default=False)
+    ] = None,
+    keys: Keys = None,
+    values: Values = None,
+    group: Group = DEFAULTS.group,
+    sinks: Sinks = None,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "think",
     recent: Recent = DEFAULTS.recent,
     observe: Observe = DEFAULTS.observe,
@@ -212,7 +218,10 @@ def evaluate(
         from think_compile.evals import command
         from think_compile.evals.runner import Protocol
 
-        options = _think_options(console, lowering, recent=recent, observe=observe, channel_multiple=channel_multiple)
+        plans = {"keys": keys, "values": values, "group": group, "sinks": sinks}
+        options = _think_options(
+            console, lowering, **plans, recent=recent, observe=observe, channel_multiple=channel_multiple
+        )
         command.run_eval(
             console,
             source=model,

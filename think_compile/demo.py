@@ -70,7 +70,9 @@ def run_demo(
     console.rule(f"plain: {QUESTION}")
     plain = stream_generation(model, tokenizer, inputs, max_new_tokens, console)
     model = tc.think_compile(model, **options)
-    console.rule(f"pruned, ratio {options['ratio']}: {QUESTION}")
+    plans = [f"{side} {options[side]}" for side in ("keys", "values") if options.get(side) is not None]
+    ratio = [] if options.get("keys") is not None else [f"ratio {tc.ThinkConfig(**options).ratio}"]
+    console.rule(f"pruned, {', '.join(ratio + plans)}: {QUESTION}")
     if options["lowering"] == "inductor":
         console.print("(compiling two graphs first: minutes, if cores are few)", style="dim")
     pruned = stream_generation(model, tokenizer, inputs, max_new_tokens, console)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import distributed
@@ -76,7 +76,7 @@ class LayerRecord:
 def rewritten_record(site: CachedAttention, sources: list[str], config: ThinkConfig) -> LayerRecord:
     """The record of a rewritten layer."""
     head_dim = int(site.keys.size(CHANNEL))
-    kept, form = config.kept_channels(head_dim), config.format_for(head_dim, int(site.values.size(CHANNEL)))
+    form = config.format_for(head_dim, int(site.values.size(CHANNEL)))
     layout = next(iter(site.keys.outputs.values()))
     return LayerRecord(
         layer=site.attention.path,
@@ -86,7 +86,7 @@ def rewritten_record(site: CachedAttention, sources: list[str], config: ThinkCon
         q_heads=site.query_heads,
         kv_heads=int(site.keys.size(1)),
         head_dim=head_dim,
-        kept=kept,
+        kept=form.keys.kept,
         reason=None,
         detail="" if form.is_lossy else f"all {head_dim} are kept: {_why_all(config, head_dim)}",
         stored=form.describe(),
@@ -163,10 +163,14 @@ def _merged(known: LayerRecord | None, record: LayerRecord) -> LayerRecord:
     return known
 
 
-def _stored(stores: Iterable[Store]) -> int:
-    """Bytes of the distinct tensors of the stores."""
-    tensors = [part for store in stores for tensor in store.tensors() for part in plain_parts(tensor)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+def _stored(stores: Iterable[Store]) -> dict[str, int]:
+    """Bytes of the distinct tensors of the stores, by the name of their part."""
+    sizes: dict[str, dict[int, int]] = {}
+    for store in stores:
+        for name, tensor in store.named_tensors():
+            for t in plain_parts(tensor):
+                sizes.setdefault(name, {})[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return {name: sum(of_part.values()) for name, of_part in sizes.items()}
 
 
 def _dense(stores: Iterable[Store]) -> int:
@@ -189,7 +193,7 @@ class Report:
         rewritten: layers whose cache is compressed.
         refused: layers left exactly as they were, each with its reason.
         graphs: number of compiled graphs.
-        stored_key_bytes, stored_value_bytes: bytes of the tensors of the live caches.
+        key_parts, value_parts: bytes of the tensors of the live caches, by part: rows, codes, the window's ring, ...
         dense_key_bytes, dense_value_bytes: bytes of plain caches of the same tokens.
         rank: (rank, group size) of a process in a group; the fields above are this rank's.
     """
@@ -198,9 +202,9 @@ class Report:
     rewritten: tuple[LayerRecord, ...]
     refused: tuple[LayerRecord, ...]
     graphs: int
-    stored_key_bytes: int
+    key_parts: Mapping[str, int]
     dense_key_bytes: int
-    stored_value_bytes: int
+    value_parts: Mapping[str, int]
     dense_value_bytes: int
     rank: tuple[int, int] | None = None
 
@@ -214,6 +218,16 @@ class Report:
         rewritten = tuple(r for r in ledger.layers.values() if r.reason is None)
         refused = tuple(r for r in ledger.layers.values() if r.reason is not None)
         return cls(config, rewritten, refused, ledger.graphs, *sizes, _rank())
+
+    @property
+    def stored_key_bytes(self) -> int:
+        """Bytes of the live caches' keys."""
+        return sum(self.key_parts.values())
+
+    @property
+    def stored_value_bytes(self) -> int:
+        """Bytes of the live caches' values."""
+        return sum(self.value_parts.values())
 
     @property
     def problems(self) -> tuple[LayerRecord, ...]:
@@ -237,8 +251,8 @@ class Report:
         if len(lines) == 1:
             lines.append("  no attention with a cache was found" if self.graphs else "  the model was not called yet")
         if self.dense_bytes:
-            lines.append(_bytes_line("keys", self.stored_key_bytes, self.dense_key_bytes))
-            lines.append(_bytes_line("values", self.stored_value_bytes, self.dense_value_bytes))
+            lines.append(_bytes_line("keys", self.key_parts, self.dense_key_bytes))
+            lines.append(_bytes_line("values", self.value_parts, self.dense_value_bytes))
         return "\n".join(lines)
 
 
@@ -260,5 +274,8 @@ def _line(record: LayerRecord) -> str:
     )
 
 
-def _bytes_line(name: str, stored: int, dense: int) -> str:
-    return f"  live {name}: {stored:,} bytes stored, {dense:,} if dense ({stored / max(dense, 1):.3f})"
+def _bytes_line(name: str, parts: Mapping[str, int], dense: int) -> str:
+    stored = sum(parts.values())
+    shares = ", ".join(f"{part} {n_bytes:,}" for part, n_bytes in sorted(parts.items(), key=lambda item: -item[1]))
+    detail = f": {shares}" if len(parts) > 1 else ""
+    return f"  live {name}: {stored:,} bytes stored, {dense:,} if dense ({stored / max(dense, 1):.3f}){detail}"

@@ -24,7 +24,7 @@ from think_compile.commands import app
 from think_compile.evals import runner as runner_module
 from think_compile.evals.command import _included, batch_size_from, settings_from
 from think_compile.evals.model import ThinkLM
-from think_compile.evals.runner import Protocol, Runner, grid, label, load_tasks
+from think_compile.evals.runner import Protocol, Runner, grid, load_tasks
 from think_compile.evals.table import difference, summary, through_pruned
 
 MEAN = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
@@ -292,7 +292,7 @@ def test_a_programming_error_in_a_task_is_not_taken_for_missing_data(tmp_path, m
 
 def test_settings_of_lists():
     found = settings_from("think, random", "0,0.5", lowering="eager")
-    assert [label(one) for one in found] == ["dense", "think-0", "think-0.5", "random-0", "random-0.5"]
+    assert [one.label for one in found] == ["dense", "think-0", "think-0.5", "random-0", "random-0.5"]
     assert batch_size_from("auto") == "auto" and batch_size_from("8") == 8
 
 

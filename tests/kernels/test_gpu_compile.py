@@ -20,6 +20,14 @@ SHARES = [
     ("share", {"mask": "float", "dtype": "fp32", "d": 256, "kept": 240, "dv": 256, "group": 7, "causal": True}),
     ("share", {"dtype": "fp16", "d": 96, "kept": 80, "dv": 48, "on_device": False}),
 ]
+CODES = [
+    ("codes", {}),
+    ("codes", {"keys": [[8, 32], [4, 96]], "on_device": False}),
+    ("codes", {"keys": [[4, 64], [2, 64]], "mask": "float"}),
+    ("codes", {"values": None}),
+    ("codes", {"keys": None, "sinks": 0}),
+    ("codes", {"keys": [[8, 128]], "values": [[8, 128]], "records": 64, "queries": 4}),
+]
 KERNELS = [*SHARES, ("share", {"mask": "bool", "rolling": True}), ("merge", {}), ("append", {}), ("finish", {})]
 
 
@@ -35,6 +43,12 @@ def compiled(kernels: list) -> list[dict]:
 def test_kernels_compile_for_a_gpu_and_fit_it():
     made = compiled(KERNELS)
     assert all(one["shared"] <= one["may"] for one in made), list(zip(KERNELS, made, strict=True))
+
+
+def test_kernels_for_codes_compile_for_a_gpu_and_fit_it():
+    made = compiled(CODES)
+    assert all(one["shared"] <= one["may"] for one in made), list(zip(CODES, made, strict=True))
+    assert all(any("mma" in opcode and "s8" in opcode for opcode in one["opcodes"]) for one in made)
 
 
 @pytest.mark.slow  # compiles for minutes; depends only on the kernels

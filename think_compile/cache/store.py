@@ -73,9 +73,13 @@ class Store(ABC):
         """A short description."""
         return "dense"
 
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that hold memory, by the names of their parts."""
+        yield from self.rows.parts.items()
+
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that hold memory."""
-        yield from self.rows.parts.values()
+        yield from (tensor for _, tensor in self.named_tensors())
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -193,8 +197,8 @@ class Packed(Store):
     def _ring_rows(self) -> int:
         return self.own["ring"].shape[2] if self.side.has_ring else 0
 
-    def tensors(self) -> Iterator[Tensor]:
-        yield from self.state.values()
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.state.items()
 
     def stored(self) -> Stored:
         """The side at the start of a later call."""

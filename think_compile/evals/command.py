@@ -16,6 +16,7 @@ from lm_eval.utils import setup_logging
 from rich.console import Console
 
 from think_compile import demo, hf
+from think_compile.config import DEFAULT_RATIO
 from think_compile.evals.runner import NO_DATA, Protocol, Runner, grid, load_tasks
 from think_compile.evals.settings import Settings
 from think_compile.evals.table import summary
@@ -34,14 +35,16 @@ def listed(text: str, what: str) -> list[str]:
     return items
 
 
-def settings_from(methods: str, ratios: str, **options: Any) -> list[Settings]:
+def settings_from(methods: str, ratios: str | None, **options: Any) -> list[Settings]:
     """All runs of a task, from comma-separated methods and ratios, checked.
 
     Raises:
         ValueError, TypeError: as :meth:`Settings.of`; a ratio is not a number.
     """
-    numbers: list[float] = []
-    for item in listed(ratios, "--ratio"):
+    if ratios is None and options.get("keys") is not None:
+        return grid(listed(methods, "--methods"), [None], **options)
+    numbers: list[float | None] = []
+    for item in listed(ratios or f"0,{DEFAULT_RATIO}", "--ratio"):
         try:
             numbers.append(float(item))
         except ValueError:

@@ -54,13 +54,14 @@ class Protocol:
     apply_chat_template: bool = False
 
 
-def grid(methods: Sequence[str], ratios: Sequence[float], **options: Any) -> list[Settings]:
-    """Dense first, then each method with each ratio; ``options`` as of :meth:`Settings.of`.
+def grid(methods: Sequence[str], ratios: Sequence[float | None], **options: Any) -> list[Settings]:
+    """Dense first, then each method with each ratio (None: as the plans say); ``options`` as of :meth:`Settings.of`.
 
     Raises:
         ValueError, TypeError: as :meth:`Settings.of`.
     """
-    pruned = [Settings.of(method=method, ratio=ratio, **options) for method in methods for ratio in ratios]
+    given = [{} if ratio is None else {"ratio": ratio} for ratio in ratios]
+    pruned = [Settings.of(method=method, **ratio, **options) for method in methods for ratio in given]
     return [Settings(method="dense"), *(settings for settings in pruned if settings.method != "dense")]
 
 
@@ -134,7 +135,7 @@ class Runner:
         lm = ThinkLM(self.model, tokenizer=self.tokenizer, batch_size=self.batch_size, **settings.described())
         with closing(lm):
             for number, task in enumerate(missing, 1):
-                self.console.rule(f"{label(settings)}: {task} ({number} of {len(missing)})")
+                self.console.rule(f"{settings.label}: {task} ({number} of {len(missing)})")
                 lm.counters = Counters()
                 record = self._record(task, settings, self._answers(lm, tasks[task]))
                 self._write(task, settings, record)
@@ -158,7 +159,7 @@ class Runner:
         """Where the record of a run is kept; other settings, another file."""
         told = json.dumps(self.settings_of(task, settings), sort_keys=True)
         digest = hashlib.sha256(told.encode()).hexdigest()[:8]
-        return self.folder / re.sub(r"\W+", "_", task) / f"{label(settings)}-{digest}.json"
+        return self.folder / re.sub(r"\W+", "_", task) / f"{settings.label}-{digest}.json"
 
     def _read(self, task: str, settings: Settings) -> Record | None:
         """The complete record of an earlier run, or None."""
@@ -189,11 +190,6 @@ class Runner:
         }
         plain: Record = json.loads(json.dumps(record, default=handle_non_serializable))  # as it will be read
         return plain
-
-
-def label(settings: Settings) -> str:
-    """For example ``think-0.5``."""
-    return "dense" if settings.method == "dense" else f"{settings.method}-{settings.config.ratio:g}"
 
 
 def _machine(device: torch.device) -> str:

@@ -20,7 +20,19 @@ METHODS = {
 }
 SIMULATED = tuple(name for name in METHODS if name not in ("think", "dense"))
 SCORED_KEYS = ("all", "old")
-THINK_OPTIONS = ("ratio", "recent", "observe", "channel_multiple", "prune_generated", "sliding", "lowering")
+PLANS = ("keys", "values")
+THINK_OPTIONS = (
+    "ratio",
+    *PLANS,
+    "group",
+    "sinks",
+    "recent",
+    "observe",
+    "channel_multiple",
+    "prune_generated",
+    "sliding",
+    "lowering",
+)
 
 _WORDS = {"true": True, "false": False}
 
@@ -53,6 +65,8 @@ class Settings:
         _require(fits, "split", "a number in (0, 1), the share of a rolling window that is prefilled", self.split)
         _require(self.score_over in SCORED_KEYS, "score_over", f"one of {', '.join(SCORED_KEYS)}", self.score_over)
         _require(isinstance(self.seed, int), "seed", "an int", self.seed)
+        if self.has_plans and self.method in SIMULATED:
+            raise ValueError(f"keys and values are for method 'think'; got method {self.method!r}.")
         if self.score_over != "all" and self.method not in SIMULATED:
             raise ValueError(
                 f"score_over={self.score_over!r} is for the simulated methods ({', '.join(SIMULATED)}); "
@@ -88,9 +102,23 @@ class Settings:
         return (*THINK_OPTIONS, *(f.name for f in dataclasses.fields(cls) if f.name != "config"))
 
     @property
+    def has_plans(self) -> bool:
+        """Whether keys or values are stored by a bit plan."""
+        return any(getattr(self.config, side) is not None for side in PLANS)
+
+    @property
     def prunes(self) -> bool:
-        """Whether channels are to be dropped at all."""
-        return self.method != "dense" and self.config.ratio > 0
+        """Whether the cache is to be compressed at all."""
+        return self.method != "dense" and (self.config.ratio > 0 or self.has_plans)
+
+    @property
+    def label(self) -> str:
+        """For example ``think-0.5``, or ``think-k8x0.25+4x0.75-v4``."""
+        if self.method == "dense":
+            return "dense"
+        ratio = "" if self.config.keys is not None else f"-{self.config.ratio:g}"
+        plans = "".join(f"-{side[0]}{plan}" for side in PLANS if (plan := getattr(self.config, side)) is not None)
+        return f"{self.method}{ratio}{plans}".replace(":", "x")
 
     def described(self) -> dict[str, Any]:
         """Everything with an influence on the numbers, for JSON, without options unused by the method."""
@@ -98,7 +126,11 @@ class Settings:
         if self.method == "dense":
             return told
         options = [name for name in THINK_OPTIONS if name != "lowering" or self.method == "think"]
-        told |= {name: getattr(self.config, name) for name in options}
+        told |= {name: getattr(self.config, name) for name in options if name not in (*PLANS, "group", "sinks")}
+        if self.has_plans:
+            plans = {side: plan for side in PLANS if (plan := getattr(self.config, side)) is not None}
+            told |= {side: str(plan) for side, plan in plans.items()}
+            told |= {"group": self.config.group, "sinks": self.config.sinks}
         if self.method in SIMULATED:
             told |= {"score_over": self.score_over}
         return told | ({"seed": self.seed} if self.method == "random" else {})

@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
+from think_compile.evals.settings import PLANS
 from think_compile.evals.statistics import Difference, paired_difference, ratio_difference
 
 Record = dict[str, Any]
@@ -35,13 +36,21 @@ def _table(records: Sequence[Record]) -> Table:
             found = None if record is dense else difference(record, dense, key)
             table.add_row(
                 key.removesuffix(",none"),
-                settings["method"] + ("" if record is dense else f" {settings['ratio']:g}"),
+                _named(settings),
                 f"{value:.4f}" if isinstance(value, (int, float)) else str(value),
                 "-" if found is None else f"{found.mean:+.4f} [{found.low:+.3f}, {found.high:+.3f}]",
                 str(len(sample_values(record, key))),
                 through_pruned(record),
             )
     return table
+
+
+def _named(settings: dict[str, Any]) -> str:
+    """The method with its ratio or plans."""
+    if settings["method"] == "dense":
+        return "dense"
+    ratio = "" if "keys" in settings else f" {settings['ratio']:g}"
+    return settings["method"] + ratio + "".join(f" {side} {settings[side]}" for side in PLANS if side in settings)
 
 
 def through_pruned(record: Record) -> str:

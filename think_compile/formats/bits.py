@@ -152,7 +152,7 @@ class _Bits(ABC):
     def _scale_and_zero(self, scales: Tensor, index: int, block: Block) -> tuple[Tensor, Tensor]: ...
 
     def bits(self, width: int) -> float:
-        """Bits per number of a row, with scales and zeros."""
+        """Bits per number of a row of ``width`` numbers, with scales and zeros."""
         codes = sum(block.size(self.group) for block in self.blocks) * 8
         scales = 16
         for size in self._ranges_shape():
@@ -167,7 +167,8 @@ class _Bits(ABC):
         """For the report."""
         tiers = ", ".join(f"{count} of {bits} bits" for bits, count in self.tiers)
         dropped = f", {width - self.kept} dropped" if self.kept < width else ""
-        return f"channels: {tiers}{dropped} (groups of {self.group} tokens)"
+        groups = f"; groups of {self.group} tokens" if self.group > 1 else ""
+        return f"channels: {tiers}{dropped} ({self.bits(width):.3g} bits a number{groups})"
 
 
 def _range(x: Tensor, axis: int, levels: int) -> tuple[Tensor, Tensor]:

@@ -101,6 +101,11 @@ class Side:
         return self.codec.is_lossy(self.width)
 
     @property
+    def kept(self) -> int:
+        """Channels of a row that are stored outside the window."""
+        return int(getattr(self.codec, "kept", self.width))
+
+    @property
     def has_ring(self) -> bool:
         """Whether the latest rows are stored whole, besides their encoded form."""
         return self.codec.has_window

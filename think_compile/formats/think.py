@@ -24,6 +24,11 @@ class Channels:
     group: ClassVar[int] = 1
     has_window: ClassVar[bool] = True
 
+    @property
+    def kept(self) -> int:
+        """Number of channels that are stored."""
+        return self.keep
+
     def parts(self, width: int) -> tuple[Part, ...]:
         """Narrow rows, and the kept channels in ascending order."""
         rows = Part("rows", (BATCH_SIZE, HEADS, CAPACITY, self.keep))
