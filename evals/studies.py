@@ -50,7 +50,20 @@ def _over(method: str) -> str:
     return "old" if method == "attended" else Settings.score_over
 
 
+def _plan(keys: Any, values: Any = None, **options: Any) -> Settings:
+    """A bit plan, by the compiled path, with think_compile's own window."""
+    return _settings("think", keys=keys, values=values, recent=RECENT, lowering="eager", **options)
+
+
 STUDIES: dict[str, list[Settings]] = {
+    "plans": [
+        *(_plan(keys) for keys in ("8", "4", "8:0.25+4:0.75", "4:0.5+2:0.5", "4:0.7", "4:0.5", "2")),
+        *(_plan("16", values) for values in ("8", "4", "2", "16:0.7")),
+        *(_plan(keys, "4") for keys in ("4", "8:0.25+4:0.75", "4:0.5+2:0.5", "4:0.5")),
+        _plan("8", "8"),
+    ],
+    "sinks": [_plan(keys, "4", sinks=n) for keys in ("4", "4:0.5+2:0.5") for n in (0, 1, 4, 16)],
+    "group": [_plan(keys, "4", group=n) for keys in ("4", "4:0.5+2:0.5") for n in (32, 64, 128)],
     "ratio": [
         *(_settings(ratio=ratio, recent=RECENT) for ratio in RATIOS),
         *(_settings(method, ratio=ratio, score_over=_over(method)) for method in SIMULATED for ratio in RATIOS),
