@@ -17,8 +17,8 @@ from think_compile import ThinkConfig
 from think_compile.cache.canonical import CANONICAL
 from think_compile.cache.cell import Cell
 from think_compile.cache.handle import Handle, handle_for
+from think_compile.cache.packed import Packed
 from think_compile.cache.state import COUNTERS
-from think_compile.cache.store import Packed
 
 SPARE = 256  # rows of a fixed cache after its past
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"

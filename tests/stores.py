@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from think_compile.cache.packed import Packed
 from think_compile.cache.state import Call, Prompt
-from think_compile.cache.store import Packed
 from think_compile.formats.base import CacheFormat, Side
 from think_compile.formats.think import Channels
 from think_compile.formats.whole import Whole

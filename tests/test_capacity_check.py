@@ -11,9 +11,9 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from think_compile import CacheFull, ThinkWarning, report, think_compile
+from think_compile.cache.packed import Packed
 from think_compile.cache.rows import Rows
 from think_compile.cache.state import capacity_for
-from think_compile.cache.store import Packed
 
 ROOM = 12
 RULES = {"recent": 2, "observe": 4, "channel_multiple": 1, "lowering": "eager"}

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import DIM, HEADS, drawn, first_call, format_of
 
+from think_compile.cache.packed import Packed
 from think_compile.cache.state import Span, capacity_for
-from think_compile.cache.store import Dense, Packed
+from think_compile.cache.store import Dense
 from think_compile.report import _stored
 
 RECENT = 3

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from toys import Scaled
 
+from think_compile.cache.packed import Packed
 from think_compile.cache.state import Call, Prompt, State
-from think_compile.cache.store import Packed
 from think_compile.formats.base import CacheFormat, Side
 from think_compile.formats.bits import KeyBits, ValueBits
 from think_compile.formats.think import Channels

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from think_compile.cache.packed import Packed
 from think_compile.cache.state import Call, Prompt, Span
-from think_compile.cache.store import Packed
 from think_compile.formats import attention
 from think_compile.formats.base import CacheFormat, Side
 from think_compile.formats.bits import KeyBits, ValueBits

@@ -22,7 +22,7 @@ from transformers import LogitsProcessor
 from think_compile import Report, report, think_compile
 from think_compile.api import _backends
 from think_compile.cache.handle import Handle
-from think_compile.cache.store import Packed
+from think_compile.cache.packed import Packed
 
 BATCH, PROMPT, NEW = 2, 24, 8
 Kept = dict[int, Tensor]  # layer -> [B, H, D] bool, of the layers whose keys are packed

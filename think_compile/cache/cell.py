@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 
-from think_compile.cache.store import Packed, Store
+from think_compile.cache.packed import Packed
+from think_compile.cache.store import Store
 
 
 class Cell:

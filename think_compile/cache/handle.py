@@ -19,8 +19,9 @@ from torch import Tensor
 from think_compile.cache import operations
 from think_compile.cache.canonical import BATCH, CANONICAL, TOKEN, Layout, from_canonical, shape_of, token_axis
 from think_compile.cache.cell import Cell, Tally
+from think_compile.cache.packed import Packed, join_batches
 from think_compile.cache.rows import allocating
-from think_compile.cache.store import Dense, Packed, Store, join_batches
+from think_compile.cache.store import Dense, Store
 from think_compile.runtime.running import RUNNING, Running
 
 aten = torch.ops.aten

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from think_compile.cache.canonical import BATCH, TOKEN, Layout, shape_of, to_canonical, token_axis
-from think_compile.cache.store import Dense, Packed, Store
+from think_compile.cache.packed import Packed
+from think_compile.cache.store import Dense, Store
 
 aten = torch.ops.aten
 

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import think_compile
 from think_compile import hf
 from think_compile.cache.handle import Handle
-from think_compile.cache.store import Packed
+from think_compile.cache.packed import Packed
 from think_compile.evals.rules import RULES, Observed, Seen, best, last_valid, valid_keys
 from think_compile.evals.settings import THINK_OPTIONS, Settings
 

@@ -16,9 +16,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from think_compile.cache.canonical import CHANNEL, HEAD, to_canonical
 from think_compile.cache.cell import Cell
 from think_compile.cache.handle import Handle, handle_for
+from think_compile.cache.packed import Packed
 from think_compile.cache.rows import allocating
 from think_compile.cache.state import State
-from think_compile.cache.store import Packed
 from think_compile.formats.base import CacheFormat, Side
 from think_compile.passes.prove.kv_cache import CachedAttention, CacheTensor
 from think_compile.passes.rewrite.draft import FormatOf

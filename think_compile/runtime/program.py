@@ -12,9 +12,10 @@ from torch import SymInt, Tensor
 from think_compile.cache.canonical import CHANNEL
 from think_compile.cache.cell import Cell
 from think_compile.cache.handle import Handle, handle_for
+from think_compile.cache.packed import Packed
 from think_compile.cache.rows import allocating, writable
 from think_compile.cache.state import COUNTERS
-from think_compile.cache.store import Packed, Store
+from think_compile.cache.store import Store
 from think_compile.config import ThinkConfig
 from think_compile.formats.base import MAX_STEP_QUERIES
 from think_compile.passes.layout import value_of
