@@ -46,6 +46,14 @@ def kernel(out: Out = RESULTS) -> None:
 
 
 @app.command()
+def plans(out: Out = RESULTS) -> None:
+    """The same on bit plans."""
+    from benchmarks import plans
+
+    _keep("plans", plans.run(), out)
+
+
+@app.command()
 def decode(
     out: Out = RESULTS,
     setting: Annotated[
