@@ -214,6 +214,7 @@ def nothing_pruned(ours: nn.Module) -> nn.Module:
     backend.config = dataclasses.replace(backend.config, ratio=0.0)
     for graph in backend.graphs:
         graph.programs.clear()
+        graph.latest = None
     return ours
 
 

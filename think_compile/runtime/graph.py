@@ -175,8 +175,7 @@ class CompiledGraph(_Graph):
         """The outputs, if the call is a step like the last one; else None."""
         if self.latest is None or self.latest.given_up != len(self.backend.given_up):
             return None
-        program = self.programs.get(self.latest)  # none, if making it failed
-        return None if program is None else program.run_again(args)
+        return self.programs[self.latest].run_again(args)
 
     def _record_layer(self) -> None:
         """Record the layer of this call: after graph breaks, layers of one kind share a graph."""
