@@ -123,7 +123,8 @@ def test_model_is_converted_once_and_again_when_damaged(cache, console, tmp_path
 
 def test_table_holds_what_the_report_says(console):
     layer = LayerRecord("layers.0", "growing", "", "BHSD", 9, 3, 64, 32, None, "")
-    report = Report(ThinkConfig(), (layer, layer), (), 2, 5_500_000, 10_000_000, 12_000_000, 10_000_000)
+    keys, values = {"rows": 5_000_000, "ring": 500_000}, {"rows": 12_000_000}
+    report = Report(ThinkConfig(), (layer, layer), (), 2, keys, 10_000_000, values, 10_000_000)
     plain = Generation([1, 2, 3, 4], f"It is {demo.ANSWER}.", 1.0, None)
     pruned = Generation([1, 2, 9, 4], "It is 12345.", 2.0, None)
     console.print(demo.comparison(plain, pruned, report, loading=3.0))
