@@ -46,10 +46,9 @@ def _check_ratio(ratio: Any) -> None:
 
 
 _CODEC = ("name", "group", "has_window", "parts", "choose", "encode", "decode", "scores", "is_lossy", "describe")
-Stored = Plan | Codec
 
 
-def _stored(side: str, given: Any) -> Stored | None:
+def _stored(side: str, given: Any) -> Plan | Codec | None:
     """A bit plan or a codec, checked."""
     if given is None:
         return None

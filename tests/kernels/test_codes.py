@@ -115,6 +115,25 @@ def test_beside_other_codecs(keys, values):
     check(bits(keys, values), n=2)
 
 
+@pytest.mark.parametrize("size", [None, 300])
+def test_sinks_beside_chosen_channels_only(size):
+    """No codes: the kernels of ThinK, with sinks; PyTorch stores the tokens."""
+    form = CacheFormat(side(16, 32, 1, 3), side(None, 32, 1, 3))
+    check(form, size=size)
+    assert _kernels(form).sinks == 3
+    assert not _kernels(form).append_fits(None, None, None)
+
+
+def test_windows_of_different_histories_are_not_taken():
+    form, pad = bits(((4, 32),), ((4, 32),)), torch.zeros(B, dtype=torch.int64, device=DEVICE)
+    keys, values = (store.stored() for store in begun(form, 4, 150, None, torch.float16, pad))
+    call = Call(*(drawn(heads, 1, 32, torch.float16) for heads in (8, H, H)))
+    assert not _kernels(form)._obstacle(call, keys, values, Span(150, 0, 151))
+    assert "different windows" in _kernels(form)._obstacle(
+        call, keys, values._replace(window_start=0), Span(150, 0, 151)
+    )
+
+
 def test_what_kernels_do_not_take():
     """Such plans run as PyTorch operations."""
     for form, why in (

@@ -130,10 +130,10 @@ class Packed(Store):
 
     def stored(self) -> Stored:
         """The side at the start of a later call."""
-        if self.counters is not None:
-            return Stored(self.state, self.counters.window_start)
-        counters = self.own.get(COUNTERS)
-        return Stored(self.state, None if counters is None else counters[WINDOW_START])
+        if not self.side.has_ring:
+            return Stored(self.state)
+        start = self.own[COUNTERS][WINDOW_START] if self.counters is None else self.counters.window_start
+        return Stored(self.state, start)
 
     def dense(self) -> Tensor:
         if self.counters is not None:
@@ -268,21 +268,19 @@ class Packed(Store):
     def _whole(self, capacity: int) -> Packed:
         """The tokens as they are read now, in a large ring: their groups have new borders."""
         dense, length = self.dense(), self.length
-        zeros = {
-            name: torch.zeros_like(x) for name, x in self.rows.copy(0, 0, -(-capacity // self._group)).parts.items()
-        }
+        empty = self.rows.copy(0, 0, -(-capacity // self._group))
         own = {**self.own, "ring": ring_of(dense, length, capacity_for(length))}
         own[sinks.BEGIN] = own[sinks.BEGIN] - self._counters.oldest
-        return replace(self, rows=Rows(zeros), own=own, counters=Counters(0, 0, length))
+        return replace(self, rows=empty, own=own, counters=Counters(0, 0, length))
 
     def reserve(self, n_new: int) -> Packed:
         """This store, or one with the same tokens and room for ``n_new`` more in its rows and ring."""
         settled = self.settled()
         capacity = settled._capacity_of_copy(n_new)
         room = settled if capacity is None else settled.moved(capacity)
-        return (
-            room if self.side.encodes_later and not self.side.flushes else room._with_ring(room._ring_with_room(n_new))
-        )
+        if self.side.encodes_later and not self.side.flushes:
+            return room
+        return room._with_ring(room._ring_with_room(n_new))
 
     def _capacity_of_copy(self, n_new: int) -> int | None:
         """Capacity of a larger or private copy for ``n_new`` more tokens; None: this store's rows have room."""
@@ -304,8 +302,9 @@ class Packed(Store):
         before, rows = self._counters.window_start, self.side.ring_rows(0)
         if self.side.flushes and start > before:
             room = self if self.rows.free_above(before, self) else self.moved(self.capacity)
-            room.side.flushed(room.state, room._counters.window_start, start - before + room._counters.window_start)
-            return room._with_ring(room._ring_of(rows), window_start=start - before + room._counters.window_start)
+            begin = room._counters.window_start  # another position, if dropped tokens did not move
+            room.side.flushed(room.state, begin, begin + start - before)
+            return room._with_ring(room._ring_of(rows), window_start=begin + start - before)
         if self._ring_rows != rows:
             return self._with_ring(self._ring_of(rows), window_start=start)
         return self if start == before else self._with_ring(self.own["ring"], window_start=start)
@@ -325,9 +324,9 @@ class Packed(Store):
         if not self.side.has_ring:
             return None
         needed = self.end + n_new - self._counters.window_start
-        if (
-            needed < self._ring_rows + self.side.flushes
-        ):  # a full ring counts as a window, and would drop its oldest token
+        # rows encoded on arrival: a full ring counts as a window, and would drop its oldest token
+        room = self._ring_rows if self.side.flushes else self._ring_rows - 1
+        if needed <= room:
             return None
         return self._ring_of(capacity_for(needed))
 

@@ -88,12 +88,11 @@ def narrow(call: Call, keys: Stored, values: Stored, span: Span, sides: tuple[Si
     masked = [_masked(x, call, segment, read) for x, segment in zip(logits, read.segments, strict=True)]
     probabilities = torch._safe_softmax(torch.cat(masked, -1), -1)
     grouped = probabilities.unflatten(1, (call.k.shape[1], -1)).flatten(2, 3)  # [B, H, G*N, M]
+    may_hold_nan = span.rolling or any(side.flushes for side in sides)  # encoded rows that do not count
     out = None
     for p, segment in zip(grouped.split([s.size for s in read.segments], -1), read.segments, strict=True):
         rows = rows_of(values_side, values, call.v, segment, read)
-        if segment.name == "body" and (
-            span.rolling or any(side.flushes for side in sides)
-        ):  # rows that do not count may hold NaN
+        if segment.name == "body" and may_hold_nan:
             rows = rows.masked_fill(~_by_row(segment.counts), 0)
         mixed = p @ wide(rows)
         out = mixed if out is None else out + mixed

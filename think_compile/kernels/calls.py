@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._triton import has_triton
 
 from think_compile.cache.state import COUNTERS, Call, Length, Span, Stored
+from think_compile.formats.sinks import BEGIN, SINKS
 from think_compile.kernels.launch import LONG, Launch, device_of, launch_for, launch_for_codes
 
 log = logging.getLogger(__name__)
@@ -62,14 +64,16 @@ class PairKernels:
 
     def _obstacle(self, call: Call, keys: Stored, values: Stored, span: Span) -> str:
         q, mask = call.q, call.mask
-        tensors = *self._parts(keys, values)[0], *self._parts(keys, values)[1], *self._whole(keys, values)
-        stored = [x for x in tensors if x is not None and x.is_floating_point() and x.dtype != self._ranges_dtype]
+        parts = (*keys.state.items(), *values.state.items())
+        stored = [x for name, x in parts if x.is_floating_point() and name != "ranges"]
         if not has_triton():
             return "Triton is not there"
         if q.dtype not in (torch.float16, torch.bfloat16, *(() if self.has_codes else (torch.float32,))):
             return "it computes in 16 bits" if self.has_codes else "it computes in 16 or 32 bits"
         if self.has_codes and (why := self._obstacle_of_codes(span)):
             return why
+        if not _is_one(keys.window_start, values.window_start):
+            return "keys and values have different windows"
         if any(x.dtype != q.dtype for x in (call.k, *stored)):
             return "keys, values and queries differ in their types"
         if max(q.shape[3], call.v.shape[3]) > MAX_WIDTH:
@@ -77,10 +81,6 @@ class PairKernels:
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
             return "the mask is neither bool nor floating-point"
         return "the scale is a tensor" if isinstance(call.scale, Tensor) else ""
-
-    @property
-    def _ranges_dtype(self) -> torch.dtype | None:
-        return torch.float16 if self.has_codes else None
 
     def _obstacle_of_codes(self, span: Span) -> str:
         from think_compile.kernels.codes import fits
@@ -100,9 +100,8 @@ class PairKernels:
     def _whole(self, keys: Stored, values: Stored) -> list[Tensor | None]:
         """The keys' ring and sinks, the values', and the first token of each sequence; None: there is none."""
         k, v = keys.state, values.state
-        sinks = ("sinks", "first_token") if self.sinks else ("", "")
-        first = k.get(sinks[1], v.get(sinks[1]))
-        return [k.get("ring"), k.get(sinks[0]), v.get("ring"), v.get(sinks[0]), first]
+        first = k.get(BEGIN, v.get(BEGIN)) if self.sinks else None
+        return [k.get("ring"), k.get(SINKS), v.get("ring"), v.get(SINKS), first]
 
     def _sizes(self, call: Call, parts: tuple[list[Tensor], list[Tensor]]) -> list[int]:
         from think_compile.kernels.pair import CODECS
@@ -133,8 +132,11 @@ class PairKernels:
         return result
 
     def append_fits(self, call: Call, keys: Stored, span: Span) -> bool:
-        """Whether Triton stores a call's keys: of a single token on a GPU, in a cache of fixed size, not rolling."""
-        if self.has_codes:
+        """Whether Triton stores a call's keys: of a single token on a GPU, in a cache of fixed size, not rolling.
+
+        Codes and sinks are stored by PyTorch operations.
+        """
+        if self.has_codes or self.sinks:
             return False
         one_token = call.q.is_cuda and call.k.shape[2] == 1 and has_triton() and call.q.dtype != torch.float64
         return one_token and COUNTERS in keys.state and not span.rolling
@@ -194,6 +196,13 @@ class PairKernels:
         return launch_for(f"{self.keys}+{self.values}", (rows, narrow, whole, batch * heads), tokens, device)
 
 
+def _is_one(begin: Length | None, other: Length | None) -> bool:
+    """Whether the windows of two sides begin at the same position; on the device, sides of one rule do."""
+    if begin is None or other is None or isinstance(begin, Tensor):
+        return True
+    return statically_known_true(begin == other)
+
+
 def scale_of(call: Call) -> float:
     """The scale of the logits, by default from the full channel count of the queries."""
     return 1 / math.sqrt(call.q.shape[-1]) if call.scale is None else call.scale
@@ -245,8 +254,8 @@ def kernels_for(keys: Any, values: Any) -> PairKernels | None:
     """The kernels for two sides of a format, or None."""
     pair = PAIRS.get((keys.codec.name, values.codec.name))
     codecs = keys.codec if keys.flushes else None, values.codec if values.flushes else None
-    if pair is None or codecs == (None, None):
-        return pair if pair and _CODES not in (pair.key_parts, pair.value_parts) else None  # rows of 16 bits in records
+    if pair is None or (codecs == (None, None) and _CODES in (pair.key_parts, pair.value_parts)):
+        return None  # the latter: rows of 16 bits in records
     sinks = {side.sinks for side in (keys, values) if side.has_ring}
     windows = {side.window_rule for side in (keys, values) if side.has_ring}
     return replace(pair, codecs=codecs, sinks=max(sinks), one_window=len(sinks) == len(windows) == 1)
