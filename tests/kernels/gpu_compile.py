@@ -134,7 +134,7 @@ def codes(
     """The kernel of a call's shares for bit plans; None: whole rows on this side."""
     names = "whole" if keys is None else "key_bits", "whole" if values is None else "value_bits"
     kernels = kernels_of(*names)
-    launch = launch_for_codes(group * queries, 8, 8192, records)
+    launch = launch_for_codes(group * queries, 8, (8192, 160, records), 1 << 14)
     constants = {"SINKS": sinks, "GROUP_N": records, "GROUP": group, "ON_DEVICE": on_device, "ROLLING": False}
     constants |= {"CAUSAL": False, "KIND": ["none", "bool", "float"].index(mask), "ALIKE": True, "HALF_MASK": False}
     constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_W": 32}

@@ -1,7 +1,7 @@
 """Integer codes in bytes: how a group of tokens of a few channels lies in memory.
 
-Codes of two adjacent tokens share a byte (4 bits), lie in two planes (8 bits), or share a byte with those of the next
-channel (2 bits). So a kernel unpacks even and odd tokens apart, for every number of bits, and moves nothing between
+Codes of two adjacent tokens share a byte (4 bits), lie in two planes (8 bits), or share a byte with those of a channel
+in the block's second half (2 bits). So a kernel unpacks even and odd tokens apart, for every number of bits, and moves nothing between
 threads. 8-bit codes are stored as signed numbers, code - 128, for products of signed integers.
 """
 
@@ -61,9 +61,8 @@ def packed(codes: Tensor, bits: int, *, tokens_last: bool = False) -> Tensor:
     pairs = even | (odd << bits)
     if bits == 2:
         pairs = pairs.mT if tokens_last else pairs
-        if pairs.shape[-1] % 2:
-            pairs = F.pad(pairs, (0, 1))
-        pairs = pairs[..., 0::2] | (pairs[..., 1::2] << 4)
+        half = -(-pairs.shape[-1] // 2)
+        pairs = pairs[..., :half] | (F.pad(pairs[..., half:], (0, pairs.shape[-1] % 2)) << 4)
         pairs = pairs.mT if tokens_last else pairs
     return pairs.flatten(-2)
 
@@ -79,7 +78,7 @@ def unpacked(stored: Tensor, block: Block, group: int, *, tokens_last: bool = Fa
         pairs = stored.unflatten(-1, shape)
         if block.bits == 2:
             pairs = pairs.mT if tokens_last else pairs
-            pairs = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)[..., : block.width]
+            pairs = torch.cat([pairs & 15, pairs >> 4], -1)[..., : block.width]
             pairs = pairs.mT if tokens_last else pairs
         even, odd = pairs & block.levels, pairs >> block.bits
     if tokens_last:

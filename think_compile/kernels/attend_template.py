@@ -32,6 +32,7 @@ def walk(
     scale, capacity, ROLLING: tl.constexpr, IN_K_RING: tl.constexpr, IN_V_RING: tl.constexpr, HIDDEN: tl.constexpr,
     hidden_from, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):  # fmt: skip
     """Attend to positions [low, high); keys and values are in rows position - shift, or in a ring.
 
@@ -45,7 +46,7 @@ def walk(
         value = flat_masked(MASK, mask_row, position - first, within(position, low, high, GROUP_N), sm_s, KIND)
     else:
         value = masked(MASK, mask_row, position - first, within(position, low, high, GROUP_N), sm_s, KIND, ALIKE)
-    for at in range(begin, high, BLOCK_N):
+    for at in tl.range(begin, high, BLOCK_N, num_stages=STAGES):
         position = at + tl.arange(0, BLOCK_N)
         ok, later = within(position, low, high, GROUP_N), position + BLOCK_N
         k_row = position % ring_rows if IN_K_RING else position % capacity if ROLLING else position - k_shift
@@ -54,7 +55,10 @@ def walk(
         # the mask is read a tile ahead: it is too small for the pipeline that hides the latency of keys and values
         if FLAT:
             shown = within_tile(at, low, high, hidden_from, HIDDEN, BLOCK_N)
-            s = s * scale + flat_hidden(value, shown, KIND)[None, :]
+            added = flat_hidden(value, shown, KIND)
+            s = s * scale
+            if tl.max(tl.abs(added), 0) > 0:  # a few tiles: at an end, at the sinks, in the padding
+                s += added[None, :]
             value = flat_masked(MASK, mask_row, later - first, later < high, sm_s, KIND)
         else:
             if HIDDEN > 0:
@@ -90,12 +94,14 @@ def attend_share(
     if ON_DEVICE:
         start = tl.load(START)
         window_start = tl.minimum(tl.load(WINDOW_START), start)
+        if GROUP_N > 1:  # positions in 32 bits
+            start, window_start = start.to(tl.int32), window_start.to(tl.int32)
     if ROLLING:
         first = start - first
         extent = start + queries
     first_token = 0
     if SINKS > 0:
-        first_token = tl.load(FIRST_TOKEN + bh // heads)
+        first_token = tl.load(FIRST_TOKEN + bh // heads).to(tl.int32)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n_rows = GROUP * queries
     real = row < n_rows
@@ -151,17 +157,18 @@ def attend_share(
             tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)
     else:  # whole keys
         WHOLE_ACC = whole_zero(BLOCK_M, DV_SIZES)
+        STAGES: tl.constexpr = None if GROUP_N == 1 else 2  # whole rows are large beside codes
         WHOLE = whole_prepare(q_row, bh * n_rows + row, real, K_RING, D_SIZES)
         low, high = part_of(tl.maximum(first, window_start), end, split - splits, whole_splits, BLOCK_W)
         m, total, WHOLE_ACC = walk_window(
             m, total, WHOLE_ACC, WHOLE, K_RING, V_RING, low, tl.minimum(high, start), 0, 0, ring_rows, MASK,
             mask_row, query, first, sm_s, scale, capacity, ROLLING, HAS_K_RING, HAS_V_RING, 0, 0, D_SIZES, DV_SIZES,
-            KIND, CAUSAL, ALIKE, 1, BLOCK_W,
+            KIND, CAUSAL, ALIKE, 1, BLOCK_W, STAGES,
         )  # fmt: skip
         m, total, WHOLE_ACC = walk_new(
             m, total, WHOLE_ACC, WHOLE, K_NEW, V_NEW, tl.maximum(low, start), high, start, start, ring_rows, MASK,
             mask_row, query, first, sm_s, scale, capacity, False, False, False, 0, 0, D_SIZES, DV_SIZES,
-            KIND, CAUSAL, ALIKE, 1, BLOCK_W,
+            KIND, CAUSAL, ALIKE, 1, BLOCK_W, STAGES,
         )  # fmt: skip
         if SINKS > 0:  # noqa: SIM102  the first is decided while compiling
             if split == splits:
@@ -176,7 +183,7 @@ def attend_share(
                     m, total, WHOLE_ACC, WHOLE, k_first, v_first, tl.maximum(first, first_token),
                     tl.minimum(first_token + SINKS, tl.minimum(window_start, end)), k_shift, v_shift, ring_rows, MASK,
                     mask_row, query, first, sm_s, scale, capacity, False, False, False, 0, 0, D_SIZES, DV_SIZES,
-                    KIND, CAUSAL, ALIKE, 1, BLOCK_W,
+                    KIND, CAUSAL, ALIKE, 1, BLOCK_W, STAGES,
                 )  # fmt: skip
         if not VALUES_ARE_WHOLE:
             seen = total > 0

@@ -53,6 +53,16 @@ class PairKernels:
         """Tokens of a record."""
         return max((codec.group for codec in self.codecs if codec is not None), default=1)
 
+    def _record_bytes(self, keys: Stored, values: Stored) -> int:
+        """Bytes of a record's key and value."""
+        both = zip((keys, values), (self.key_parts, self.value_parts), self.codecs, strict=True)
+        return sum(
+            _record_size(side.state[name], self._records if codec is None else 1)
+            for side, names, codec in both
+            for name in names
+            if name != "channels"
+        )
+
     def attend_fits(self, call: Call, keys: Stored, values: Stored, span: Span) -> bool:
         """Whether a call runs on the decode kernel; a refusal is logged once for each reason and shape."""
         if not call.q.is_cuda or call.q.shape[2] > MAX_QUERIES:
@@ -190,10 +200,16 @@ class PairKernels:
         tokens = extent if isinstance(extent, int) else max(LONG, hint(extent))
         rows, device = query_heads // heads * queries, device_of(call.q.device)
         if self.has_codes:
-            return launch_for_codes(rows, batch * heads, tokens, self._records, device)
+            ring = max(hint(side.state["ring"].shape[2]) for side in (keys, values) if "ring" in side.state)
+            sizes = tokens, ring + queries, self._records
+            return launch_for_codes(rows, batch * heads, sizes, self._record_bytes(keys, values), device)
         encoded = keys.state[self.key_parts[0]].shape[-1]
         narrow, whole = ((width + dv) * call.q.dtype.itemsize for width in (encoded, d))
         return launch_for(f"{self.keys}+{self.values}", (rows, narrow, whole, batch * heads), tokens, device)
+
+
+def _record_size(part: Tensor, times: int) -> int:
+    return times * math.prod(part.shape[3:]) * part.dtype.itemsize
 
 
 def _is_one(begin: Length | None, other: Length | None) -> bool:

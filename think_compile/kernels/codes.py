@@ -41,11 +41,10 @@ def low_bytes(x, ASM: tl.constexpr):
 
 
 @triton.jit
-def terms(x, inverse, ASM: tl.constexpr):
-    """[2M, N] int8: ``x`` [M, N] as high rows, then low rows; ``inverse``: 127 / max|x| of each row."""
-    y = x * inverse[:, None]
-    high = y + MAGIC
-    low = (y - (high - MAGIC)) * 254.0 + MAGIC
+def terms(x, ASM: tl.constexpr):
+    """[2M, N] int8: high rows, then low rows of ``x`` [M, N], whose numbers are at most 127."""
+    high = x + MAGIC
+    low = (x - (high - MAGIC)) * 254.0 + MAGIC
     both = tl.permute(tl.join(low_bytes(high, ASM), low_bytes(low, ASM)), (2, 0, 1))
     return tl.reshape(both, (2 * x.shape[0], x.shape[1]))
 
@@ -61,8 +60,38 @@ def joined(product):
     """[M, N] fp32: the sum of the high and the low rows of a product [2M, N]."""
     rows: tl.constexpr = product.shape[0] // 2
     pairs = tl.reshape(product.to(tl.float32, bitcast=True), (2, rows, product.shape[1]))
-    weight = tl.where(tl.arange(0, 2) == 0, 1.0, 1.0 / 254.0)
-    return tl.sum((pairs - MAGIC) * weight[:, None, None], 0)
+    high, low = tl.split(tl.permute(pairs, (1, 2, 0)))
+    return (high - MAGIC) + (low - MAGIC) * (1.0 / 254.0)
+
+
+@triton.jit
+def beside(x, y):
+    """[M, 2N]: two matrices [M, N]."""
+    return tl.reshape(tl.permute(tl.join(x, y), (0, 2, 1)), (x.shape[0], 2 * x.shape[1]))
+
+
+@triton.jit
+def halves(x):
+    """Two matrices [M, N]: the left and the right half of ``x`` [M, 2N]."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def dealt(column):
+    """The row of a record's codes that stands in a column of the product.
+
+    A thread has columns 2 i, 2 i + 1, 8 + 2 i, ... of a product, and takes columns 8 i to 8 i + 7 of a factor. Dealt
+    rows make these the same: the softmax's weights become a factor without an exchange among threads.
+    """
+    return (column & ~31) | (((column >> 1) & 3) << 3) | (((column >> 3) & 3) << 1) | (column & 1)
+
+
+@triton.jit
+def undealt(s):
+    """The columns of a product [M, N] with dealt rows, in order."""
+    rows: tl.constexpr = s.shape[0]
+    groups: tl.constexpr = s.shape[1] // 32
+    return tl.reshape(tl.permute(tl.reshape(s, (rows, groups, 4, 4, 2)), (0, 1, 3, 2, 4)), (rows, 32 * groups))
 
 
 @triton.jit
@@ -102,18 +131,15 @@ def signed(x):
 
 
 @triton.jit
-def stored_range(step, zero, bits: tl.constexpr):
-    """The step and the zero of codes as the products take them: signed bytes, for every number of bits."""
-    step = step.to(tl.float32) * (1.0 / (1 << (8 - bits)))
-    return step, zero.to(tl.float32) + 128.0 * step
+def middle(step, zero, bits: tl.constexpr):
+    """The number whose code counts as 0 in the products."""
+    return zero + (1 << (bits - 1)) * step
 
 
 @triton.jit
-def block_channels(bits: tl.constexpr, width: tl.constexpr):
-    """The channels of a block, and which columns of its tile have one."""
-    TILE: tl.constexpr = 64 if (width > 32) or (bits == 2) else 32
-    column = tl.arange(0, TILE)
-    return column, column < width
+def code_step(most, bits: tl.constexpr):
+    """The step of products of codes with numbers that are at most ``most``."""
+    return most * (1.0 / (127 << (8 - bits)))
 
 
 # ------------------------------------------------------------------------------------------------------------ keys
@@ -121,19 +147,52 @@ def block_channels(bits: tl.constexpr, width: tl.constexpr):
 
 @triton.jit
 def block_queries(row, real, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr):
-    """The queries' channels of a block."""
-    channel, there = block_channels(bits, width)
-    return tl.load(row + first + channel[None, :], mask=real[:, None] & there[None, :], other=0.0)
+    """The queries' channels of a block.
+
+    Read 32 at a time: so a thread has 8 adjacent channels, as the product takes them.
+    """
+    SECOND: tl.constexpr = (width + 1) // 2 if bits == 2 else 32  # the channel in column 32 of a tile
+    column = tl.arange(0, 32)
+    there = column < (SECOND if SECOND < width else width)
+    q = tl.load(row + first + column[None, :], mask=real[:, None] & there[None, :], other=0.0)
+    if (width > 32) or (bits == 2):
+        there = column < width - SECOND
+        q = beside(q, tl.load(row + first + SECOND + column[None, :], mask=real[:, None] & there[None, :], other=0.0))
+    return q
 
 
 @triton.jit
-def block_scaled(q, ranges, CODED: tl.constexpr, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr):
-    """The queries times the steps of a record's channels, and their products with its zeros."""
-    channel, there = block_channels(bits, width)
-    step = tl.load(ranges + first + channel, mask=there, other=0.0)
-    zero = tl.load(ranges + CODED + first + channel, mask=there, other=0.0)
-    step, zero = stored_range(step, zero, bits)
-    wide = q.to(tl.float32)
+def block_range(ranges, bits: tl.constexpr, width: tl.constexpr):
+    """The steps or the zeros of a block, in the order of the queries.
+
+    Always loads of 64: Triton reads ahead only loads of at least 4 bytes a thread.
+    """
+    SECOND: tl.constexpr = (width + 1) // 2 if bits == 2 else 32  # the channel in column 32 of a tile
+    channel = tl.arange(0, 64)
+    x = tl.load(ranges + channel, mask=channel < (SECOND if SECOND < 32 else width), other=0.0)
+    if SECOND < 32:
+        other = tl.load(ranges + SECOND + channel, mask=channel < width - SECOND, other=0.0)
+        x, _ = tl.split(tl.permute(tl.reshape(x, (2, 32)), (1, 0)))
+        other, _ = tl.split(tl.permute(tl.reshape(other, (2, 32)), (1, 0)))
+        x = tl.reshape(tl.permute(tl.join(x, other), (1, 0)), (64,))
+    if (bits > 2) and (width <= 32):
+        x, _ = tl.split(tl.permute(tl.reshape(x, (2, 32)), (1, 0)))
+    return x
+
+
+@triton.jit
+def block_scaled(
+    q, ranges, CODED: tl.constexpr, unit: tl.constexpr, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr
+):
+    """The queries times the steps of a record's channels, and times its zeros; ``unit``: bits of the first block."""
+    step = block_range(ranges + first, bits, width)
+    zero = block_range(ranges + CODED + first, bits, width)
+    step, zero = step.to(tl.float32), zero.to(tl.float32)
+    wide, zero = q.to(tl.float32), middle(step, zero, bits)
+    if bits > unit:
+        step = step * (1 << (bits - unit))
+    if bits < unit:
+        step = step * (1.0 / (1 << (unit - bits)))
     return wide * step[None, :], tl.sum(wide * zero[None, :], 1)
 
 
@@ -141,14 +200,14 @@ def block_scaled(q, ranges, CODED: tl.constexpr, bits: tl.constexpr, width: tl.c
 def block_scores(
     even, odd, x, inverse, codes, PAIRS: tl.constexpr, ASM: tl.constexpr, bits: tl.constexpr, width: tl.constexpr
 ):
-    """The products of scaled queries with a record's codes, added to those of even and of odd tokens."""
+    """The products of scaled queries with a record's codes, added to those of even and of odd tokens; rows dealt."""
     TILE: tl.constexpr = 64 if width > 32 else 32
-    pair = tl.arange(0, PAIRS)[:, None]
+    pair = dealt(tl.arange(0, PAIRS))[:, None]
+    both = terms(x * inverse[:, None], ASM)
     if bits == 2:
         HALF: tl.constexpr = (width + 1) // 2  # two channels share a byte
         column = tl.arange(0, 32)
-        low, high = tl.split(tl.reshape(x, (x.shape[0], 32, 2)))
-        low, high = terms(low, inverse, ASM), terms(high, inverse, ASM)
+        low, high = halves(both)
         byte = tl.load(codes + pair * HALF + column[None, :], mask=(column < HALF)[None, :], other=0)
         a, b, c, d = crumbs(byte, ASM)
         even = tl.dot(low, tl.trans(a), even, out_dtype=tl.int32)
@@ -163,7 +222,6 @@ def block_scores(
             b = tl.load(at + PAIRS * width, mask=(column < width)[None, :], other=0).to(tl.int8, bitcast=True)
         else:
             a, b = nibbles(tl.load(at, mask=(column < width)[None, :], other=0), ASM)
-        both = terms(x, inverse, ASM)
         even = tl.dot(both, tl.trans(a), even, out_dtype=tl.int32)
         odd = tl.dot(both, tl.trans(b), odd, out_dtype=tl.int32)
     return even, odd
@@ -194,16 +252,16 @@ def key_scores(QUERIES, KEYS, at, row, ok, SIZES: tl.constexpr):
     ranges += record * (2 * CODED)
     codes += record * BYTES
     PAIRS: tl.constexpr = TOKENS // 2
-    x0, zero = block_scaled(q0, ranges, CODED, BITS0, WIDTH0, FIRST0)
+    x0, zero = block_scaled(q0, ranges, CODED, BITS0, BITS0, WIDTH0, FIRST0)
     most = tl.max(tl.abs(x0), 1)
     if WIDTH1 > 0:
-        x1, more = block_scaled(q1, ranges, CODED, BITS1, WIDTH1, FIRST1)
+        x1, more = block_scaled(q1, ranges, CODED, BITS0, BITS1, WIDTH1, FIRST1)
         zero, most = zero + more, tl.maximum(most, tl.max(tl.abs(x1), 1))
     if WIDTH2 > 0:
-        x2, more = block_scaled(q2, ranges, CODED, BITS2, WIDTH2, FIRST2)
+        x2, more = block_scaled(q2, ranges, CODED, BITS0, BITS2, WIDTH2, FIRST2)
         zero, most = zero + more, tl.maximum(most, tl.max(tl.abs(x2), 1))
     if WIDTH3 > 0:
-        x3, more = block_scaled(q3, ranges, CODED, BITS3, WIDTH3, FIRST3)
+        x3, more = block_scaled(q3, ranges, CODED, BITS0, BITS3, WIDTH3, FIRST3)
         zero, most = zero + more, tl.maximum(most, tl.max(tl.abs(x3), 1))
     inverse = 127.0 / tl.maximum(most, 1e-20)
     even, odd = start_of(2 * q0.shape[0], PAIRS), start_of(2 * q0.shape[0], PAIRS)
@@ -214,8 +272,8 @@ def key_scores(QUERIES, KEYS, at, row, ok, SIZES: tl.constexpr):
         even, odd = block_scores(even, odd, x2, inverse, codes + AT2, PAIRS, ASM, BITS2, WIDTH2)
     if WIDTH3 > 0:
         even, odd = block_scores(even, odd, x3, inverse, codes + AT3, PAIRS, ASM, BITS3, WIDTH3)
-    s = tl.reshape(tl.join(joined(even), joined(odd)), (q0.shape[0], TOKENS))
-    return s * (most * (1.0 / 127.0))[:, None] + zero[:, None]
+    s = tl.reshape(tl.join(undealt(joined(even)), undealt(joined(odd))), (q0.shape[0], TOKENS))
+    return s * code_step(most, BITS0)[:, None] + zero[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------- values
@@ -229,14 +287,17 @@ def block_mix(
 
     ``o`` [M, channels] holds the part of the codes, ``z`` [M] that of the zeros.
     """
-    token = tl.arange(0, TOKENS)
-    step, zero = stored_range(tl.load(ranges + token), tl.load(ranges + TOKENS + token), bits)
+    # one load for both: Triton reads ahead only what a product needs
+    both = tl.load(ranges + tl.arange(0, 2 * TOKENS))
+    step, zero = tl.split(tl.permute(tl.reshape(both, (2, TOKENS)), (1, 0)))
+    step = step.to(tl.float32)
+    zero = middle(step, zero.to(tl.float32), bits)
     x = p * step[None, :]
     most = tl.max(tl.abs(x), 1)
-    inverse = 127.0 / tl.maximum(most, 1e-20)
+    x = x * (127.0 / tl.maximum(most, 1e-20))[:, None]
     PAIRS: tl.constexpr = TOKENS // 2
     even, odd = tl.split(tl.reshape(x, (x.shape[0], PAIRS, 2)))
-    even, odd = terms(even, inverse, ASM), terms(odd, inverse, ASM)
+    even, odd = terms(even, ASM), terms(odd, ASM)
     TILE: tl.constexpr = 64 if width > 32 else 32
     HALF: tl.constexpr = (width + 1) // 2
     pair = tl.arange(0, PAIRS)[None, :]
@@ -248,7 +309,7 @@ def block_mix(
         low = tl.dot(odd, tl.trans(b), low, out_dtype=tl.int32)
         high = tl.dot(even, tl.trans(c), start_of(even.shape[0], 32), out_dtype=tl.int32)
         high = tl.dot(odd, tl.trans(d), high, out_dtype=tl.int32)
-        mixed = tl.reshape(tl.join(joined(low), joined(high)), (x.shape[0], 64))
+        mixed = beside(joined(low), joined(high))
     else:
         channel = tl.arange(0, TILE)
         at = codes + channel[:, None] * PAIRS + pair
@@ -259,7 +320,7 @@ def block_mix(
             a, b = nibbles(tl.load(at, mask=(channel < width)[:, None], other=0), ASM)
         product = tl.dot(even, tl.trans(a), start_of(even.shape[0], TILE), out_dtype=tl.int32)
         mixed = joined(tl.dot(odd, tl.trans(b), product, out_dtype=tl.int32))
-    o = o * shrink[:, None] + mixed * (most * (1.0 / 127.0))[:, None]
+    o = o * shrink[:, None] + mixed * code_step(most, bits)[:, None]
     return o, z * shrink + tl.sum(p * zero[None, :], 1)
 
 
@@ -273,7 +334,10 @@ def block_zero(block_m: tl.constexpr, bits: tl.constexpr, width: tl.constexpr):
 @triton.jit
 def block_finish(o, z, total, at, real, channels, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr):
     """Write a block's accumulators, divided by ``total``, to their channels of the rows at ``at``."""
-    channel, there = block_channels(bits, width)
+    SECOND: tl.constexpr = (width + 1) // 2 if bits == 2 else 32  # the channel in column 32 of a tile
+    column = tl.arange(0, o.shape[1])
+    channel = tl.where(column < 32, column, SECOND + column - 32)
+    there = (channel < width) & ((column >= 32) | (column < SECOND))
     index = tl.load(channels + first + channel, mask=there, other=0)
     tl.store(at[:, None] + index[None, :], (o + z[:, None]) / total[:, None], mask=real[:, None] & there[None, :])
 

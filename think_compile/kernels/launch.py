@@ -19,6 +19,9 @@ TABLE = Path(__file__).parent / "launches.json"
 SMALLEST_SHARE = 64  # rows; the fewest assumed to be worth a program, not measured
 FILLED = 0.86  # share of a program's shared memory to use, since the estimate here omits small items
 CODE_PROGRAMS = 8  # of one warp on a processor
+FILLED_BY_CODES = 0.95  # share of the shared memory
+WHOLE_TILE = 32  # positions with whole rows in a tile, beside codes
+CODES_PER_ROW = 8  # tokens in codes that take as long as a whole row, about
 LONG = 16384  # assumed rows of a cache whose length is unknown when its graph is made
 
 
@@ -101,12 +104,26 @@ def launch_for(pair: str, shape: tuple[int, int, int, int], extent: int, device:
     return _fitting(Launch(block_m, block_n, warps, stages, splits), whole, FILLED * device.shared_bytes)
 
 
-def launch_for_codes(rows: int, heads: int, extent: int, group: int, device: Device = H100) -> Launch:
-    """The launch for rows in integer codes: one warp for a record, and as many programs as processors hold."""
+def launch_for_codes(rows: int, heads: int, tokens: tuple[int, int, int], n_bytes: int, device: Device = H100) -> Launch:
+    """The launch for rows in integer codes: one warp for a record, and as many programs as processors hold at once.
+
+    Args:
+        rows: query rows of each KV head.
+        heads: KV heads of all sequences.
+        tokens: in the cache, in the ring, in a record.
+        n_bytes: of a record's key and value.
+    """
     block_m = 8 if rows <= 8 else query_tile(rows)
-    blocks = heads * -(-rows // block_m)
-    splits = max(1, min(CODE_PROGRAMS * device.processors // max(1, blocks), extent // (2 * group)))
-    return Launch(block_m, group, 1, 2, splits)
+    extent, ring, group = tokens
+    programs = max(2, CODE_PROGRAMS * device.processors // max(1, heads * -(-rows // block_m)))
+    splits = max(1, min(programs - whole_shares(extent, ring, programs), extent // (2 * group)))
+    buffers = FILLED_BY_CODES * device.shared_bytes / CODE_PROGRAMS / max(1, n_bytes)
+    return Launch(block_m, group, 1, 3 if buffers >= 2 else 2, splits)
+
+
+def whole_shares(extent: int, ring: int, splits: int) -> int:
+    """Shares of the rows of a ring beside ``splits`` shares of ``extent`` tokens in codes."""
+    return -(-ring // max(WHOLE_TILE, extent // splits // CODES_PER_ROW))
 
 
 def _fitting(launch: Launch, whole: int, room: float) -> Launch:
