@@ -81,6 +81,7 @@ def copies_for(n_bytes: int) -> int:
 def captured_ms(calls: Sequence[Callable[[], Any]], repeats: int = 30, at_least_ms: float = 1.0) -> float:
     """Median milliseconds of one of ``calls``, all captured into one CUDA graph, one after the other."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the inputs may still be being made
     with torch.cuda.stream(stream):
         for call in calls:
             call()
