@@ -101,7 +101,7 @@ def share(
         **{"HALF_MASK": mask == "float" and dtype == "fp16", "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n},
         **({"MASK": None} if mask == "none" else {}),
         **dict.fromkeys(("K_SINKS", "V_RING", "V_SINKS", "FIRST_TOKEN")),
-        **{"SINKS": 0, "GROUP_N": 1, "BLOCK_W": launch.block_n},
+        **{"SINKS": 0, "GROUP_N": 1, "BLOCK_W": launch.block_n, "PARTS": 1},
         **({} if on_device else {"WINDOW_START": None, "START": None}),
     }
     types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "K_ROWS", "K_RING", "V_ROWS"), f"*{dtype}")
@@ -137,7 +137,8 @@ def codes(
     launch = launch_for_codes(group * queries, 8, (8192, 160, records), 1 << 14)
     constants = {"SINKS": sinks, "GROUP_N": records, "GROUP": group, "ON_DEVICE": on_device, "ROLLING": False}
     constants |= {"CAUSAL": False, "KIND": ["none", "bool", "float"].index(mask), "ALIKE": True, "HALF_MASK": False}
-    constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_W": 32}
+    parts = 2 if None not in (keys, values) and records == 128 and group * queries <= 4 else 1
+    constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_W": 32, "PARTS": parts}
     types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "K_ROWS", "V_ROWS"), "*bf16") | {
         "OUT": "*fp32",
         "FIRST_TOKEN": "*i64",
@@ -156,7 +157,7 @@ def codes(
             constants |= {f"{side}_RING": None, f"{side}_SINKS": None}
             numbers = parts_of(width)
         else:
-            numbers = of.sizes(codec(plan, 32, records), None, width, True)
+            numbers = of.sizes(codec(plan, 32, records), None, width, True, parts)
         constants |= dict(zip(of.constants(side), numbers, strict=True))
     for side, width in (("D", d), ("DV", dv)):
         constants |= {f"{side}_{size}": n for size, n in zip(SIZES, parts_of(width), strict=True)}

@@ -16,7 +16,9 @@ encoded key, a whole key and a value.
 import triton.language as tl
 
 from think_compile.kernels.masks import (
+    added_by_part,
     counts_some,
+    flat_counts,
     flat_hidden,
     flat_masked,
     hidden,
@@ -32,12 +34,12 @@ def walk(
     scale, capacity, ROLLING: tl.constexpr, IN_K_RING: tl.constexpr, IN_V_RING: tl.constexpr, HIDDEN: tl.constexpr,
     hidden_from, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr = None,
+    STAGES: tl.constexpr = None, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """Attend to positions [low, high); keys and values are in rows position - shift, or in a ring.
 
     ``ROLLING``: position p is in row p % capacity. ``HIDDEN`` positions from ``hidden_from`` on do not count. Tiles
-    begin at multiples of ``GROUP_N``.
+    begin at multiples of ``GROUP_N``. ``PARTS``: see :func:`attend_share`.
     """
     begin = low // GROUP_N * GROUP_N if GROUP_N > 1 else low
     position = begin + tl.arange(0, BLOCK_N)
@@ -51,19 +53,17 @@ def walk(
         ok, later = within(position, low, high, GROUP_N), position + BLOCK_N
         k_row = position % ring_rows if IN_K_RING else position % capacity if ROLLING else position - k_shift
         v_row = position % ring_rows if IN_V_RING else position % capacity if ROLLING else position - v_shift
-        s = scores(QUERIES, KEYS, at, k_row, ok, K_SIZES)
+        s = scores(QUERIES, KEYS, at, k_row, ok, scale, K_SIZES)
         # the mask is read a tile ahead: it is too small for the pipeline that hides the latency of keys and values
         if FLAT:
             shown = within_tile(at, low, high, hidden_from, HIDDEN, BLOCK_N)
-            added = flat_hidden(value, shown, KIND)
-            s = s * scale
-            if tl.max(tl.abs(added), 0) > 0:  # a few tiles: at an end, at the sinks, in the padding
-                s += added[None, :]
+            if flat_counts(value, shown, KIND):  # a few tiles: at an end, at the sinks, in the padding
+                s = added_by_part(s, flat_hidden(value, shown, KIND), PARTS)
             value = flat_masked(MASK, mask_row, later - first, later < high, sm_s, KIND)
         else:
             if HIDDEN > 0:
                 ok = ok & ((position < hidden_from) | (position >= hidden_from + HIDDEN))
-            s = hidden(s * scale, value, position - first, query, ok, KIND, CAUSAL)
+            s = hidden(s, value, position - first, query, ok, KIND, CAUSAL)
             value = masked(MASK, mask_row, later - first, later < high, sm_s, KIND, ALIKE)
         new = tl.maximum(m, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
@@ -82,12 +82,13 @@ def attend_share(
     GROUP: tl.constexpr, D_SIZES: tl.constexpr, DV_SIZES: tl.constexpr, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
     SINKS: tl.constexpr, ON_DEVICE: tl.constexpr, ROLLING: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     ALIKE: tl.constexpr, HALF_MASK: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK_W: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One share of the positions of one KV head, for BLOCK_M of its rows (query head of the group, query).
 
     ``ROLLING``: ``first`` counts back from the start, and position p is in row p % capacity. ``GROUP_N``: tokens of a
-    record. ``BLOCK_W``: positions with whole rows in a tile.
+    record. ``BLOCK_W``: positions with whole rows in a tile. ``PARTS``: parts of a record that stand below one another in
+    a tile of encoded rows, so that few queries fill its rows.
     """
     scale = tl.cast(scale, tl.float32)  # a Python float arrives as float64 from Inductor
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
@@ -129,7 +130,12 @@ def attend_share(
         CHUNK: tl.constexpr = 1024 if ALIKE and GROUP_N == 1 else 128
         AFTER: tl.constexpr = 0 if CAUSAL else KIND  # causal queries never see those rows
         chunk = tl.arange(0, CHUNK)
-        QUERIES = keys_prepare(q_row, bh * n_rows + row, real, KEYS, K_SIZES)
+        tile_row, share = row, bh * (PARTS * splits + whole_splits) + split
+        if PARTS > 1:  # rows are (part, row): there is one tile of them
+            tile_row, share = row % (BLOCK_M // PARTS), share + split * (PARTS - 1) + row // (BLOCK_M // PARTS)
+        real = tile_row < n_rows
+        q_row = Q + (bh * n_rows + tile_row)[:, None] * D_WIDTH
+        QUERIES = keys_prepare(q_row, bh * n_rows + tile_row, real, KEYS, K_SIZES)
         low, high = part_of(first, tl.minimum(window_start, end), split, splits, BLOCK_N)
         # For rows after the tokens, only the mask is read, unless it shows any. Loaded here, tested below.
         after, last = part_of(end, extent, split, splits, CHUNK)
@@ -137,7 +143,7 @@ def attend_share(
         m, total, ACC = walk_encoded(
             m, total, ACC, QUERIES, KEYS, VALUES, low, high, 0, 0, ring_rows, MASK, mask_row, query, first, sm_s,
             scale, capacity, ROLLING, False, False, SINKS, first_token, K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE, GROUP_N,
-            BLOCK_N,
+            BLOCK_N, None, PARTS,
         )  # fmt: skip
         if not CAUSAL:
             for at in range(after, last, CHUNK):
@@ -145,13 +151,13 @@ def attend_share(
                     m, total, ACC = walk_encoded(
                         m, total, ACC, QUERIES, KEYS, VALUES, at, tl.minimum(at + CHUNK, last), 0, 0, ring_rows, MASK,
                         mask_row, query, first, sm_s, scale, capacity, ROLLING, False, False, SINKS, first_token,
-                        K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE, GROUP_N, BLOCK_N,
+                        K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE, GROUP_N, BLOCK_N, None, PARTS,
                     )  # fmt: skip
                 position = at + CHUNK + chunk
                 value = masked(MASK, mask_row, position - first, position < last, sm_s, AFTER, ALIKE)
         if not VALUES_ARE_WHOLE:
             seen = total > 0
-            out = (bh * (splits + whole_splits) + split) * n_rows + row
+            out = share * n_rows + tile_row
             values_finish(ACC, tl.where(seen, total, 1.0), OUT + out * DV_WIDTH, real, VALUES, V_SIZES)
             tl.store(MOST + out, m, mask=real)
             tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)
@@ -187,7 +193,7 @@ def attend_share(
                 )  # fmt: skip
         if not VALUES_ARE_WHOLE:
             seen = total > 0
-            out = (bh * (splits + whole_splits) + split) * n_rows + row
+            out = (bh * (PARTS * splits + whole_splits) + (PARTS - 1) * splits + split) * n_rows + row
             whole_finish(WHOLE_ACC, tl.where(seen, total, 1.0), OUT + out * DV_WIDTH, real, V_NEW, DV_SIZES)
             tl.store(MOST + out, m, mask=real)
             tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)

@@ -113,13 +113,21 @@ class PairKernels:
         first = k.get(BEGIN, v.get(BEGIN)) if self.sinks else None
         return [k.get("ring"), k.get(SINKS), v.get("ring"), v.get(SINKS), first]
 
+    def _parts_of_record(self, call: Call) -> int:
+        """2 if the queries fill only half of a tile's rows; its other rows are then the other half of a record."""
+        mask = _four_axes(call.mask)
+        alike = not call.causal and (mask is None or statically_known_true(mask.shape[1] == mask.shape[2] == 1))
+        few = statically_known_true(call.q.shape[1] // call.k.shape[1] * call.q.shape[2] <= 4)
+        return 2 if None not in self.codecs and self._records == 128 and alike and few else 1
+
     def _sizes(self, call: Call, parts: tuple[list[Tensor], list[Tensor]]) -> list[int]:
         from think_compile.kernels.pair import CODECS
 
         asm, widths = call.q.is_cuda and torch.version.hip is None, (call.q.shape[3], call.v.shape[3])
-        found = [self.sinks, self._records]
+        parts_of_record = self._parts_of_record(call)
+        found = [self.sinks, self._records, parts_of_record]
         for name, codec, part, width in zip((self.keys, self.values), self.codecs, parts, widths, strict=True):
-            found += CODECS[name].sizes(codec, part[0], width, asm)
+            found += CODECS[name].sizes(codec, part[0], width, asm, parts_of_record)
         return found
 
     def attend(self, call: Call, keys: Stored, values: Stored, span: Span, launch: Launch | None = None) -> Tensor:

@@ -23,8 +23,8 @@ class DeviceCodec:
         functions: by their names in the templates. For keys ``locate``, ``prepare``, ``scores``; for values ``locate``,
             ``zero``, ``mix``, ``finish``; to store a token ``choose`` (if the codec chooses) and ``store``.
         size_names: names of the constants of the functions.
-        sizes: their values, from the codec, its first part, the channels of a row in the model, and whether PTX may
-            stand in the kernel.
+        sizes: their values, from the codec, its first part, the channels of a row in the model, whether PTX may stand in
+            the kernel, and the parts of a record that stand below one another in a tile.
     """
 
     name: str
@@ -33,7 +33,7 @@ class DeviceCodec:
     accumulators: tuple[str, ...]
     functions: Mapping[str, Any] = field(hash=False)
     size_names: tuple[str, ...]
-    sizes: Callable[[Any, Tensor, int, bool], tuple[int, ...]]
+    sizes: Callable[[Any, Tensor, int, bool, int], tuple[int, ...]]
 
     def pointers(self, prefix: str) -> tuple[str, ...]:
         """Names of the tensors in a kernel."""
@@ -50,6 +50,6 @@ def parts_of(width: int) -> tuple[int, int, int]:
     return width, most, max(16, 2 ** max(0, width - most - 1).bit_length())
 
 
-def row_sizes(codec: Any, rows: Tensor, width: int, asm: bool) -> tuple[int, int, int]:
+def row_sizes(codec: Any, rows: Tensor, width: int, asm: bool, parts: int) -> tuple[int, int, int]:
     """WIDTH, PART0 and PART1 of rows of numbers."""
     return parts_of(rows.shape[-1])

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from think_compile.kernels.codecs import DeviceCodec
+from think_compile.kernels.masks import by_part
 from think_compile.kernels.specialise import specialised
 
 MOST_BLOCKS = 4
@@ -41,12 +42,16 @@ def low_bytes(x, ASM: tl.constexpr):
 
 
 @triton.jit
-def terms(x, ASM: tl.constexpr):
-    """[2M, N] int8: high rows, then low rows of ``x`` [M, N], whose numbers are at most 127."""
-    high = x + MAGIC
-    low = (x - (high - MAGIC)) * 254.0 + MAGIC
-    both = tl.permute(tl.join(low_bytes(high, ASM), low_bytes(low, ASM)), (2, 0, 1))
-    return tl.reshape(both, (2 * x.shape[0], x.shape[1]))
+def terms(x, factor, ASM: tl.constexpr):
+    """The high and the low bytes, [M, N] int8, of ``x`` times ``factor``, which is at most 127."""
+    if ASM:  # three fused operations: 255 MAGIC - 254 high is an integer in 24 bits
+        high = tl.fma(x, tl.broadcast_to(factor, x.shape), MAGIC)
+        rest = tl.fma(high, -254.0, 255 * MAGIC)
+        low = tl.fma(x, tl.broadcast_to(254.0 * factor, x.shape), rest)
+    else:
+        high = x * factor + MAGIC
+        low = (x * factor - (high - MAGIC)) * 254.0 + MAGIC
+    return low_bytes(high, ASM), low_bytes(low, ASM)
 
 
 @triton.jit
@@ -92,6 +97,38 @@ def undealt(s):
     rows: tl.constexpr = s.shape[0]
     groups: tl.constexpr = s.shape[1] // 32
     return tl.reshape(tl.permute(tl.reshape(s, (rows, groups, 4, 4, 2)), (0, 1, 3, 2, 4)), (rows, 32 * groups))
+
+
+@triton.jit
+def only(x, part: tl.constexpr, parts: tl.constexpr, ASM: tl.constexpr):
+    """[M, N] bytes: the rows of one part, and zeros; rows are (part, query)."""
+    if parts > 1:
+        row = tl.arange(0, x.shape[0]) // (x.shape[0] // parts)
+        kept = tl.broadcast_to(tl.where(row == part, -1, 0).to(tl.int8)[:, None], x.shape)
+        if ASM:
+            x = tl.inline_asm_elementwise(
+                "and.b32 $0, $1, $2;", "=r,r,r", [x, kept], dtype=tl.int8, is_pure=True, pack=4
+            )
+        else:
+            x = x & kept
+    return x
+
+
+@triton.jit
+def below(high, low, part: tl.constexpr, parts: tl.constexpr, ASM: tl.constexpr):
+    """[2M, N]: high rows of a part, then its low rows."""
+    both = tl.join(only(high, part, parts, ASM), only(low, part, parts, ASM))
+    return tl.reshape(tl.permute(both, (2, 0, 1)), (2 * high.shape[0], high.shape[1]))
+
+
+@triton.jit
+def weights(x, factor, parts: tl.constexpr, ASM: tl.constexpr):
+    """[2M, parts N]: the terms of ``x`` [M, N], each part's in its own columns."""
+    high, low = terms(x, factor, ASM)
+    both = below(high, low, 0, parts, ASM)
+    if parts > 1:
+        both = beside(both, below(high, low, 1, parts, ASM))
+    return both
 
 
 @triton.jit
@@ -198,12 +235,24 @@ def block_scaled(
 
 @triton.jit
 def block_scores(
-    even, odd, x, inverse, codes, PAIRS: tl.constexpr, ASM: tl.constexpr, bits: tl.constexpr, width: tl.constexpr
-):
+    even, odd, x, inverse, codes, PAIRS: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr, bits: tl.constexpr,
+    width: tl.constexpr,
+):  # fmt: skip
     """The products of scaled queries with a record's codes, added to those of even and of odd tokens; rows dealt."""
+    high, low = terms(x, inverse[:, None], ASM)
+    for part in tl.static_range(PARTS):
+        both = below(high, low, part, PARTS, ASM)
+        pair = part * (PAIRS // PARTS) + dealt(tl.arange(0, PAIRS // PARTS))
+        even, odd = part_scores(even, odd, both, codes, pair[:, None], PAIRS, ASM, bits, width)
+    return even, odd
+
+
+@triton.jit
+def part_scores(
+    even, odd, both, codes, pair, PAIRS: tl.constexpr, ASM: tl.constexpr, bits: tl.constexpr, width: tl.constexpr
+):
+    """:func:`block_scores` for the pairs of tokens in one part."""
     TILE: tl.constexpr = 64 if width > 32 else 32
-    pair = dealt(tl.arange(0, PAIRS))[:, None]
-    both = terms(x * inverse[:, None], ASM)
     if bits == 2:
         HALF: tl.constexpr = (width + 1) // 2  # two channels share a byte
         column = tl.arange(0, 32)
@@ -246,8 +295,8 @@ def key_prepare(q_row, index, real, KEYS, SIZES: tl.constexpr):
     return q0, q1, q2, q3
 
 
-def key_scores(QUERIES, KEYS, at, row, ok, SIZES: tl.constexpr):
-    """Products [M, N] of the queries with the record that begins at position ``at``."""
+def key_scores(QUERIES, KEYS, at, row, ok, scale, SIZES: tl.constexpr):
+    """Products [M, N] of the queries with the record that begins at position ``at``, times ``scale``."""
     record = tl.cast(at // TOKENS, tl.int64)
     ranges += record * (2 * CODED)
     codes += record * BYTES
@@ -264,16 +313,16 @@ def key_scores(QUERIES, KEYS, at, row, ok, SIZES: tl.constexpr):
         x3, more = block_scaled(q3, ranges, CODED, BITS0, BITS3, WIDTH3, FIRST3)
         zero, most = zero + more, tl.maximum(most, tl.max(tl.abs(x3), 1))
     inverse = 127.0 / tl.maximum(most, 1e-20)
-    even, odd = start_of(2 * q0.shape[0], PAIRS), start_of(2 * q0.shape[0], PAIRS)
-    even, odd = block_scores(even, odd, x0, inverse, codes, PAIRS, ASM, BITS0, WIDTH0)
+    even, odd = start_of(2 * q0.shape[0], PAIRS // PARTS), start_of(2 * q0.shape[0], PAIRS // PARTS)
+    even, odd = block_scores(even, odd, x0, inverse, codes, PAIRS, PARTS, ASM, BITS0, WIDTH0)
     if WIDTH1 > 0:
-        even, odd = block_scores(even, odd, x1, inverse, codes + AT1, PAIRS, ASM, BITS1, WIDTH1)
+        even, odd = block_scores(even, odd, x1, inverse, codes + AT1, PAIRS, PARTS, ASM, BITS1, WIDTH1)
     if WIDTH2 > 0:
-        even, odd = block_scores(even, odd, x2, inverse, codes + AT2, PAIRS, ASM, BITS2, WIDTH2)
+        even, odd = block_scores(even, odd, x2, inverse, codes + AT2, PAIRS, PARTS, ASM, BITS2, WIDTH2)
     if WIDTH3 > 0:
-        even, odd = block_scores(even, odd, x3, inverse, codes + AT3, PAIRS, ASM, BITS3, WIDTH3)
-    s = tl.reshape(tl.join(undealt(joined(even)), undealt(joined(odd))), (q0.shape[0], TOKENS))
-    return s * code_step(most, BITS0)[:, None] + zero[:, None]
+        even, odd = block_scores(even, odd, x3, inverse, codes + AT3, PAIRS, PARTS, ASM, BITS3, WIDTH3)
+    s = tl.reshape(tl.join(undealt(joined(even)), undealt(joined(odd))), (q0.shape[0], TOKENS // PARTS))
+    return s * code_step(most * scale, BITS0)[:, None] + (zero * scale)[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------- values
@@ -281,9 +330,10 @@ def key_scores(QUERIES, KEYS, at, row, ok, SIZES: tl.constexpr):
 
 @triton.jit
 def block_mix(
-    o, z, shrink, p, ranges, codes, TOKENS: tl.constexpr, ASM: tl.constexpr, bits: tl.constexpr, width: tl.constexpr
-):
-    """A block's accumulators times ``shrink``, plus the weights ``p`` [M, TOKENS] times a record's values.
+    o, z, shrink, p, ranges, codes, TOKENS: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr, bits: tl.constexpr,
+    width: tl.constexpr,
+):  # fmt: skip
+    """A block's accumulators times ``shrink``, plus the weights ``p`` [M, TOKENS / PARTS] times a record's values.
 
     ``o`` [M, channels] holds the part of the codes, ``z`` [M] that of the zeros.
     """
@@ -292,12 +342,13 @@ def block_mix(
     step, zero = tl.split(tl.permute(tl.reshape(both, (2, TOKENS)), (1, 0)))
     step = step.to(tl.float32)
     zero = middle(step, zero.to(tl.float32), bits)
-    x = p * step[None, :]
+    x = p * by_part(step, PARTS, TOKENS, p.shape[0])
     most = tl.max(tl.abs(x), 1)
-    x = x * (127.0 / tl.maximum(most, 1e-20))[:, None]
     PAIRS: tl.constexpr = TOKENS // 2
-    even, odd = tl.split(tl.reshape(x, (x.shape[0], PAIRS, 2)))
-    even, odd = terms(even, ASM), terms(odd, ASM)
+    factor = tl.reshape(tl.broadcast_to((127.0 / tl.maximum(most, 1e-20))[:, None], x.shape), (x.shape[0], PAIRS // PARTS, 2))
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], PAIRS // PARTS, 2)))
+    factor, _ = tl.split(factor)
+    even, odd = weights(even, factor, PARTS, ASM), weights(odd, factor, PARTS, ASM)
     TILE: tl.constexpr = 64 if width > 32 else 32
     HALF: tl.constexpr = (width + 1) // 2
     pair = tl.arange(0, PAIRS)[None, :]
@@ -321,7 +372,7 @@ def block_mix(
         product = tl.dot(even, tl.trans(a), start_of(even.shape[0], TILE), out_dtype=tl.int32)
         mixed = joined(tl.dot(odd, tl.trans(b), product, out_dtype=tl.int32))
     o = o * shrink[:, None] + mixed * code_step(most, bits)[:, None]
-    return o, z * shrink + tl.sum(p * zero[None, :], 1)
+    return o, z * shrink + tl.sum(p * by_part(zero, PARTS, TOKENS, p.shape[0]), 1)
 
 
 @triton.jit
@@ -365,13 +416,13 @@ def value_mix(ACC, shrink, p, VALUES, at, row, ok, SIZES: tl.constexpr):
     record = tl.cast(at // TOKENS, tl.int64)
     ranges += record * (BLOCKS * 2 * TOKENS)
     codes += record * BYTES
-    o0, z0 = block_mix(o0, z0, shrink, p, ranges, codes, TOKENS, ASM, BITS0, WIDTH0)
+    o0, z0 = block_mix(o0, z0, shrink, p, ranges, codes, TOKENS, PARTS, ASM, BITS0, WIDTH0)
     if WIDTH1 > 0:
-        o1, z1 = block_mix(o1, z1, shrink, p, ranges + 2 * TOKENS, codes + AT1, TOKENS, ASM, BITS1, WIDTH1)
+        o1, z1 = block_mix(o1, z1, shrink, p, ranges + 2 * TOKENS, codes + AT1, TOKENS, PARTS, ASM, BITS1, WIDTH1)
     if WIDTH2 > 0:
-        o2, z2 = block_mix(o2, z2, shrink, p, ranges + 4 * TOKENS, codes + AT2, TOKENS, ASM, BITS2, WIDTH2)
+        o2, z2 = block_mix(o2, z2, shrink, p, ranges + 4 * TOKENS, codes + AT2, TOKENS, PARTS, ASM, BITS2, WIDTH2)
     if WIDTH3 > 0:
-        o3, z3 = block_mix(o3, z3, shrink, p, ranges + 6 * TOKENS, codes + AT3, TOKENS, ASM, BITS3, WIDTH3)
+        o3, z3 = block_mix(o3, z3, shrink, p, ranges + 6 * TOKENS, codes + AT3, TOKENS, PARTS, ASM, BITS3, WIDTH3)
     return o0, z0, o1, z1, o2, z2, o3, z3
 
 
@@ -391,7 +442,7 @@ def value_finish(ACC, total, at, real, VALUES, SIZES: tl.constexpr):
 
 # ------------------------------------------------------------------------------------------------------------ codecs
 
-SIZES = ("TOKENS", "BYTES", "CODED", "WIDTH", "BLOCKS", "ASM")
+SIZES = ("TOKENS", "BYTES", "CODED", "WIDTH", "BLOCKS", "ASM", "PARTS")
 SIZES += tuple(f"{name}{i}" for i in range(MOST_BLOCKS) for name in ("BITS", "WIDTH", "FIRST", "AT"))
 
 
@@ -404,14 +455,14 @@ def fits(codec) -> str:
     return "" if codec.group in GROUPS else f"groups have {codec.group} tokens, and kernels take {GROUPS}"
 
 
-def sizes(codec, rows, width: int, asm: bool) -> tuple[int, ...]:
-    """The constants of a bit plan for rows of ``width`` channels; ``asm``: whether PTX may stand in the kernel."""
+def sizes(codec, rows, width: int, asm: bool, parts: int) -> tuple[int, ...]:
+    """The constants of a bit plan for rows of ``width`` channels; the others as in :class:`.codecs.DeviceCodec`."""
     found, at = [], 0
     for block in codec.blocks:
         found += [block.bits, block.width, block.first, at]
         at += block.size(codec.group)
     found += [0] * (4 * MOST_BLOCKS - len(found))
-    return codec.group, at, codec.coded, width, len(codec.blocks), int(asm), *found
+    return codec.group, at, codec.coded, width, len(codec.blocks), int(asm), parts, *found
 
 
 _PARTS = ("codes", "ranges", "channels")

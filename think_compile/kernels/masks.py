@@ -59,6 +59,39 @@ def flat_hidden(value, ok, kind: tl.constexpr):
 
 
 @triton.jit
+def flat_counts(value, ok, kind: tl.constexpr):
+    """Whether :func:`flat_hidden` is not zero everywhere."""
+    if kind == 1:
+        ok = ok & (value != 0)
+    if kind == 2:
+        ok = ok & (value == 0)
+    return tl.min(ok.to(tl.int32), 0) == 0
+
+
+@triton.jit
+def by_part(x, parts: tl.constexpr, columns: tl.constexpr, rows: tl.constexpr):
+    """``x`` [N] for each row of a tile whose rows are (part of N, query): [1, N], or [M, N / parts]."""
+    if parts == 1:
+        x = x[None, :]
+    else:
+        both = tl.broadcast_to(tl.reshape(x, (parts, 1, columns // parts)), (parts, rows // parts, columns // parts))
+        x = tl.reshape(both, (rows, columns // parts))
+    return x
+
+
+@triton.jit
+def added_by_part(s, x, parts: tl.constexpr):
+    """``s`` plus ``x``, as :func:`by_part` has it, from vectors: so the layout of ``s`` stays."""
+    if parts == 1:
+        s += x[None, :]
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2)), (1, 0)))
+        of_first = tl.arange(0, s.shape[0]) < s.shape[0] // 2
+        s += tl.where(of_first[:, None], first[None, :], second[None, :])
+    return s
+
+
+@triton.jit
 def counts_some(value, m, real, ok, kind: tl.constexpr, alike: tl.constexpr, half: tl.constexpr):
     """Whether a mask's ``value`` shows any ``ok`` column to a ``real`` row; ``m``: the rows' largest logits.
 

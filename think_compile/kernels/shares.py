@@ -40,7 +40,7 @@ class Given(NamedTuple):
         at: the window's start and the call's start as device tensors, 0-d int64; empty: both are in ``numbers``.
         numbers: these two, the lowest position read, the end of the positions, whether the buffer is rolling, and
             whether the attention is causal. For a rolling buffer the third is the number of past positions read.
-        sizes: number of sinks, tokens of a record, and the constants of the keys' and of the values' codec.
+        sizes: number of sinks, tokens of a record, parts of a record in a tile, and the constants of the keys' and of the values' codec.
         scale: of the logits.
         launch: see :class:`.launch.Launch`.
     """
@@ -102,7 +102,8 @@ def launch_shares(kernels: Kernels, given: Given) -> Shares:
     """Launch the attention in shares."""
     (q, k, v), mask, how = given.own, given.mask, Launch(*given.launch)
     (batch, query_heads, queries, d), heads, dv = q.shape, k.shape[1], v.shape[3]
-    rows, all_heads, records = query_heads // heads * queries, batch * heads, given.sizes[1]
+    rows, all_heads = query_heads // heads * queries, batch * heads
+    sinks, records, parts, *sizes = given.sizes
     k_ring, k_sinks, v_ring, v_sinks, first_token = given.whole
     ring = v_ring if k_ring is None else k_ring
     assert ring is not None
@@ -111,18 +112,18 @@ def launch_shares(kernels: Kernels, given: Given) -> Shares:
     whole_splits = min(how.splits, -(-whole_rows // WHOLE_SHARE))
     if records > 1:
         whole_splits = whole_shares(hint(given.numbers[3]), whole_rows, how.splits)
-    splits = how.splits + whole_splits
+    splits = parts * how.splits + whole_splits
     out = q.new_empty((all_heads, splits, rows, dv), dtype=torch.float32)
     most, total = (q.new_empty((all_heads, splits, rows), dtype=torch.float32) for _ in range(2))
     window_start_at, start_at = given.at or (None, None)
     *lengths, rolling, causal = given.numbers
     strides = _strides(mask)
-    traced(kernels.attend_share)[(all_heads, triton.cdiv(rows, how.block_m), splits)](
+    traced(kernels.attend_share)[(all_heads, triton.cdiv(rows, how.block_m), how.splits + whole_splits)](
         q, k, v, *given.keys, k_ring, k_sinks, *given.values, v_ring, v_sinks, first_token,
         mask, window_start_at, start_at, out, most, total,
         *lengths, given.scale * _LOG2E, queries, heads,
         given.keys[0].shape[2], given.values[0].shape[2], ring.shape[2], how.splits, whole_splits, *strides,
-        **_constants(kernels, d, dv, given.sizes[2:]), SINKS=given.sizes[0], GROUP_N=records,
+        **_constants(kernels, d, dv, sizes), SINKS=sinks, GROUP_N=records, PARTS=parts,
         GROUP=query_heads // heads, ON_DEVICE=start_at is not None, ROLLING=bool(rolling), CAUSAL=bool(causal),
         KIND=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
         ALIKE=strides[1] == 0 and strides[2] == 0, HALF_MASK=mask is not None and mask.dtype == torch.float16,

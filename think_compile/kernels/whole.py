@@ -53,8 +53,8 @@ def whole_prepare(q_row, index, real, rows, width: tl.constexpr, part0: tl.const
 
 
 @triton.jit
-def whole_scores(q0, q1, base, at, rows, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
-    """Products [M, N] of queries with key rows ``rows`` of ``width`` columns at ``base``."""
+def whole_scores(q0, q1, base, at, rows, ok, scale, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+    """Products [M, N] of queries with key rows ``rows`` of ``width`` columns at ``base``, times ``scale``."""
     c0, c1 = columns(part0, part1)
     row = base + rows.to(tl.int64)[:, None] * width
     k0 = tl.load(row + c0[None, :], mask=ok[:, None] & (c0 < width)[None, :], other=0.0)
@@ -62,7 +62,7 @@ def whole_scores(q0, q1, base, at, rows, ok, width: tl.constexpr, part0: tl.cons
     if part0 < width:
         k1 = tl.load(row + c1[None, :], mask=ok[:, None] & (c1 < width)[None, :], other=0.0)
         s += tl.dot(doubled(q1), tl.trans(k1), input_precision="ieee")
-    return halved(s, q0.shape[0])
+    return halved(s, q0.shape[0]) * scale
 
 
 @triton.jit
