@@ -138,12 +138,14 @@ def test_steps_of_a_cache_of_fixed_size(form, calls):
 
 
 @WINDOWED
-@pytest.mark.parametrize("start", [11, 8, 4])
+@pytest.mark.parametrize("start", [21, 18, 12, 9, 4, 1])
 def test_a_cache_of_fixed_size_is_rewound(form, start):
-    sides = begun(form, 12, SIZE)
-    for n, begin in ((1, 12), (2, start), (1, start + 2), (5, start + 3)):
+    sides = begun(form, 22, SIZE)
+    for n, begin in ((1, 22), (2, start), (1, start + 2), (5, start + 3)):
         out, expected, sides = called(form, sides, n, begin, start=begin)
         torch.testing.assert_close(out, expected)
+        for store, simulated in sides:
+            assert torch.equal(store.dense()[:, :, : begin + n], simulated.dense())
 
 
 @EVERY

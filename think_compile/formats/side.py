@@ -220,10 +220,13 @@ class Side:
             assert isinstance(span.start, Tensor)
             state[name].copy_(torch.where(span.start == 0, chosen, state[name]))
         ring = state.get("ring")
+        if isinstance(span.start, Tensor) and ring is not None and self.window_group > 1:
+            ring = self._restored(state, span.start)
         if not self.flushes:
             self.write_rows(new, state, span)
         elif isinstance(span.start, Tensor):
-            ring = self._flush(new, state, span.start)
+            assert ring is not None
+            self._flush(new, state, ring, span.start)
         replaced = {} if ring is None else {"ring": advanced(ring, new, span.start)}
         if self.sinks:
             replaced[sinks.SINKS] = sinks.written(state[sinks.SINKS], state[sinks.BEGIN], new, span.start)
@@ -251,17 +254,24 @@ class Side:
         for name, encoded in self.codec.encode(rows, state).items():
             state[name][:, :, at] = encoded
 
-    def _flush(self, new: Tensor, state: State, start: Tensor) -> Tensor:
-        """Encode the groups that leave the window of a cache of fixed size; returns the ring as it was before.
+    def _window_base(self, state: State, start: Tensor) -> Tensor:
+        """Where the window of a cache of fixed size begins, after a rewind to ``start`` with that token's group."""
+        group = self.window_group
+        return torch.minimum(state[COUNTERS][WINDOW_START], start // group * group)
 
-        After a rewind to the middle of a group, the ring gets the group's decoded rows.
-        """
-        group, ring, n_new = self.codec.group, state["ring"], new.shape[2]
-        window_start = state[COUNTERS][WINDOW_START]
-        base = torch.minimum(window_start, start // self.window_group * self.window_group)
+    def _restored(self, state: State, start: Tensor) -> Tensor:
+        """The ring of a cache of fixed size; after a rewind to the middle of a group, with the group's decoded rows."""
+        base, group = self._window_base(state, start), self.codec.group
         at = base // group + torch.arange(self.window_group // group, device=base.device)
         decoded = self.decoded(self.records(state, at.clamp(max=self.capacity(state) // group - 1)))
-        ring = groups.restored(ring, decoded, base, torch.minimum(window_start, start), start)
+        if self.sinks:
+            positions = base + torch.arange(self.window_group, device=base.device)
+            decoded = sinks.overlaid(decoded, positions, state[sinks.SINKS], state[sinks.BEGIN])
+        return groups.restored(state["ring"], decoded, base, torch.minimum(state[COUNTERS][WINDOW_START], start), start)
+
+    def _flush(self, new: Tensor, state: State, ring: Tensor, start: Tensor) -> None:
+        """Encode the groups that leave the window of a cache of fixed size."""
+        base, group, n_new = self._window_base(state, start), self.codec.group, new.shape[2]
         count = (n_new + self.window_group - 1) // self.window_group * (self.window_group // group)
         rows = groups.rows_from(base, count * group, ring, new, start)
         rows = groups.counted(rows, count * group, state[sinks.BEGIN] + self.sinks, start + n_new, first=base)
@@ -269,7 +279,6 @@ class Side:
         if not self.encodes_later:  # a restart is a first call
             end = torch.where(start == 0, end, base)
         groups.overwrite(state, self.codec.encode(rows, state), base // group, (end - base) // group)
-        return ring
 
     def records(self, state: State, at: Tensor) -> State:
         """The state with only the records ``at`` [n]."""

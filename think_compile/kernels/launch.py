@@ -115,12 +115,10 @@ def launch_for_codes(rows: int, heads: int, tokens: tuple[int, int, int], n_byte
     """
     block_m = 8 if rows <= 8 else query_tile(rows)
     extent, ring, group = tokens
-    room = FILLED_BY_CODES * device.shared_bytes
-    stages = 3 if 2 * CODE_PROGRAMS * n_bytes <= room else 2
-    resident = max(1, min(CODE_PROGRAMS, int(room / max(1, (stages - 1) * n_bytes))))
+    resident = max(1, min(CODE_PROGRAMS, int(FILLED_BY_CODES * device.shared_bytes / max(1, n_bytes))))
     programs = max(2, resident * device.processors // max(1, heads * -(-rows // block_m)))
     splits = max(1, min(programs - whole_shares(extent, ring, programs), extent // (2 * group)))
-    return Launch(block_m, group, 1, stages, splits)
+    return Launch(block_m, group, 1, 2, splits)
 
 
 def whole_shares(extent: int, ring: int, splits: int) -> int:
