@@ -101,7 +101,7 @@ def share(
         **{"HALF_MASK": mask == "float" and dtype == "fp16", "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n},
         **({"MASK": None} if mask == "none" else {}),
         **dict.fromkeys(("K_SINKS", "V_RING", "V_SINKS", "FIRST_TOKEN")),
-        **{"SINKS": 0, "GROUP_N": 1, "BLOCK_W": launch.block_n, "PARTS": 1},
+        **{"SINKS": 0, "GROUP_N": 1, "BLOCK_W": launch.block_n, "PARTS": 1, "BEFORE": None},
         **({} if on_device else {"WINDOW_START": None, "START": None}),
     }
     types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "K_ROWS", "K_RING", "V_ROWS"), f"*{dtype}")
@@ -143,7 +143,7 @@ def codes(
         "OUT": "*fp32",
         "FIRST_TOKEN": "*i64",
     }
-    types |= dict.fromkeys(("MOST", "TOTAL"), "*fp32") | dict.fromkeys(("WINDOW_START", "START"), "*i64")
+    types |= dict.fromkeys(("MOST", "TOTAL"), "*fp32") | dict.fromkeys(("WINDOW_START", "START", "BEFORE"), "*i64")
     types |= {"scale": "fp64" if on_device else "fp32", "MASK": "*i1" if mask == "bool" else "*bf16"}
     for side, plan, codec, width, of in (
         ("K", keys, KeyBits, d, kernels.keys),

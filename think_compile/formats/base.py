@@ -136,7 +136,8 @@ class CacheFormat:
         """:meth:`attend`, then :meth:`append`."""
         kernels = self._kernels()
         if kernels is not None and kernels.step_fits(call, keys, values, span):
-            return kernels.step(call, keys, values, span, self.keys.windows(keys.state)), ({}, {})
+            side, stored = (self.keys, keys) if self.keys.has_ring else (self.values, values)
+            return kernels.step(call, keys, values, span, side.windows(stored.state)), ({}, {})
         out = self.attend(call, keys, values, span)
         return out, self.append(call, keys, values, span)
 

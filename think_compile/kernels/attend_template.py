@@ -76,7 +76,7 @@ def walk(
 
 def attend_share(
     Q, K_NEW, V_NEW, KEYS, K_RING, K_SINKS, VALUES, V_RING, V_SINKS, FIRST_TOKEN, MASK, WINDOW_START, START,
-    OUT, MOST, TOTAL,
+    BEFORE, OUT, MOST, TOTAL,
     window_start, start, first, extent, scale, queries, heads, capacity, value_rows, ring_rows, splits, whole_splits,
     sm_b, sm_h, sm_n, sm_s,
     GROUP: tl.constexpr, D_SIZES: tl.constexpr, DV_SIZES: tl.constexpr, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
@@ -94,7 +94,10 @@ def attend_share(
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     if ON_DEVICE:
         start = tl.load(START)
-        window_start = tl.minimum(tl.load(WINDOW_START), start)
+        window_start = tl.load(WINDOW_START)
+        if BEFORE is not None:
+            tl.store(BEFORE, window_start, mask=(bh == 0) & (split == 0) & (tl.program_id(1) == 0))
+        window_start = tl.minimum(window_start, start)
         if GROUP_N > 1:  # positions in 32 bits
             start, window_start = start.to(tl.int32), window_start.to(tl.int32)
     if ROLLING:

@@ -175,7 +175,26 @@ class PairKernels:
 
     def step_fits(self, call: Call, keys: Stored, values: Stored, span: Span) -> bool:
         """Whether one kernel merges the attention's shares and stores the token."""
-        return self.append_fits(call, keys, span) and self.attend_fits(call, keys, values, span)
+        stores = self._coded_fits(call, keys, values, span) if self.has_codes else self.append_fits(call, keys, span)
+        return stores and self.attend_fits(call, keys, values, span)
+
+    def _coded_fits(self, call: Call, keys: Stored, values: Stored, span: Span) -> bool:
+        fixed = all(COUNTERS in side.state for side in (keys, values) if "ring" in side.state)
+        one_token = call.q.is_cuda and call.k.shape[2] == 1 and has_triton()
+        return one_token and fixed and not span.rolling and "channels" not in (self.keys, self.values)
+
+    def _coded_step(
+        self, call: Call, keys: Stored, values: Stored, span: Span, windows: tuple[int, int], launch: Launch
+    ) -> Tensor:
+        from think_compile.kernels.pair import coded_step_operation
+
+        past, own = self._parts(keys, values, call.q), _own(call)
+        own += past[0][2:]  # the ordered queries, if the keys are codes
+        sizes, numbers = self._sizes(call, past), [_bounds(call, span)[1], int(call.causal), *windows]
+        stored = [_coded_tensors(side, names) for side, names in ((keys, self.key_parts), (values, self.value_parts))]
+        operation, mask = coded_step_operation(self.keys, self.values), _four_axes(call.mask)
+        result: Tensor = operation(own, *stored, mask, span.start, numbers, sizes, scale_of(call), list(launch))
+        return result
 
     def step(
         self,
@@ -190,6 +209,8 @@ class PairKernels:
         from think_compile.kernels.pair import step_operation
 
         launch = launch or self.launch(call, keys, values, span)
+        if self.has_codes:
+            return self._coded_step(call, keys, values, span, windows, launch)
         written = [values.state[name] for name in self.value_parts]
         numbers = [_bounds(call, span)[1], int(call.causal), *windows]
         own, mask = _own(call), _four_axes(call.mask)
@@ -218,6 +239,12 @@ class PairKernels:
 
 def _record_size(part: Tensor, times: int) -> int:
     return times * math.prod(part.shape[3:]) * part.dtype.itemsize
+
+
+def _coded_tensors(side: Stored, parts: tuple[str, ...]) -> list[Tensor]:
+    """A side's tensors, as :class:`.pair.Coded` has them."""
+    names = (*parts, "ring", SINKS, BEGIN, COUNTERS) if "codes" in parts else parts
+    return [side.state[name] for name in names if name in side.state]
 
 
 def _is_one(begin: Length | None, other: Length | None) -> bool:

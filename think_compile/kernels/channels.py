@@ -33,7 +33,7 @@ def channels_scores(
 
 
 @triton.jit
-def _energy(q, k, channel, real, GROUP: tl.constexpr, D: tl.constexpr):
+def energy(q, k, channel, real, GROUP: tl.constexpr, D: tl.constexpr):
     """mean(q^2) k^2 of a channel, over the queries of a group; NaN ranks highest."""
     total = tl.load(q + channel, mask=real, other=0.0).to(tl.float32)
     total = total * total
@@ -52,10 +52,10 @@ def channels_choose(
     """The channels with the most energy, by counting, as in :func:`think_compile.formats.think.top_channels`."""
     channel = tl.arange(0, BLOCK)
     real = channel < D
-    mine = _energy(q, k, channel, real, GROUP, D)
+    mine = energy(q, k, channel, real, GROUP, D)
     ahead = tl.zeros([BLOCK], tl.int32)
     for other in range(D):
-        theirs = _energy(q, k, other, True, GROUP, D)
+        theirs = energy(q, k, other, True, GROUP, D)
         ahead += ((theirs > mine) | ((theirs == mine) & (other < channel))).to(tl.int32)
     kept = real & (ahead < WIDTH)
     slot = tl.cumsum(kept.to(tl.int32), 0) - 1

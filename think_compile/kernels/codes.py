@@ -12,6 +12,8 @@ of a byte, minus 128: so all tiers have steps of one magnitude, and one scale fo
 # ruff: noqa: F821  specialise fills in the names of a template
 # mypy: ignore-errors
 
+import itertools
+
 import triton
 import triton.language as tl
 
@@ -437,12 +439,13 @@ def value_finish(ACC, total, at, real, VALUES, SIZES: tl.constexpr):
         block_finish(o3, z3, total, at, real, channels, BITS3, WIDTH3, FIRST3)
     for dropped in range(CODED, WIDTH):
         index = tl.load(channels + dropped)
-        tl.store(at + index, tl.zeros_like(total), mask=real)
+        tl.store(at + index, z0 * 0.0, mask=real)  # NaN if a weight is
 
 
 # ------------------------------------------------------------------------------------------------------------ codecs
 
 SIZES = ("TOKENS", "BYTES", "CODED", "WIDTH", "BLOCKS", "ASM", "PARTS")
+SIZES += ("END0", "END1", "END2")  # channels in the first tiers, in all
 SIZES += tuple(f"{name}{i}" for i in range(MOST_BLOCKS) for name in ("BITS", "WIDTH", "FIRST", "AT"))
 
 
@@ -462,7 +465,13 @@ def sizes(codec, rows, width: int, asm: bool, parts: int) -> tuple[int, ...]:
         found += [block.bits, block.width, block.first, at]
         at += block.size(codec.group)
     found += [0] * (4 * MOST_BLOCKS - len(found))
-    return codec.group, at, codec.coded, width, len(codec.blocks), int(asm), parts, *found
+    return codec.group, at, codec.coded, width, len(codec.blocks), int(asm), parts, *_ends(codec, width), *found
+
+
+def _ends(codec, width: int) -> list[int]:
+    """Channels in the first tier, in the first two, and in the first three; 0: the order of the channels is fixed."""
+    ends = list(itertools.accumulate(count for _, count in codec.tiers))
+    return [0, 0, 0] if ends == [width] else [*ends, width, width][:3]
 
 
 _PARTS = ("codes", "ranges", "channels")

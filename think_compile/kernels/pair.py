@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
@@ -13,13 +13,15 @@ from think_compile.kernels import attend_template, store_template
 from think_compile.kernels.channels import CHANNELS
 from think_compile.kernels.codecs import DeviceCodec
 from think_compile.kernels.codes import KEY_BITS, VALUE_BITS
+from think_compile.kernels.encode import writer
 from think_compile.kernels.merge import merge_shares
-from think_compile.kernels.shares import Given, Kernels, device_of_launch, launch_shares, traced
+from think_compile.kernels.shares import Given, Kernels, code_constants, device_of_launch, launch_shares, traced
 from think_compile.kernels.specialise import specialised
 from think_compile.kernels.whole import WHOLE
 
 CODECS = {codec.name: codec for codec in (CHANNELS, WHOLE, KEY_BITS, VALUE_BITS)}
 # Lengths change with each token and must not compile a new kernel variant each time.
+_CODED = "codes", "ranges", "channels"  # parts of a side of codes
 _LENGTHS = ["window_start", "start", "first", "extent", "splits", "whole_splits"]
 
 
@@ -62,6 +64,8 @@ def kernels_of(keys: str, values: str) -> Kernels:
         {**groups, **sizes, **names},
         do_not_specialize=_LENGTHS,
     )
+    if {KEY_BITS, VALUE_BITS} & {k, v}:
+        return Kernels(k, v, share, None, _coded_writer(name, k, v))
     return Kernels(k, v, share, *_writers(name, k, v))
 
 
@@ -77,6 +81,23 @@ def _writers(name: str, k: DeviceCodec, v: DeviceCodec) -> tuple[Any, Any]:
         specialised(store_template.append_key, f"append_{name}", store, keys),
         specialised(store_template.finish_step, f"finish_{name}", store | of_values, keys | values),
     )
+
+
+def _coded_writer(name: str, k: DeviceCodec, v: DeviceCodec) -> Any:
+    """The kernel that ends a step on codes, if each side has codes or whole rows."""
+    if CHANNELS in (k, v):
+        return None
+    sides = {}
+    for of, codec in (("keys", k), ("values", v)):
+        whole = {"SIZES": WHOLE.size_names}
+        coded = {"SIZES": codec.size_names, "SIDE": _CODED, "LOCATED": _CODED}
+        template = store_template.store_whole_side if codec is WHOLE else store_template.store_side
+        functions = {} if codec is WHOLE else writer(codec is KEY_BITS)
+        sides[f"{of}_side"] = specialised(template, f"store_{of}_{name}", functions, whole if codec is WHOLE else coded)
+    groups = {"K_SIZES": k.constants("K"), "V_SIZES": v.constants("V")}
+    for side, of, codec in (("KEYS", "K", k), ("VALUES", "V", v)):
+        groups[side] = tuple(f"{of}_{part.upper()}" for part in (codec.parts if codec is WHOLE else _CODED))
+    return specialised(store_template.finish_coded_step, f"finish_{name}", sides, groups)
 
 
 # --------------------------------------------------------------------------------------------- operations of torch
@@ -145,6 +166,74 @@ def step_operation(keys: str, values: str) -> Any:
             traced(kernels.finish_step)[(k.shape[0] * k.shape[1], constants["GROUP"] + 1)](
                 *shares, result, q, k, v, *past, ring, counters, *values_, start,
                 *windows, past[0].shape[2], ring.shape[2], **constants,
+            )  # fmt: skip
+        return result
+
+    return step
+
+
+class Coded(NamedTuple):
+    """The stored tensors of a side, as :func:`coded_step_operation` takes them: in this order, without the missing ones.
+
+    Attributes:
+        parts: of the codec.
+        ring, sinks, first_token, counters: as in :class:`think_compile.formats.side.Side`; None: there are none.
+    """
+
+    parts: list[Tensor]
+    ring: Tensor | None = None
+    sinks: Tensor | None = None
+    first_token: Tensor | None = None
+    counters: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], has_sinks: bool) -> Coded:
+        """From the flat list; whole rows are alone in it."""
+        if len(tensors) == 1:
+            return cls(tensors)
+        parts, (ring, *sinks, first, counters) = tensors[:3], tensors[3:]
+        assert len(sinks) == has_sinks
+        return cls(parts, ring, sinks[0] if sinks else None, first, counters)
+
+
+@functools.cache
+def coded_step_operation(keys: str, values: str) -> Any:
+    """As :func:`step_operation`, for sides of codes; arguments as there.
+
+    ``own`` ends with the queries in the order of the keys' plan, if the keys are codes. ``keys_`` and ``values_``: see
+    :class:`Coded`. ``sizes``: as in :class:`.shares.Given`.
+    """
+
+    @triton_op(f"think_compile::step_{keys}_{values}", mutates_args={"keys_", "values_"})
+    def step(
+        own: list[Tensor],
+        keys_: list[Tensor],
+        values_: list[Tensor],
+        mask: Tensor | None,
+        start: Tensor,
+        numbers: list[int],
+        sizes: list[int],
+        scale: float,
+        launch: list[int],
+    ) -> Tensor:
+        kernels, (extent, causal, *windows) = kernels_of(keys, values), numbers
+        q, k, v, *ordered = own
+        key_side, value_side = (Coded.of(side, sizes[0] > 0) for side in (keys_, values_))
+        result, before = q.new_empty((*q.shape[:3], v.shape[3])), start.new_empty(())
+        counted = value_side if key_side.counters is None else key_side
+        assert counted.counters is not None and counted.ring is not None
+        whole = [key_side.ring, key_side.sinks, value_side.ring, value_side.sinks, counted.first_token if sizes[0] else None]
+        past = [*key_side.parts[:2], *ordered] if ordered else key_side.parts
+        lengths, at = [0, 0, 0, extent, 0, causal], [counted.counters, start]
+        given = Given([q, k, v], past, value_side.parts, whole, mask, at, lengths, sizes, scale, launch, before)
+        with device_of_launch(q):
+            shares = launch_shares(kernels, given)
+            group, heads = q.shape[1] // k.shape[1], k.shape[1]
+            constants = code_constants(kernels, sizes[3:]) | shares.sizes()
+            traced(kernels.finish_step)[(k.shape[0] * heads, group + 2)](
+                *shares, result, q, k, v, *key_side.parts, *key_side[1:], *value_side.parts, *value_side[1:],
+                start, before, heads, *windows, extent, key_side.parts[0].shape[2], value_side.parts[0].shape[2],
+                counted.ring.shape[2], GROUP=group, SINKS=sizes[0], BLOCK_D=triton.next_power_of_2(q.shape[3]), **constants,
             )  # fmt: skip
         return result
 

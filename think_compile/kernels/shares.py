@@ -43,6 +43,7 @@ class Given(NamedTuple):
         sizes: number of sinks, tokens of a record, parts of a record in a tile, and the constants of the keys' and of the values' codec.
         scale: of the logits.
         launch: see :class:`.launch.Launch`.
+        before: gets the window's start, 0-d int64: a later kernel changes the counters while its programs need it.
     """
 
     own: list[Tensor]
@@ -55,6 +56,7 @@ class Given(NamedTuple):
     sizes: list[int]
     scale: float
     launch: list[int]
+    before: Tensor | None = None
 
 
 class Shares(NamedTuple):
@@ -120,7 +122,7 @@ def launch_shares(kernels: Kernels, given: Given) -> Shares:
     strides = _strides(mask)
     traced(kernels.attend_share)[(all_heads, triton.cdiv(rows, how.block_m), how.splits + whole_splits)](
         q, k, v, *given.keys, k_ring, k_sinks, *given.values, v_ring, v_sinks, first_token,
-        mask, window_start_at, start_at, out, most, total,
+        mask, window_start_at, start_at, given.before, out, most, total,
         *lengths, given.scale * _LOG2E, queries, heads,
         given.keys[0].shape[2], given.values[0].shape[2], ring.shape[2], how.splits, whole_splits, *strides,
         **_constants(kernels, d, dv, sizes), SINKS=sinks, GROUP_N=records, PARTS=parts,
@@ -134,5 +136,10 @@ def launch_shares(kernels: Kernels, given: Given) -> Shares:
 
 def _constants(kernels: Kernels, d: int, dv: int, sizes: list[int]) -> dict[str, int]:
     """The codecs' constants by name, and those of whole keys and values."""
-    names = *WHOLE.constants("D"), *WHOLE.constants("DV"), *kernels.keys.constants("K"), *kernels.values.constants("V")
-    return dict(zip(names, (*parts_of(d), *parts_of(dv), *sizes), strict=True))
+    names = *WHOLE.constants("D"), *WHOLE.constants("DV")
+    return dict(zip(names, (*parts_of(d), *parts_of(dv)), strict=True)) | code_constants(kernels, sizes)
+
+
+def code_constants(kernels: Kernels, sizes: list[int]) -> dict[str, int]:
+    """The codecs' constants by name."""
+    return dict(zip((*kernels.keys.constants("K"), *kernels.values.constants("V")), sizes, strict=True))

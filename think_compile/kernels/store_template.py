@@ -11,7 +11,9 @@ only the device knows of a restart, ATen code would pay for the choice on every 
 
 import triton.language as tl
 
+from think_compile.kernels.encode import deal
 from think_compile.kernels.merge import merged_row
+from think_compile.kernels.whole import whole_store
 
 
 def store_key(
@@ -66,3 +68,84 @@ def finish_step(
             Q, K, KEYS, RING, COUNTERS, START, bh, window, whole, capacity, ring_rows,
             GROUP, D, K_WIDTH, BLOCK_D, BLOCK_K,
         )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- codes
+
+
+def store_side(
+    Q, NEW, SIDE, RING, SINK_ROWS, FIRST_TOKEN, COUNTERS, start, before, bh, heads, window, whole, capacity, ring_rows,
+    GROUP: tl.constexpr, SINKS: tl.constexpr, SIZES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store the token of one KV head in a side of codes; ``before``: where the window began."""
+    new, ring = NEW + bh * WIDTH, RING + bh * ring_rows * WIDTH
+    LOCATED = side_locate(SIDE, bh, capacity, SIZES)
+    column = tl.arange(0, BLOCK)
+    first_token = 0
+    if start > 0:
+        first_token = tl.load(FIRST_TOKEN + bh // heads).to(tl.int32)
+    elif END0 > 0:
+        deal(side_score(Q + bh * GROUP * WIDTH, new, column, GROUP, WIDTH), channels, END0, END1, END2, WIDTH, BLOCK)
+    base = tl.minimum(before, start // TOKENS * TOKENS)
+    token = base + tl.arange(0, TOKENS)
+    if start < before:  # rewound into a group: it is whole again
+        side_restore(ring, token % ring_rows, token < start, LOCATED, base // TOKENS, SIZES)
+        tl.debug_barrier()  # other threads may have written the rows
+        for sink in range(SINKS):
+            at = first_token + sink
+            row = tl.load(SINK_ROWS + (bh * SINKS + sink) * WIDTH + column, mask=column < WIDTH, other=0.0)
+            tl.store(
+                ring + (at % ring_rows) * WIDTH + column, row, mask=column < tl.where((at >= base) & (at < start), WIDTH, 0)
+            )
+    value = tl.load(new + column, mask=column < WIDTH, other=0.0).to(RING.dtype.element_ty)
+    tl.store(ring + (start % ring_rows) * WIDTH + column, value, mask=column < WIDTH)
+    if SINKS > 0:
+        sink = start - first_token
+        room = tl.where((sink >= 0) & (sink < SINKS), WIDTH, 0)
+        tl.store(SINK_ROWS + (bh * SINKS + sink) * WIDTH + column, value, mask=column < room)
+    kept_whole = tl.where(start == 0, window, whole)  # from 0: a first call
+    end = tl.maximum(base, (start + 1 - kept_whole) // TOKENS * TOKENS)
+    if end > base:
+        tl.debug_barrier()  # data stored by other threads of the program is read below
+        counted = tl.minimum(tl.maximum(token, first_token + SINKS), start)  # others are as the nearest that counts
+        row = tl.minimum(tl.maximum(counted, base), base + TOKENS - 1)
+        side_flush(ring, row % ring_rows, LOCATED, base // TOKENS, SIZES)
+    if bh == 0:
+        tl.store(COUNTERS, end.to(tl.int64))
+        tl.store(COUNTERS + 1, (start + 1).to(tl.int64))
+    if (start == 0) & (bh % heads == 0):
+        tl.store(FIRST_TOKEN + bh // heads, tl.zeros([], tl.int64))
+
+
+def store_whole_side(
+    Q, NEW, rows, RING, SINK_ROWS, FIRST_TOKEN, COUNTERS, start, before, bh, heads, window, whole, capacity, ring_rows,
+    GROUP: tl.constexpr, SINKS: tl.constexpr, SIZES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As :func:`store_side`, for whole rows."""
+    whole_store(NEW + bh * WIDTH, rows + bh * capacity * WIDTH, start, capacity, WIDTH, BLOCK)
+
+
+def finish_coded_step(
+    OUT, MOST, TOTAL, RESULT, Q, K, V, KEYS, K_RING, K_SINKS, K_FIRST, K_COUNTERS,
+    VALUES, V_RING, V_SINKS, V_FIRST, V_COUNTERS, START, BEFORE,
+    heads, window, whole, extent, key_capacity, value_capacity, ring_rows,
+    GROUP: tl.constexpr, SINKS: tl.constexpr, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
+    BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Merge a row of one KV head's queries, or, after those, store the head's new key, or its value."""
+    bh, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if row < GROUP:
+        merged_row(OUT, MOST, TOTAL, RESULT, bh, row, GROUP, DV, BLOCK_V, SPLITS, BLOCK_S)
+    else:
+        start, before = tl.load(START).to(tl.int32), tl.load(BEFORE).to(tl.int32)
+        if start < extent:
+            if row == GROUP:
+                keys_side(
+                    Q, K, KEYS, K_RING, K_SINKS, K_FIRST, K_COUNTERS, start, before, bh, heads, window, whole,
+                    key_capacity, ring_rows, GROUP, SINKS, K_SIZES, BLOCK_D,
+                )  # fmt: skip
+            else:
+                values_side(
+                    Q, V, VALUES, V_RING, V_SINKS, V_FIRST, V_COUNTERS, start, before, bh, heads, window, whole,
+                    value_capacity, ring_rows, GROUP, SINKS, V_SIZES, BLOCK_V,
+                )  # fmt: skip
