@@ -79,11 +79,11 @@ def prefill(out: Out = RESULTS, context: int = 32768) -> None:
 
 
 @app.command()
-def memory(out: Out = RESULTS, context: int = 32768) -> None:
-    """The peak of decode steps, and the largest batch that fits."""
+def memory(out: Out = RESULTS) -> None:
+    """The peak of decode steps, the largest batch that fits, and its tokens/s."""
     from benchmarks import memory
 
-    _keep("memory", memory.run(context), out)
+    _keep("memory", memory.run(), out)
 
 
 @app.command()

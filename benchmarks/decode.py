@@ -82,15 +82,18 @@ def _run(model: Any, tokens: Any, cache: Any, *, synchronize: bool) -> float:
     return (time.perf_counter() - begin) / STEPS * 1e3
 
 
+THINK = ThinkConfig(0.5)
+
+
 @functools.cache
 @torch.no_grad()
-def check(ratio: float = 0.5, tokens: int = 2048, steps: int = 4) -> float:
+def check(config: ThinkConfig, tokens: int = 2048, steps: int = 4) -> float:
     """The wrapped model's error in bf16, in units of the plain one's; raises if it exceeds rounding."""
     torch._dynamo.reset()
     plain = models.llama(2, vocabulary=4096)
     exact = copy.deepcopy(plain).float()
-    ours = think_compile(copy.deepcopy(plain), ratio)
-    cache = models.pruned_past(ours, 2, tokens, ThinkConfig(ratio))
+    ours = think_compile(copy.deepcopy(plain), **formats_of(config))
+    cache = models.stored_past(ours, 2, tokens, config)
     worst = 0.0
     for i in range(steps):
         ids = torch.full((2, 1), 7 + i, device="cuda")
@@ -107,18 +110,33 @@ def _logits(model: Any, ids: Any, cache: Any) -> Any:
     return model(input_ids=ids, use_cache=True, **{models.CACHE: cache}).logits.float()
 
 
+def formats_of(config: ThinkConfig) -> dict[str, Any]:
+    """The options of a configuration that say how caches are stored."""
+    return {name: getattr(config, name) for name in ("ratio", "keys", "values", "group", "sinks", "recent")}
+
+
+def name_of(config: ThinkConfig) -> str:
+    """The configuration in the rows: the ratio, or the plans."""
+    if config.keys is None and config.values is None:
+        return f"ratio {config.ratio}"
+    keys = f"ratio {config.ratio}" if config.keys is None else f"keys {config.keys}"
+    return keys if config.values is None else f"{keys}, values {config.values}"
+
+
 Way = Callable[[Any, Setting], Row]
 
 
-def wrapped(ratio: float, **inductor_options: Any) -> Way:
+def wrapped(config: ThinkConfig, **inductor_options: Any) -> Way:
     """The wrapped model, replayed from CUDA graphs."""
 
     def way(model: Any, setting: Setting) -> Row:
-        think_compile(model, ratio, **inductor_options)
+        check(config)
+        _release()
+        think_compile(model, **formats_of(config), **inductor_options)
         try:
-            cache = models.pruned_past(model, setting.batch, setting.context, ThinkConfig(ratio))
+            cache = models.stored_past(model, setting.batch, setting.context, config)
             chosen = [f"{name}={value}" for name, value in inductor_options.items()]
-            name = ", ".join(["think_compile", f"ratio {ratio}", *chosen])
+            name = ", ".join(["think_compile", name_of(config), *chosen])
             row = timed(name, setting, model, cache)
             assert not report(model).refused
             return row
@@ -152,8 +170,12 @@ def quantized(model: Any, setting: Setting) -> Row:
     return timed("HF QuantizedCache (quanto, 4 bits), eager", setting, model, cache)
 
 
-UNTUNED = wrapped(0.5, coordinate_descent_tuning=False)  # cuBLAS then runs the products of one row
-OURS: tuple[Way, ...] = (wrapped(0.5), wrapped(0.0), UNTUNED)
+UNTUNED = wrapped(THINK, coordinate_descent_tuning=False)  # cuBLAS then runs the products of one row
+PLANS = tuple(
+    ThinkConfig(keys=keys, values=values)
+    for keys, values in (({4: 0.5}, 4), (4, 4), ({8: 0.25, 4: 0.75}, 4), (8, 8), ({4: 0.5, 2: 0.5}, 4))
+)
+OURS: tuple[Way, ...] = (*(wrapped(config) for config in (THINK, ThinkConfig(0.0), *PLANS)), UNTUNED)
 BASELINES: tuple[Way, ...] = (compiled_static, eager_growing, quantized)
 
 
@@ -171,7 +193,7 @@ def floors(model: Any, setting: Setting, bandwidth: float) -> list[dict[str, Any
 
 def run(setting: Setting, ways: tuple[Way, ...] = OURS + BASELINES) -> Iterator[dict[str, Any]]:
     """The rows, as they are measured. The first is the check."""
-    yield {"check": "error over the plain model's in bf16", "ratio": check()}
+    yield {"check": "error over the plain model's in bf16", "ratio": check(THINK)}
     bandwidth = read_bandwidth()
     _release()  # so that the weights get the same addresses as without a check
     model = models.llama()

@@ -1,67 +1,122 @@
-"""The peak of decode steps in GiB, and the number of sequences that fit beside the weights."""
+"""Memory of decode steps: the peak at one batch, the largest batch that fits beside the weights, and its tokens/s.
+
+Two shapes: Llama-3.1-8B with long contexts, and Llama-2-7B (multi-head attention) with the workload of KIVI's and
+ThinK's papers, a prompt of 160 tokens and an output of 338.
+"""
 
 from __future__ import annotations
 
 import gc
+import statistics
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks import models
-from benchmarks.decode import check
+from benchmarks.decode import THINK, check, formats_of, name_of
 from think_compile import ThinkConfig, restore, think_compile
 
-STEPS, HEADROOM = 4, 2 * 2**30
+STEPS, HEADROOM = 8, 3 * 2**30
 
 
-def run(context: int = 32768, layers: int = 32) -> Iterator[dict[str, Any]]:
-    """The check of ``decode``, then a row for the pruned and for the plain cache of fixed size: the largest batch."""
-    yield {"check": "error over the plain model's in bf16", "ratio": check()}
+@dataclass(frozen=True)
+class Workload:
+    """A model's shape, the tokens of each sequence, and how its caches are stored; None: Hugging Face's own cache."""
+
+    model: str
+    context: int
+    configs: tuple[ThinkConfig | None, ...]
+
+
+def _plans(*plans: tuple[Any, Any], **options: Any) -> tuple[ThinkConfig | None, ...]:
+    chosen = (ThinkConfig(keys=keys, values=values, **options) for keys, values in plans)
+    return (None, ThinkConfig(0.0), ThinkConfig(0.4), *chosen)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "Llama-3.1-8B": {},
+    "Llama-2-7B": {"inner": 11008, "vocabulary": 32000, "kv_heads": 32},
+}
+WORKLOADS = (
+    Workload("Llama-3.1-8B", 32768, _plans((4, 4), ({4: 0.5}, 4), ({4: 0.6}, 4), (2, 2), ({2: 0.6}, 2))),
+    Workload("Llama-2-7B", 498, _plans((4, 4), (2, 2), ({4: 0.6}, 4), ({2: 0.6}, 2), group=64, recent=32)),
+)
+
+
+def run(workloads: tuple[Workload, ...] = WORKLOADS, layers: int = 32) -> Iterator[dict[str, Any]]:
+    """The check of ``decode``, then a row for each workload and way of storing: the largest batch."""
+    yield {"check": "error over the plain model's in bf16", "ratio": check(THINK)}
+    for workload in workloads:
+        _release()
+        model = models.llama(layers, **SHAPES[workload.model])
+        common = None  # the batch that also fits without compression
+        for config in workload.configs:
+            batch, row = _largest(model, workload.context, config)
+            common = batch if config is None else common
+            assert common is not None
+            equal = row if batch == common else _steps(model, common, workload.context, config)
+            name = "HF StaticCache, torch.compile" if config is None else f"think_compile, {name_of(config)}"
+            yield {
+                **{"model": workload.model, "context": workload.context, "way": name, "batch": batch, **row},
+                **{"at_batch": common, "peak_gib_at_batch": equal["peak_gib"]},
+            }
+        del model
+
+
+def _release() -> None:
+    torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
-    model, config = models.llama(layers), ThinkConfig(0.5)
-    kept = config.kept_channels(model.config.head_dim)
-    free, total = torch.cuda.mem_get_info()
-    for way, channels in (("think_compile, ratio 0.5", kept), ("HF StaticCache, torch.compile", None)):
-        torch._dynamo.reset()
-        one = models.cache_bytes(model.config, 1, context + models.SPARE, channels)
-        batch, peak = _largest(model, int((free - HEADROOM) // one), context, config if channels else None)
-        yield {"way": way, "context": context, "batch": batch, "of_gib": round(total / 2**30, 1)} | peak
 
 
-def _largest(model: Any, batch: int, context: int, config: ThinkConfig | None) -> tuple[int, dict[str, float]]:
-    """The largest batch up to ``batch`` that decodes, and its peak."""
-    for fewer in range(batch, 0, -1):
+def _largest(model: Any, context: int, config: ThinkConfig | None) -> tuple[int, dict[str, float]]:
+    """The largest batch that decodes, and its row."""
+    _release()
+    free = torch.cuda.mem_get_info()[0] - HEADROOM
+    batch = int(free // _bytes_of_one(model, context, config))
+    while batch:
         try:
-            return fewer, _peak(model, fewer, context, config)
+            return batch, _steps(model, batch, context, config)
         except torch.OutOfMemoryError:
-            continue  # the step itself takes memory as well
+            batch -= max(1, batch // 50)  # the step itself takes memory as well
     raise RuntimeError(f"one sequence of {context} tokens does not fit")
 
 
+def _bytes_of_one(model: Any, context: int, config: ThinkConfig | None) -> int:
+    if config is None:
+        return models.cache_bytes(model.config, 1, context + models.SPARE)
+    return models.past_bytes(models.stored_past(model, 1, context, config))
+
+
 @torch.no_grad()
-def _peak(model: Any, batch: int, context: int, config: ThinkConfig | None) -> dict[str, float]:
-    gc.collect()
-    torch.cuda.empty_cache()
+def _steps(model: Any, batch: int, context: int, config: ThinkConfig | None) -> dict[str, float]:
+    _release()
     undo: Callable[[Any], Any] = restore
     if config is None:
-        model.compile()
+        model.compile(mode="reduce-overhead")
         undo = _uncompiled
         cache = models.fixed_past(model, batch, context)
     else:
-        cache = models.pruned_past(think_compile(model, config.ratio), batch, context, config)
+        cache = models.stored_past(think_compile(model, **formats_of(config)), batch, context, config)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    tokens = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
+    tokens, times = torch.zeros(batch, 1, dtype=torch.long, device="cuda"), []
     try:
         for _ in range(STEPS):
+            begin = time.perf_counter()
             tokens = models.step(model, tokens, cache)
-        torch.cuda.synchronize()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
     finally:
         undo(model)
-    peak = torch.cuda.max_memory_allocated()
-    return {"weights_and_cache_gib": round(before / 2**30, 2), "peak_gib": round(peak / 2**30, 2)}
+    peak, ms = torch.cuda.max_memory_allocated(), statistics.median(times[STEPS // 2 :]) * 1e3
+    return {
+        **{"weights_and_cache_gib": round(before / 2**30, 2), "peak_gib": round(peak / 2**30, 2)},
+        **{"ms": round(ms, 2), "tokens_per_s": round(batch / ms * 1e3, 1)},
+    }
 
 
 def _uncompiled(model: Any) -> None:

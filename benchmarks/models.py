@@ -18,7 +18,8 @@ from think_compile.cache.canonical import CANONICAL
 from think_compile.cache.cell import Cell
 from think_compile.cache.handle import Handle, handle_for
 from think_compile.cache.packed import Packed
-from think_compile.cache.state import COUNTERS
+from think_compile.cache.state import COUNTERS, Part
+from think_compile.formats.side import Side
 
 SPARE = 256  # rows of a fixed cache after its past
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
@@ -30,16 +31,17 @@ def llama(
     hidden: int = 4096,
     inner: int = 14336,
     vocabulary: int = 128256,
+    kv_heads: int = 8,
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
 ) -> LlamaForCausalLM:
-    """A model of the shape of Llama-3.1-8B with random weights."""
+    """A model with random weights, by default of the shape of Llama-3.1-8B."""
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=32,
-        num_key_value_heads=8,
+        num_key_value_heads=kv_heads,
         head_dim=128,
         vocab_size=vocabulary,
         max_position_embeddings=2**18,
@@ -101,26 +103,45 @@ def fixed_past(model: LlamaForCausalLM, batch: int, tokens: int) -> StaticCache:
     return cache
 
 
-def pruned_past(model: LlamaForCausalLM, batch: int, tokens: int, config: ThinkConfig) -> StaticCache:
-    """The same as the wrapped model leaves it after a prompt: handles on pruned keys, layer by layer."""
+def stored_past(model: LlamaForCausalLM, batch: int, tokens: int, config: ThinkConfig) -> StaticCache:
+    """The same as the wrapped model leaves it after a prompt: handles on stored sides, layer by layer."""
     cache = StaticCache(config=model.config, max_cache_len=tokens + SPARE)
-    heads, d = model.config.num_key_value_heads, model.config.head_dim
-    form, capacity = config.format_for(d, d), tokens + SPARE
-    window_start = form.keys.window_start(tokens)
+    d, capacity = model.config.head_dim, tokens + SPARE
+    form = config.format_for(d, d)
     for layer in cache.layers:
         _begun(layer, model, batch, tokens)
-        kept = config.kept_channels(d)
-        channels = torch.rand(batch, heads, d, device=model.device).topk(kept).indices.sort().values
-        keys = {
-            "rows": _drawn(model, batch, heads, capacity, kept),
-            "channels": channels,
-            "ring": _drawn(model, batch, heads, form.keys.ring_rows(0), d),
-            COUNTERS: torch.tensor([window_start, tokens, 0], device=model.device),
-        }
-        layer.keys = _handle(Packed.made("keys", form.keys, keys, model.dtype, capacity, fixed=True), tokens)
-        values = {"rows": _drawn(model, batch, heads, capacity, d)}
-        layer.values = _handle(Packed.made("values", form.values, values, model.dtype, capacity, fixed=True), None)
+        for of, written in (("keys", tokens), ("values", None)):
+            side = form.side(of)
+            state = {part.name: _part(part, side, model, batch, tokens) for part in side.parts(fixed=True)}
+            store = Packed.made(of, side, state, model.dtype, capacity, fixed=True)
+            setattr(layer, of, _handle(store, written))
     return cache
+
+
+def _part(part: Part, side: Side, model: LlamaForCausalLM, batch: int, tokens: int) -> Tensor:
+    """A part of a side of random content, for a cache of fixed size."""
+    group, device = side.codec.group, model.device
+    records = -(-(tokens + SPARE) // side.window_group) * side.window_group // group
+    letters = {"B": batch, "H": model.config.num_key_value_heads, "C": records, "R": side.ring_rows(tokens + SPARE)}
+    shape = [letters.get(str(size), size) for size in part.shape]
+    if part.name == COUNTERS:
+        window_start = side.window_start(tokens) if side.has_ring else tokens
+        return torch.tensor([window_start, tokens, 0], device=device)
+    if part.name == "channels":
+        kept = torch.rand(*shape[:2], side.width, device=device).topk(shape[2]).indices
+        return kept.sort().values if shape[2] < side.width else kept
+    if part.dtype is None or part.dtype.is_floating_point:
+        scale = 1.0 if part.dtype is None else 0.01  # steps of codes
+        return (torch.randn(*shape, device=device, dtype=part.dtype or model.dtype) * scale).abs_()
+    if part.dtype == torch.uint8:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    return torch.zeros(shape, dtype=part.dtype, device=device)
+
+
+def past_bytes(cache: StaticCache) -> int:
+    """Bytes of all tensors of a cache of :func:`stored_past`."""
+    stores = [getattr(layer, of).cell.store for layer in cache.layers for of in ("keys", "values")]
+    return sum(x.nbytes for store in stores for x in store.tensors())
 
 
 def _handle(store: Packed, written: int | None) -> Handle:

@@ -15,17 +15,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import models
-from benchmarks.decode import Setting
+from benchmarks.decode import THINK, Setting, formats_of
 from think_compile import ThinkConfig, think_compile
 
 STEPS, LINES = 20, 25
 _LEADING = re.compile(r".*/site-packages/|" + re.escape(f"{Path(__file__).parents[1]}/"))  # of installed packages
 
 
-def run(setting: Setting, layers: int = 32) -> Iterator[dict[str, Any]]:
+def run(setting: Setting, config: ThinkConfig = THINK, layers: int = 32) -> Iterator[dict[str, Any]]:
     """Rows of the device's kernels, then of the host's functions, each the most expensive first, for one step."""
-    model = think_compile(models.llama(layers), 0.5)
-    cache = models.pruned_past(model, setting.batch, setting.context, ThinkConfig(0.5))
+    model = think_compile(models.llama(layers), **formats_of(config))
+    cache = models.stored_past(model, setting.batch, setting.context, config)
     tokens = torch.zeros(setting.batch, 1, dtype=torch.long, device="cuda")
     for _ in range(5):
         tokens = models.step(model, tokens, cache)

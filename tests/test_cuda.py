@@ -141,6 +141,28 @@ def test_steps_attend_with_the_kernel(kind):
     assert "scaled_dot_product" not in code and "flash" not in code
 
 
+@torch.no_grad()
+def test_steps_on_codes_replay_one_graph():
+    """As with ThinK alone; a group leaves the window on the way, and one kernel attends, another stores."""
+    plain, prompt, plan = llama(2), 170, {"keys": {4: 0.5, 2: 0.25}, "values": 4, "recent": 32}
+    ids = torch.randint(0, 1024, (2, prompt + 140), device="cuda")
+    runs = []
+    for options in ({}, {"cuda_graphs": False}, {"lowering": "eager", "cuda_graphs": False}):
+        torch._dynamo.reset()
+        model = think_compile(copy.deepcopy(plain), **plan, **options)
+        cache = StaticCache(config=model.config, max_cache_len=384)
+        runs.append(steps_of(model, ids, cache, prompt, strictly=not options))
+        assert not report(model).refused
+    assert torch.equal(runs[0], runs[1])
+    # rounding may move a code, so steps on codes are as close as the format, not as bf16
+    assert (runs[0] - runs[2]).norm() <= 0.05 * runs[2].norm()
+    model = think_compile(copy.deepcopy(plain), **plan)
+    cache = StaticCache(config=model.config, max_cache_len=384)
+    model(ids[:, :prompt], **{CACHE: cache})
+    code = generated_code(lambda: model(ids[:, prompt : prompt + 1].contiguous(), **{CACHE: cache}))
+    assert "attend_key_bits_value_bits" in code and "finish_key_bits_value_bits" in code
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("lowering", ["inductor", "eager"])
 @pytest.mark.parametrize("kind", ["growing", "fixed"])

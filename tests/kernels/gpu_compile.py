@@ -194,6 +194,24 @@ def finished() -> dict[str, object]:
     return compiled(kernels_of("channels", "whole").finish_step, STORED, OF_KEYS | merging)
 
 
+def coded(*, keys=((8, 32), (4, 64), (2, 32)), values=((4, 128),), d=128, sinks=4, records=128) -> dict[str, object]:
+    """The kernel that ends a step on codes."""
+    names = "whole" if keys is None else "key_bits", "whole" if values is None else "value_bits"
+    kernels = kernels_of(*names)
+    constants = {"GROUP": 4, "SINKS": sinks, "BLOCK_D": 128, "DV": d, "BLOCK_V": 128, "SPLITS": 33, "BLOCK_S": 64}
+    types = dict.fromkeys(("Q", "K", "V", "K_ROWS", "V_ROWS", "RESULT"), "*bf16") | {"START": "*i64", "BEFORE": "*i64"}
+    types |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32")
+    for side, plan, codec, of in (("K", keys, KeyBits, kernels.keys), ("V", values, ValueBits, kernels.values)):
+        types |= {f"{side}_CODES": "*u8", f"{side}_RANGES": "*fp16", f"{side}_RING": "*bf16", f"{side}_SINKS": "*bf16"}
+        types |= dict.fromkeys((f"{side}_CHANNELS", f"{side}_FIRST", f"{side}_COUNTERS"), "*i64")
+        if plan is None:
+            constants |= dict.fromkeys(f"{side}_{name}" for name in ("RING", "SINKS", "FIRST", "COUNTERS"))
+        numbers = parts_of(d) if plan is None else of.sizes(codec(plan, 32, records), None, d, True, 1)
+        constants |= dict(zip(of.constants(side), numbers, strict=True))
+    constants |= {} if sinks else {"K_SINKS": None, "V_SINKS": None}
+    return compiled(kernels.finish_step, types, constants)
+
+
 if __name__ == "__main__":
-    kernels = {"share": share, "codes": codes, "merge": merge, "append": appended, "finish": finished}
+    kernels = {"share": share, "codes": codes, "coded": coded, "merge": merge, "append": appended, "finish": finished}
     print(json.dumps([kernels[name](**options) for name, options in json.loads(sys.argv[1])]))

@@ -31,6 +31,9 @@ CODES = [
 KERNELS = [*SHARES, ("share", {"mask": "bool", "rolling": True}), ("merge", {}), ("append", {}), ("finish", {})]
 
 
+CODED = [("coded", {}), ("coded", {"keys": None, "sinks": 0}), ("coded", {"values": None, "records": 64})]
+
+
 def compiled(kernels: list) -> list[dict]:
     program = Path(__file__).with_name("gpu_compile.py")
     settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -49,6 +52,10 @@ def test_kernels_for_codes_compile_for_a_gpu_and_fit_it():
     made = compiled(CODES)
     assert all(one["shared"] <= one["may"] for one in made), list(zip(CODES, made, strict=True))
     assert all(any("mma" in opcode and "s8" in opcode for opcode in one["opcodes"]) for one in made)
+
+
+def test_kernels_that_store_codes_compile_for_a_gpu():
+    assert all(one["shared"] <= one["may"] for one in compiled(CODED))
 
 
 @pytest.mark.slow  # compiles for minutes; depends only on the kernels

@@ -126,7 +126,9 @@ def test_nothing_is_written_beyond_the_end():
     form = form_of()
     states = begun(form, torch.tensor([0, 5], device=DEVICE))
     before = [{name: x.clone() for name, x in state.items()} for state in states]
-    call = Call(drawn(H * GROUP, 1), drawn(H, 1), drawn(H, 1), torch.ones(1, 1, 1, SIZE, dtype=torch.bool, device=DEVICE))
+    call = Call(
+        drawn(H * GROUP, 1), drawn(H, 1), drawn(H, 1), torch.ones(1, 1, 1, SIZE, dtype=torch.bool, device=DEVICE)
+    )
     step(form, states, call, SIZE, True)
     assert_same(states, before)
 

@@ -1,8 +1,8 @@
 """Integer codes in bytes: how a group of tokens of a few channels lies in memory.
 
 Codes of two adjacent tokens share a byte (4 bits), lie in two planes (8 bits), or share a byte with those of a channel
-in the block's second half (2 bits). So a kernel unpacks even and odd tokens apart, for every number of bits, and moves nothing between
-threads. 8-bit codes are stored as signed numbers, code - 128, for products of signed integers.
+in the block's second half (2 bits). So a kernel unpacks even and odd tokens apart, for every number of bits, and moves
+nothing between threads. 8-bit codes are stored as signed numbers, code - 128, for products of signed integers.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ def attend_share(
     """One share of the positions of one KV head, for BLOCK_M of its rows (query head of the group, query).
 
     ``ROLLING``: ``first`` counts back from the start, and position p is in row p % capacity. ``GROUP_N``: tokens of a
-    record. ``BLOCK_W``: positions with whole rows in a tile. ``PARTS``: parts of a record that stand below one another in
-    a tile of encoded rows, so that few queries fill its rows.
+    record. ``BLOCK_W``: positions with whole rows in a tile. ``PARTS``: parts of a record that stand below one another
+    in a tile of encoded rows, so that few queries fill its rows.
     """
     scale = tl.cast(scale, tl.float32)  # a Python float arrives as float64 from Inductor
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)

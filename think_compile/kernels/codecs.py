@@ -23,8 +23,8 @@ class DeviceCodec:
         functions: by their names in the templates. For keys ``locate``, ``prepare``, ``scores``; for values ``locate``,
             ``zero``, ``mix``, ``finish``; to store a token ``choose`` (if the codec chooses) and ``store``.
         size_names: names of the constants of the functions.
-        sizes: their values, from the codec, its first part, the channels of a row in the model, whether PTX may stand in
-            the kernel, and the parts of a record that stand below one another in a tile.
+        sizes: their values, from the codec, its first part, the channels of a row in the model, whether PTX may stand
+            in the kernel, and the parts of a record that stand below one another in a tile.
     """
 
     name: str

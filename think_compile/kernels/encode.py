@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from think_compile.kernels.channels import energy
-from think_compile.kernels.codes import MAGIC, SIZES, halves
+from think_compile.kernels.codes import SIZES
+from think_compile.kernels.products import MAGIC, halves
 from think_compile.kernels.specialise import specialised
 
 _PARTS = ("codes", "ranges", "channels")
@@ -64,9 +65,7 @@ def store_byte(at, byte, real, bits: tl.constexpr):
 
 
 @triton.jit
-def store_codes(
-    code, codes, TOKENS: tl.constexpr, ACROSS: tl.constexpr, bits: tl.constexpr, width: tl.constexpr
-):
+def store_codes(code, codes, TOKENS: tl.constexpr, ACROSS: tl.constexpr, bits: tl.constexpr, width: tl.constexpr):
     """Store codes [TOKENS, 64] as :func:`think_compile.formats.codes.packed` lays them out.
 
     ``ACROSS``: a byte's neighbours are tokens, as in values; else channels.
@@ -205,9 +204,7 @@ def restore(ring, row, wanted, LOCATED, record, SIZES: tl.constexpr):
     """Decode the ``wanted`` [TOKENS] rows of a record to rows ``row`` of a ring; dropped channels are zero."""
     codes += record.to(tl.int64) * BYTES
     ranges += record.to(tl.int64) * RANGES
-    restore_block(
-        ring, row, wanted, codes, ranges, channels, TOKENS, CODED, WIDTH, BITS0, WIDTH0, FIRST0
-    )
+    restore_block(ring, row, wanted, codes, ranges, channels, TOKENS, CODED, WIDTH, BITS0, WIDTH0, FIRST0)
     if WIDTH1 > 0:
         restore_block(
             ring, row, wanted, codes + AT1, ranges + NEXT, channels, TOKENS, CODED, WIDTH, BITS1, WIDTH1, FIRST1
@@ -262,9 +259,7 @@ def deal(
 
 def writer(keys):
     """The functions that store a side, of keys or of values, by their names in the template."""
-    of, ranges, following = (
-        ("key", "(2 * CODED)", "0") if keys else ("value", "(BLOCKS * 2 * TOKENS)", "(2 * TOKENS)")
-    )
+    of, ranges, following = ("key", "(2 * CODED)", "0") if keys else ("value", "(BLOCKS * 2 * TOKENS)", "(2 * TOKENS)")
     blocks = {"key": (key_flush_block, key_restore_block), "value": (value_flush_block, value_restore_block)}[of]
     groups = {"SIZES": SIZES, "RANGES": (ranges,)}
     located = {**groups, "LOCATED": _PARTS, "NEXT": (following,)}

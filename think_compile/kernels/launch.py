@@ -104,7 +104,9 @@ def launch_for(pair: str, shape: tuple[int, int, int, int], extent: int, device:
     return _fitting(Launch(block_m, block_n, warps, stages, splits), whole, FILLED * device.shared_bytes)
 
 
-def launch_for_codes(rows: int, heads: int, tokens: tuple[int, int, int], n_bytes: int, device: Device = H100) -> Launch:
+def launch_for_codes(
+    rows: int, heads: int, tokens: tuple[int, int, int], n_bytes: int, device: Device = H100
+) -> Launch:
     """The launch for rows in integer codes: one warp for a record, and as many programs as processors hold at once.
 
     Args:

@@ -173,7 +173,7 @@ def step_operation(keys: str, values: str) -> Any:
 
 
 class Coded(NamedTuple):
-    """The stored tensors of a side, as :func:`coded_step_operation` takes them: in this order, without the missing ones.
+    """The stored tensors of a side; :func:`coded_step_operation` takes them in this order, without the missing ones.
 
     Attributes:
         parts: of the codec.
@@ -222,7 +222,8 @@ def coded_step_operation(keys: str, values: str) -> Any:
         result, before = q.new_empty((*q.shape[:3], v.shape[3])), start.new_empty(())
         counted = value_side if key_side.counters is None else key_side
         assert counted.counters is not None and counted.ring is not None
-        whole = [key_side.ring, key_side.sinks, value_side.ring, value_side.sinks, counted.first_token if sizes[0] else None]
+        first_token = counted.first_token if sizes[0] else None
+        whole = [key_side.ring, key_side.sinks, value_side.ring, value_side.sinks, first_token]
         past = [*key_side.parts[:2], *ordered] if ordered else key_side.parts
         lengths, at = [0, 0, 0, extent, 0, causal], [counted.counters, start]
         given = Given([q, k, v], past, value_side.parts, whole, mask, at, lengths, sizes, scale, launch, before)
@@ -233,7 +234,8 @@ def coded_step_operation(keys: str, values: str) -> Any:
             traced(kernels.finish_step)[(k.shape[0] * heads, group + 2)](
                 *shares, result, q, k, v, *key_side.parts, *key_side[1:], *value_side.parts, *value_side[1:],
                 start, before, heads, *windows, extent, key_side.parts[0].shape[2], value_side.parts[0].shape[2],
-                counted.ring.shape[2], GROUP=group, SINKS=sizes[0], BLOCK_D=triton.next_power_of_2(q.shape[3]), **constants,
+                counted.ring.shape[2], GROUP=group, SINKS=sizes[0],
+                BLOCK_D=triton.next_power_of_2(q.shape[3]), **constants,
             )  # fmt: skip
         return result
 

@@ -40,7 +40,8 @@ class Given(NamedTuple):
         at: the window's start and the call's start as device tensors, 0-d int64; empty: both are in ``numbers``.
         numbers: these two, the lowest position read, the end of the positions, whether the buffer is rolling, and
             whether the attention is causal. For a rolling buffer the third is the number of past positions read.
-        sizes: number of sinks, tokens of a record, parts of a record in a tile, and the constants of the keys' and of the values' codec.
+        sizes: number of sinks, tokens of a record, parts of a record in a tile, and the constants of the keys' and of
+            the values' codec.
         scale: of the logits.
         launch: see :class:`.launch.Launch`.
         before: gets the window's start, 0-d int64: a later kernel changes the counters while its programs need it.

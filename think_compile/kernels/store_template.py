@@ -91,12 +91,12 @@ def store_side(
     if start < before:  # rewound into a group: it is whole again
         side_restore(ring, token % ring_rows, token < start, LOCATED, base // TOKENS, SIZES)
         tl.debug_barrier()  # other threads may have written the rows
-        for sink in range(SINKS):
-            at = first_token + sink
-            row = tl.load(SINK_ROWS + (bh * SINKS + sink) * WIDTH + column, mask=column < WIDTH, other=0.0)
-            tl.store(
-                ring + (at % ring_rows) * WIDTH + column, row, mask=column < tl.where((at >= base) & (at < start), WIDTH, 0)
-            )
+        if SINKS > 0:
+            for sink in range(SINKS):
+                at = first_token + sink
+                row = tl.load(SINK_ROWS + (bh * SINKS + sink) * WIDTH + column, mask=column < WIDTH, other=0.0)
+                room = tl.where((at >= base) & (at < start), WIDTH, 0)
+                tl.store(ring + (at % ring_rows) * WIDTH + column, row, mask=column < room)
     value = tl.load(new + column, mask=column < WIDTH, other=0.0).to(RING.dtype.element_ty)
     tl.store(ring + (start % ring_rows) * WIDTH + column, value, mask=column < WIDTH)
     if SINKS > 0:
