@@ -178,15 +178,18 @@ def _range(x: Tensor, axis: int, levels: int) -> tuple[Tensor, Tensor]:
     instead of clipped numbers.
     """
     low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
-    zero = -_half_above(-low)
-    return _half_above((high - zero.to(x.dtype)) / levels), zero
+    zero = -_half_above(-low, 1)
+    return _half_above(high - zero.to(x.dtype), levels), zero
 
 
-def _half_above(x: Tensor) -> Tensor:
-    """The least number of fp16 that is not below ``x``; finite numbers that are too large become the largest."""
-    x = torch.where(x.isinf(), x, x.clamp(-_LARGEST, _LARGEST))
-    nearest = x.half().to(x.dtype)
-    return torch.where(nearest < x, nearest + nearest.abs() * (1.01 * _HALF_STEP), nearest).half()
+def _half_above(x: Tensor, times: int) -> Tensor:
+    """The least number of fp16 that is not below ``x / times``; finite numbers that are too large become the largest.
+
+    The comparison is exact, so that it does not matter how a device rounds quotients.
+    """
+    x = torch.where(x.isinf(), x, x.clamp(-_LARGEST * times, _LARGEST * times))
+    nearest = (x / times).half().to(x.dtype)
+    return torch.where(nearest * times < x, nearest + nearest.abs() * (1.01 * _HALF_STEP), nearest).half()
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ _PARTS = ("codes", "ranges", "channels")
 
 
 @triton.jit
-def half_above(x):
-    """The least number of fp16 that is not below ``x``; finite numbers that are too large become the largest."""
-    finite = tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x))
+def half_above(x, times: tl.constexpr):
+    """The least number of fp16 that is not below ``x / times``; finite numbers that are too large become the largest."""
+    most: tl.constexpr = 65504.0 * times
+    finite = tl.where(x > most, most, tl.where(x < -most, -most, x))
     x = tl.where((x == float("inf")) | (x == float("-inf")), x, finite)
-    nearest = x.to(tl.float16).to(tl.float32)
+    nearest = (x / times).to(tl.float16).to(tl.float32)
     above = nearest + tl.abs(nearest) * (1.01 * 2.0**-11)
-    return tl.where(nearest < x, above, nearest).to(tl.float16)
+    return tl.where(nearest * times < x, above, nearest).to(tl.float16)
 
 
 @triton.jit
@@ -35,8 +36,8 @@ def range_of(x, there, axis: tl.constexpr, bits: tl.constexpr):
     low = tl.min(tl.where(there, x, float("inf")), axis)
     high = tl.max(tl.where(there, x, float("-inf")), axis)
     low, high = tl.where(is_nan, float("nan"), low), tl.where(is_nan, float("nan"), high)
-    zero = -half_above(-low)
-    return half_above(tl.div_rn(high - zero.to(tl.float32), tl.full(high.shape, (1 << bits) - 1, tl.float32))), zero
+    zero = -half_above(-low, 1)
+    return half_above(high - zero.to(tl.float32), (1 << bits) - 1), zero
 
 
 @triton.jit
