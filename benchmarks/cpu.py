@@ -10,6 +10,7 @@ import copy
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.models import CACHE, densified_growing
 from think_compile import think_compile
+from think_compile.formats import attention
 
 STEPS = 40
+DECODED = ", decoded whole in each step"
 
 
 def smollm(layers: int = 30) -> LlamaForCausalLM:
@@ -46,19 +49,35 @@ def run(context: int = 4096, layers: int = 30) -> Iterator[dict[str, Any]]:
     plain.compile()
     ways = {"torch.compile": plain}
     ways |= {f"think_compile, ratio {ratio}": think_compile(copy.deepcopy(model), ratio) for ratio in (0.0, 0.5)}
+    ways |= {
+        f"think_compile, 4 bits{how}": think_compile(copy.deepcopy(model), keys=4, values=4) for how in ("", DECODED)
+    }
     ids = torch.randint(0, 49152, (1, context + STEPS + 8))
     caches = {way: DynamicCache(config=model.config) for way in ways}
     for way in ways:
-        _call(ways[way], ids[:, :context], caches[way])
+        with _reading(way):
+            _call(ways[way], ids[:, :context], caches[way])
     times: dict[str, list[float]] = {way: [] for way in ways}
     for at in range(context, context + STEPS + 8):
         for way in ways:
-            begin = time.perf_counter()
-            _call(ways[way], ids[:, at : at + 1], caches[way])
-            times[way].append((time.perf_counter() - begin) * 1e3)
+            with _reading(way):
+                begin = time.perf_counter()
+                _call(ways[way], ids[:, at : at + 1], caches[way])
+                times[way].append((time.perf_counter() - begin) * 1e3)
     for way, ms in times.items():
         row = {"way": way, "context": context, "layers": layers, "threads": torch.get_num_threads()}
         yield row | {"ms": round(statistics.median(ms[8:]), 2), "fastest_ms": round(min(ms[8:]), 2)}
+
+
+@contextmanager
+def _reading(way: str) -> Iterator[None]:
+    """Compile steps with stock attention over all decoded rows, if the way is to be so."""
+    most = attention.MAX_NARROW_QUERIES
+    attention.MAX_NARROW_QUERIES = 0 if way.endswith(DECODED) else most
+    try:
+        yield
+    finally:
+        attention.MAX_NARROW_QUERIES = most
 
 
 @torch.no_grad()
