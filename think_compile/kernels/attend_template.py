@@ -6,8 +6,8 @@ device memory (caches of fixed size), so that one captured graph serves all step
 :func:`think_compile.formats.attention.narrow`; letters as in :mod:`think_compile.cache.state`.
 
 :mod:`.specialise` replaces these names in capitals: KEYS and VALUES, the tensors of each side; QUERIES and WHOLE, the
-prepared queries for encoded and for whole keys; ACC, the accumulators; K_SIZES, D_SIZES and V_SIZES, the sizes of an
-encoded key, a whole key and a value.
+prepared queries for encoded and for whole keys; ACC and WHOLE_ACC, the accumulators; KEY_ROWS and VALUE_ROWS, the first
+tensor of each side; K_SIZES, V_SIZES, D_SIZES and DV_SIZES, the sizes of encoded and of whole keys and values.
 """
 
 # ruff: noqa: F821  specialise fills in the names of a template
@@ -24,6 +24,7 @@ from think_compile.kernels.masks import (
     hidden,
     masked,
     part_of,
+    store_sums,
     within,
     within_tile,
 )
@@ -74,6 +75,80 @@ def walk(
     return m, total, ACC
 
 
+def encoded_share(
+    QUERIES, KEYS, VALUES, MASK, mask_row, query, real, first, window_start, end, extent, split, splits, ring_rows,
+    sm_s, scale, capacity, first_token, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr, SINKS: tl.constexpr,
+    ROLLING: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, HALF_MASK: tl.constexpr,
+    GROUP_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """A share of the encoded rows, and of the empty rows after the tokens."""
+    m, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    ACC = values_zero(BLOCK_M, V_SIZES)
+    CHUNK: tl.constexpr = 1024 if ALIKE and GROUP_N == 1 else 128
+    AFTER: tl.constexpr = 0 if CAUSAL else KIND  # causal queries never see those rows
+    chunk = tl.arange(0, CHUNK)
+    low, high = part_of(first, tl.minimum(window_start, end), split, splits, BLOCK_N)
+    # For rows after the tokens, only the mask is read, unless it shows any. Loaded here, tested below.
+    after, last = part_of(end, extent, split, splits, CHUNK)
+    value = masked(MASK, mask_row, after + chunk - first, after + chunk < last, sm_s, AFTER, ALIKE)
+    m, total, ACC = walk_encoded(
+        m, total, ACC, QUERIES, KEYS, VALUES, low, high, 0, 0, ring_rows, MASK, mask_row, query, first, sm_s,
+        scale, capacity, ROLLING, False, False, SINKS, first_token, K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE, GROUP_N,
+        BLOCK_N, None, PARTS,
+    )  # fmt: skip
+    if not CAUSAL:
+        for at in range(after, last, CHUNK):
+            if counts_some(value, m, real, at + chunk < last, KIND, ALIKE, HALF_MASK):
+                m, total, ACC = walk_encoded(
+                    m, total, ACC, QUERIES, KEYS, VALUES, at, tl.minimum(at + CHUNK, last), 0, 0, ring_rows, MASK,
+                    mask_row, query, first, sm_s, scale, capacity, ROLLING, False, False, SINKS, first_token,
+                    K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE, GROUP_N, BLOCK_N, None, PARTS,
+                )  # fmt: skip
+            position = at + CHUNK + chunk
+            value = masked(MASK, mask_row, position - first, position < last, sm_s, AFTER, ALIKE)
+    return m, total, ACC
+
+
+def whole_share(
+    WHOLE, K_NEW, V_NEW, K_RING, V_RING, K_SINKS, V_SINKS, k_rows, v_rows, MASK, mask_row, query, first, window_start,
+    start, end, split, whole_splits, bh, ring_rows, sm_s, scale, capacity, first_token, D_SIZES: tl.constexpr,
+    DV_SIZES: tl.constexpr, SINKS: tl.constexpr, ROLLING: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
+    ALIKE: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
+    HAS_K_RING: tl.constexpr, HAS_V_RING: tl.constexpr,
+):  # fmt: skip
+    """A share of the window and the call's own rows; the first share also has the sinks."""
+    m, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    WHOLE_ACC = whole_zero(BLOCK_M, DV_SIZES)
+    STAGES: tl.constexpr = None if GROUP_N == 1 else 2  # whole rows are large beside codes
+    low, high = part_of(tl.maximum(first, window_start), end, split, whole_splits, BLOCK_W)
+    m, total, WHOLE_ACC = walk_window(
+        m, total, WHOLE_ACC, WHOLE, K_RING, V_RING, low, tl.minimum(high, start), 0, 0, ring_rows, MASK,
+        mask_row, query, first, sm_s, scale, capacity, ROLLING, HAS_K_RING, HAS_V_RING, 0, 0, D_SIZES, DV_SIZES,
+        KIND, CAUSAL, ALIKE, 1, BLOCK_W, STAGES,
+    )  # fmt: skip
+    m, total, WHOLE_ACC = walk_new(
+        m, total, WHOLE_ACC, WHOLE, K_NEW, V_NEW, tl.maximum(low, start), high, start, start, ring_rows, MASK,
+        mask_row, query, first, sm_s, scale, capacity, False, False, False, 0, 0, D_SIZES, DV_SIZES,
+        KIND, CAUSAL, ALIKE, 1, BLOCK_W, STAGES,
+    )  # fmt: skip
+    if SINKS > 0:  # noqa: SIM102  the first is decided while compiling
+        if split == 0:
+            # a side without sinks has all rows whole, by position
+            HAS_K_SINKS: tl.constexpr = K_SINKS is not None
+            HAS_V_SINKS: tl.constexpr = V_SINKS is not None
+            k_first = whole_locate(K_SINKS, bh, SINKS, D_SIZES) if HAS_K_SINKS else k_rows
+            v_first = whole_locate(V_SINKS, bh, SINKS, DV_SIZES) if HAS_V_SINKS else v_rows
+            k_shift = first_token if HAS_K_SINKS else 0
+            v_shift = first_token if HAS_V_SINKS else 0
+            m, total, WHOLE_ACC = walk_sinks(
+                m, total, WHOLE_ACC, WHOLE, k_first, v_first, tl.maximum(first, first_token),
+                tl.minimum(first_token + SINKS, tl.minimum(window_start, end)), k_shift, v_shift, ring_rows, MASK,
+                mask_row, query, first, sm_s, scale, capacity, False, False, False, 0, 0, D_SIZES, DV_SIZES,
+                KIND, CAUSAL, ALIKE, 1, BLOCK_W, STAGES,
+            )  # fmt: skip
+    return m, total, WHOLE_ACC
+
+
 def attend_share(
     Q, K_NEW, V_NEW, KEYS, K_RING, K_SINKS, VALUES, V_RING, V_SINKS, FIRST_TOKEN, MASK, WINDOW_START, START,
     BEFORE, OUT, MOST, TOTAL,
@@ -121,90 +196,39 @@ def attend_share(
     V_NEW = whole_locate(V_NEW, bh, queries, DV_SIZES)
     HAS_K_RING: tl.constexpr = K_RING is not None
     HAS_V_RING: tl.constexpr = V_RING is not None
-    K_RING = whole_locate(K_RING, bh, ring_rows, D_SIZES) if HAS_K_RING else K_ROWS
-    V_RING = whole_locate(V_RING, bh, ring_rows, DV_SIZES) if HAS_V_RING else V_ROWS
-
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    K_RING = whole_locate(K_RING, bh, ring_rows, D_SIZES) if HAS_K_RING else KEY_ROWS
+    V_RING = whole_locate(V_RING, bh, ring_rows, DV_SIZES) if HAS_V_RING else VALUE_ROWS
 
     end = tl.minimum(start + queries, extent)
-    if split < splits:  # encoded rows, in equal shares, and the empty rows after the tokens
-        ACC = values_zero(BLOCK_M, V_SIZES)
-        CHUNK: tl.constexpr = 1024 if ALIKE and GROUP_N == 1 else 128
-        AFTER: tl.constexpr = 0 if CAUSAL else KIND  # causal queries never see those rows
-        chunk = tl.arange(0, CHUNK)
+    if split < splits:  # encoded rows, in equal shares
         tile_row, share = row, bh * (PARTS * splits + whole_splits) + split
         if PARTS > 1:  # rows are (part, row): there is one tile of them
             tile_row, share = row % (BLOCK_M // PARTS), share + split * (PARTS - 1) + row // (BLOCK_M // PARTS)
         real = tile_row < n_rows
         q_row = Q + (bh * n_rows + tile_row)[:, None] * D_WIDTH
         QUERIES = keys_prepare(q_row, bh * n_rows + tile_row, real, KEYS, K_SIZES)
-        low, high = part_of(first, tl.minimum(window_start, end), split, splits, BLOCK_N)
-        # For rows after the tokens, only the mask is read, unless it shows any. Loaded here, tested below.
-        after, last = part_of(end, extent, split, splits, CHUNK)
-        value = masked(MASK, mask_row, after + chunk - first, after + chunk < last, sm_s, AFTER, ALIKE)
-        m, total, ACC = walk_encoded(
-            m, total, ACC, QUERIES, KEYS, VALUES, low, high, 0, 0, ring_rows, MASK, mask_row, query, first, sm_s,
-            scale, capacity, ROLLING, False, False, SINKS, first_token, K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE, GROUP_N,
-            BLOCK_N, None, PARTS,
+        m, total, ACC = encoded_share(
+            QUERIES, KEYS, VALUES, MASK, mask_row, query, real, first, window_start, end, extent, split, splits,
+            ring_rows, sm_s, scale, capacity, first_token, K_SIZES, V_SIZES, SINKS, ROLLING, KIND, CAUSAL, ALIKE,
+            HALF_MASK, GROUP_N, BLOCK_M, BLOCK_N, PARTS,
         )  # fmt: skip
-        if not CAUSAL:
-            for at in range(after, last, CHUNK):
-                if counts_some(value, m, real, at + chunk < last, KIND, ALIKE, HALF_MASK):
-                    m, total, ACC = walk_encoded(
-                        m, total, ACC, QUERIES, KEYS, VALUES, at, tl.minimum(at + CHUNK, last), 0, 0, ring_rows, MASK,
-                        mask_row, query, first, sm_s, scale, capacity, ROLLING, False, False, SINKS, first_token,
-                        K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE, GROUP_N, BLOCK_N, None, PARTS,
-                    )  # fmt: skip
-                position = at + CHUNK + chunk
-                value = masked(MASK, mask_row, position - first, position < last, sm_s, AFTER, ALIKE)
         if not VALUES_ARE_WHOLE:
-            seen = total > 0
             out = share * n_rows + tile_row
-            values_finish(ACC, tl.where(seen, total, 1.0), OUT + out * DV_WIDTH, real, VALUES, V_SIZES)
-            tl.store(MOST + out, m, mask=real)
-            tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)
+            values_finish(ACC, tl.where(total > 0, total, 1.0), OUT + out * DV_WIDTH, real, VALUES, V_SIZES)
+            store_sums(MOST, TOTAL, out, m, total, real)
     else:  # whole keys
-        WHOLE_ACC = whole_zero(BLOCK_M, DV_SIZES)
-        STAGES: tl.constexpr = None if GROUP_N == 1 else 2  # whole rows are large beside codes
         WHOLE = whole_prepare(q_row, bh * n_rows + row, real, K_RING, D_SIZES)
-        low, high = part_of(tl.maximum(first, window_start), end, split - splits, whole_splits, BLOCK_W)
-        m, total, WHOLE_ACC = walk_window(
-            m, total, WHOLE_ACC, WHOLE, K_RING, V_RING, low, tl.minimum(high, start), 0, 0, ring_rows, MASK,
-            mask_row, query, first, sm_s, scale, capacity, ROLLING, HAS_K_RING, HAS_V_RING, 0, 0, D_SIZES, DV_SIZES,
-            KIND, CAUSAL, ALIKE, 1, BLOCK_W, STAGES,
+        m, total, WHOLE_ACC = whole_share(
+            WHOLE, K_NEW, V_NEW, K_RING, V_RING, K_SINKS, V_SINKS, KEY_ROWS, VALUE_ROWS, MASK, mask_row, query, first,
+            window_start, start, end, split - splits, whole_splits, bh, ring_rows, sm_s, scale, capacity, first_token,
+            D_SIZES, DV_SIZES, SINKS, ROLLING, KIND, CAUSAL, ALIKE, GROUP_N, BLOCK_M, BLOCK_W, HAS_K_RING, HAS_V_RING,
         )  # fmt: skip
-        m, total, WHOLE_ACC = walk_new(
-            m, total, WHOLE_ACC, WHOLE, K_NEW, V_NEW, tl.maximum(low, start), high, start, start, ring_rows, MASK,
-            mask_row, query, first, sm_s, scale, capacity, False, False, False, 0, 0, D_SIZES, DV_SIZES,
-            KIND, CAUSAL, ALIKE, 1, BLOCK_W, STAGES,
-        )  # fmt: skip
-        if SINKS > 0:  # noqa: SIM102  the first is decided while compiling
-            if split == splits:
-                # a side without sinks has all rows whole, by position
-                HAS_K_SINKS: tl.constexpr = K_SINKS is not None
-                HAS_V_SINKS: tl.constexpr = V_SINKS is not None
-                k_first = whole_locate(K_SINKS, bh, SINKS, D_SIZES) if HAS_K_SINKS else K_ROWS
-                v_first = whole_locate(V_SINKS, bh, SINKS, DV_SIZES) if HAS_V_SINKS else V_ROWS
-                k_shift = first_token if HAS_K_SINKS else 0
-                v_shift = first_token if HAS_V_SINKS else 0
-                m, total, WHOLE_ACC = walk_sinks(
-                    m, total, WHOLE_ACC, WHOLE, k_first, v_first, tl.maximum(first, first_token),
-                    tl.minimum(first_token + SINKS, tl.minimum(window_start, end)), k_shift, v_shift, ring_rows, MASK,
-                    mask_row, query, first, sm_s, scale, capacity, False, False, False, 0, 0, D_SIZES, DV_SIZES,
-                    KIND, CAUSAL, ALIKE, 1, BLOCK_W, STAGES,
-                )  # fmt: skip
         if not VALUES_ARE_WHOLE:
-            seen = total > 0
             out = (bh * (PARTS * splits + whole_splits) + (PARTS - 1) * splits + split) * n_rows + row
-            whole_finish(WHOLE_ACC, tl.where(seen, total, 1.0), OUT + out * DV_WIDTH, real, V_NEW, DV_SIZES)
-            tl.store(MOST + out, m, mask=real)
-            tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)
+            whole_finish(WHOLE_ACC, tl.where(total > 0, total, 1.0), OUT + out * DV_WIDTH, real, V_NEW, DV_SIZES)
+            store_sums(MOST, TOTAL, out, m, total, real)
 
     if VALUES_ARE_WHOLE:  # both branches have the same accumulators
-        seen = total > 0
-        total = tl.where(seen, total, 1.0)
         out = (bh * (splits + whole_splits) + split) * n_rows + row
-        values_finish(ACC, total, OUT + out * DV_WIDTH, real, VALUES, V_SIZES)
-        tl.store(MOST + out, m, mask=real)
-        tl.store(TOTAL + out, tl.where(seen, total, 0.0), mask=real)
+        values_finish(ACC, tl.where(total > 0, total, 1.0), OUT + out * DV_WIDTH, real, VALUES, V_SIZES)
+        store_sums(MOST, TOTAL, out, m, total, real)

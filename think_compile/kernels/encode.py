@@ -20,7 +20,7 @@ _PARTS = ("codes", "ranges", "channels")
 
 @triton.jit
 def half_above(x, times: tl.constexpr):
-    """The least number of fp16 that is not below ``x / times``; finite numbers that are too large become the largest."""
+    """The least number of fp16 not below ``x / times``; finite numbers that are too large become the largest."""
     most: tl.constexpr = 65504.0 * times
     finite = tl.where(x > most, most, tl.where(x < -most, -most, x))
     x = tl.where((x == float("inf")) | (x == float("-inf")), x, finite)

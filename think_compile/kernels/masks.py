@@ -1,4 +1,4 @@
-"""Device functions shared by all attention kernels: masks, and the bounds of a share."""
+"""Device functions shared by all attention kernels: masks, the bounds of a share, its sums."""
 
 import triton
 import triton.language as tl
@@ -135,3 +135,10 @@ def within_tile(at, low, high, hidden_from, HIDDEN: tl.constexpr, BLOCK_N: tl.co
     if HIDDEN > 0:
         ok = ok & ((column - tl.cast(hidden_from - at, tl.int32)).to(tl.uint32, bitcast=True) >= HIDDEN)
     return ok
+
+
+@triton.jit
+def store_sums(MOST, TOTAL, out, m, total, real):
+    """Store a share's largest logits and softmax sums."""
+    tl.store(MOST + out, m, mask=real)
+    tl.store(TOTAL + out, tl.where(total > 0, total, 0.0), mask=real)

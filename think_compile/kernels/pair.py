@@ -46,22 +46,30 @@ def kernels_of(keys: str, values: str) -> Kernels:
             template, f"walk_{kind}_{name}", functions, {**of_codecs, **(rows if whole else {}), **of_kind}
         )
 
-    functions = {
-        **{f"keys_{name}": k.functions[name] for name in ("locate", "prepare")},
-        **{f"values_{name}": v.functions[name] for name in ("locate", "zero", "finish")},
-        **{f"whole_{name}": WHOLE.functions[name] for name in ("locate", "prepare", "zero", "finish")},
-        "walk_encoded": walk("encoded"),
-        "walk_window": walk("window", "K_RING", "V_RING"),
-        "walk_new": walk("new", "K_NEW", "V_NEW"),
-        "walk_sinks": walk("sinks", "K_SINKS", "V_SINKS"),
+    whole = {
+        "WHOLE": ("w0", "w1"),
+        "WHOLE_ACC": own,
+        "D_SIZES": WHOLE.constants("D"),
+        "DV_SIZES": WHOLE.constants("DV"),
     }
-    sizes = {**encoded, "D_SIZES": WHOLE.constants("D"), "DV_SIZES": WHOLE.constants("DV")}
-    names = {"QUERIES": k.queries, "WHOLE": ("w0", "w1"), "WHOLE_ACC": own, "VALUES_ARE_WHOLE": (str(v is WHOLE),)}
+    coded = {"QUERIES": k.queries, **groups, **encoded}
+    of_window = {"walk_window": walk("window", "K_RING", "V_RING"), "walk_new": walk("new", "K_NEW", "V_NEW")}
+    of_window |= {"walk_sinks": walk("sinks", "K_SINKS", "V_SINKS")}
+    of_window |= {f"whole_{function}": WHOLE.functions[function] for function in ("locate", "zero")}
+    of_codecs = {"walk_encoded": walk("encoded"), "values_zero": v.functions["zero"]}
+    functions = {
+        **{f"keys_{function}": k.functions[function] for function in ("locate", "prepare")},
+        **{f"values_{function}": v.functions[function] for function in ("locate", "finish")},
+        **{f"whole_{function}": WHOLE.functions[function] for function in ("locate", "prepare", "finish")},
+        "encoded_share": specialised(attend_template.encoded_share, f"encoded_{name}", of_codecs, coded),
+        "whole_share": specialised(attend_template.whole_share, f"whole_{name}", of_window, whole),
+    }
+    first = {"KEY_ROWS": k.pointers("K")[:1], "VALUE_ROWS": v.pointers("V")[:1]}
     share = specialised(
         attend_template.attend_share,
         f"attend_{name}",
         functions,
-        {**groups, **sizes, **names},
+        {**coded, **whole, **first, "VALUES_ARE_WHOLE": (str(v is WHOLE),)},
         do_not_specialize=_LENGTHS,
     )
     if {KEY_BITS, VALUE_BITS} & {k, v}:
