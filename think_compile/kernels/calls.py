@@ -116,9 +116,9 @@ class PairKernels:
     def _parts_of_record(self, call: Call) -> int:
         """2 if the queries fill only half of a tile's rows; its other rows are then the other half of a record."""
         mask = _four_axes(call.mask)
-        alike = not call.causal and (mask is None or statically_known_true(mask.shape[1] == mask.shape[2] == 1))
+        shared = mask is None or all(statically_known_true(size == 1) for size in mask.shape[1:3])
         few = statically_known_true(call.q.shape[1] // call.k.shape[1] * call.q.shape[2] <= 4)
-        return 2 if None not in self.codecs and self._records == 128 and alike and few else 1
+        return 2 if None not in self.codecs and self._records == 128 and shared and not call.causal and few else 1
 
     def _sizes(self, call: Call, parts: tuple[list[Tensor], list[Tensor]]) -> list[int]:
         from think_compile.kernels.pair import CODECS
