@@ -97,6 +97,29 @@ def test_plans(keys, values, group):
     check(bits(keys, values, group), mask="float")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("of", [0, 1])
+def test_what_is_no_number_stays_in_its_group(of, bad):
+    """In one key or value of the first sequence's first head; the other heads' attentions stay as they are."""
+    torch.manual_seed(0)
+    form, pad = bits(((4, 16), (2, 16)), ((4, 32),)), torch.zeros(B, dtype=torch.int64, device=DEVICE)
+    drawn_ = drawn(4 * H, 150, 32, torch.float16), drawn(H, 150, 32, torch.float16), drawn(H, 150, 32, torch.float16)
+    drawn_[1 + of][0, 0, 20, 7] = bad
+    states = form.first_call(Call(*drawn_), Prompt(capacity=300))
+    keys, values = (
+        Packed.made(name, form.side(name), state, torch.float16, 300, fixed=True).stored()
+        for name, state in zip(("keys", "values"), states, strict=True)
+    )
+    mask = shown(300, pad) & (torch.arange(300, device=DEVICE) <= 150)
+    call = Call(*(drawn(heads, 1, 32, torch.float16) for heads in (4 * H, H, H)), mask)
+    span = Span(torch.tensor(150, device=DEVICE), 0, 300)
+    got = _kernels(form).attend(call, keys, values, span)
+    expected = attention.narrow(call, keys, values, span, (form.keys, form.values))
+    assert got[0, :4].isnan().all() and expected[0, :4].isnan().all()
+    rest = [x.flatten(0, 1)[4:] for x in (got, expected)]
+    torch.testing.assert_close(*rest, rtol=0.01, atol=0.01)
+
+
 def test_several_queries_and_no_sinks():
     check(bits(((4, 32),), ((4, 32),), sinks=0), n=3)
 

@@ -180,6 +180,7 @@ def key_scores(QUERIES, KEYS, at, row, ok, scale, SIZES: tl.constexpr):
     if WIDTH3 > 0:
         even, odd = block_scores(even, odd, x3, inverse, codes + AT3, PAIRS, PARTS, ASM, BITS3, WIDTH3)
     s = tl.reshape(tl.join(undealt(joined(even)), undealt(joined(odd))), (q0.shape[0], TOKENS // PARTS))
+    zero += most * 0.0  # NaN if a step is infinite
     return s * code_step(most * scale, BITS0)[:, None] + (zero * scale)[:, None]
 
 
@@ -231,6 +232,7 @@ def block_mix(
         product = tl.dot(even, tl.trans(a), start_of(even.shape[0], TILE), out_dtype=tl.int32)
         mixed = joined(tl.dot(odd, tl.trans(b), product, out_dtype=tl.int32))
     o = o * shrink[:, None] + mixed * code_step(most, bits)[:, None]
+    z += most * 0.0  # NaN if a step is infinite
     return o, z * shrink + tl.sum(p * by_part(zero, PARTS, TOKENS, p.shape[0]), 1)
 
 
