@@ -196,9 +196,19 @@ def finished() -> dict[str, object]:
 
 def coded(*, keys=((8, 32), (4, 64), (2, 32)), values=((4, 128),), d=128, sinks=4, records=128) -> dict[str, object]:
     """The kernel that ends a step on codes."""
-    names = "whole" if keys is None else "key_bits", "whole" if values is None else "value_bits"
-    kernels = kernels_of(*names)
-    constants = {"GROUP": 4, "SINKS": sinks, "BLOCK_D": 128, "DV": d, "BLOCK_V": 128, "SPLITS": 33, "BLOCK_S": 64}
+    of_keys = "whole" if keys is None else "channels" if isinstance(keys, int) else "key_bits"
+    kernels = kernels_of(of_keys, "whole" if values is None else "value_bits")
+    constants = {
+        "GROUP": 4,
+        "SINKS": sinks,
+        "RECORD": records,
+        "D": d,
+        "BLOCK_D": 128,
+        "DV": d,
+        "BLOCK_V": 128,
+        "SPLITS": 33,
+        "BLOCK_S": 64,
+    }
     types = dict.fromkeys(("Q", "K", "V", "K_ROWS", "V_ROWS", "RESULT"), "*bf16") | {"START": "*i64", "BEFORE": "*i64"}
     types |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32")
     for side, plan, codec, of in (("K", keys, KeyBits, kernels.keys), ("V", values, ValueBits, kernels.values)):
@@ -206,7 +216,10 @@ def coded(*, keys=((8, 32), (4, 64), (2, 32)), values=((4, 128),), d=128, sinks=
         types |= dict.fromkeys((f"{side}_CHANNELS", f"{side}_FIRST", f"{side}_COUNTERS"), "*i64")
         if plan is None:
             constants |= dict.fromkeys(f"{side}_{name}" for name in ("RING", "SINKS", "FIRST", "COUNTERS"))
-        numbers = parts_of(d) if plan is None else of.sizes(codec(plan, 32, records), None, d, True, 1)
+        if plan is None or isinstance(plan, int):
+            numbers = parts_of(plan or d)
+        else:
+            numbers = of.sizes(codec(plan, 32, records), None, d, True, 1)
         constants |= dict(zip(of.constants(side), numbers, strict=True))
     constants |= {} if sinks else {"K_SINKS": None, "V_SINKS": None}
     return compiled(kernels.finish_step, types, constants)

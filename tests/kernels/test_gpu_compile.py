@@ -31,7 +31,12 @@ CODES = [
 KERNELS = [*SHARES, ("share", {"mask": "bool", "rolling": True}), ("merge", {}), ("append", {}), ("finish", {})]
 
 
-CODED = [("coded", {}), ("coded", {"keys": None, "sinks": 0}), ("coded", {"values": None, "records": 64})]
+CODED = [
+    ("coded", {}),
+    ("coded", {"keys": None, "sinks": 0}),
+    ("coded", {"values": None, "records": 64}),
+    ("coded", {"keys": 64}),
+]
 
 
 def compiled(kernels: list) -> list[dict]:

@@ -7,6 +7,7 @@ from think_compile.cache.state import COUNTERS, Call, Prompt, Span, Stored
 from think_compile.formats import attention
 from think_compile.formats.base import CacheFormat, Side
 from think_compile.formats.bits import KeyBits, ValueBits
+from think_compile.formats.think import Channels
 from think_compile.formats.whole import Whole
 from think_compile.kernels import calls
 from think_compile.kernels.calls import kernels_for
@@ -32,9 +33,12 @@ def side(codec, tiers, group=64, recent=40, sinks=3, **options):
 
 
 def form_of(keys=MIXED, values=MIXED, **options):
-    whole = Side(Whole(), D, options.get("recent", 40), window_group=options.get("group", 64))
+    """16: half of the channels; None: whole rows."""
+    recent, group = options.get("recent", 40), options.get("group", 64)
+    whole = Side(Whole(), D, recent, window_group=group)
+    chosen = Side(Channels(D // 2, 4), D, recent, window_group=group, sinks=options.get("sinks", 3))
     return CacheFormat(
-        whole if keys is None else side(KeyBits, keys, **options),
+        whole if keys is None else chosen if keys == 16 else side(KeyBits, keys, **options),
         whole if values is None else side(ValueBits, values, **options),
     )
 
@@ -105,7 +109,7 @@ BACK = (0, -1, -90, -89, -180, -226, -225)  # into groups, then into the sinks
 
 
 @pytest.mark.parametrize(
-    ("keys", "values"), [(MIXED, MIXED), (EVEN, ((8, D),)), (((2, D),), None), (None, MIXED)], ids=str
+    ("keys", "values"), [(MIXED, MIXED), (EVEN, ((8, D),)), (((2, D),), None), (None, MIXED), (16, EVEN)], ids=str
 )
 def test_steps(keys, values):
     check(form_of(keys, values), [*AHEAD, *BACK])
@@ -116,7 +120,7 @@ def test_windows_and_sinks(options):
     check(form_of(**options), [*AHEAD, -70, -69])
 
 
-@pytest.mark.parametrize("keys", [MIXED, EVEN], ids=str)
+@pytest.mark.parametrize("keys", [MIXED, EVEN, 16], ids=str)
 def test_a_restart_chooses_again(keys):
     form = form_of(keys)
     check(form, [0, *(at - length_of(form) for at in range(5))])

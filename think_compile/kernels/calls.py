@@ -181,7 +181,7 @@ class PairKernels:
     def _coded_fits(self, call: Call, keys: Stored, values: Stored, span: Span) -> bool:
         fixed = all(COUNTERS in side.state for side in (keys, values) if "ring" in side.state)
         one_token = call.q.is_cuda and call.k.shape[2] == 1 and has_triton()
-        return one_token and fixed and not span.rolling and "channels" not in (self.keys, self.values)
+        return one_token and fixed and not span.rolling
 
     def _coded_step(
         self, call: Call, keys: Stored, values: Stored, span: Span, windows: tuple[int, int], launch: Launch
@@ -243,7 +243,7 @@ def _record_size(part: Tensor, times: int) -> int:
 
 def _coded_tensors(side: Stored, parts: tuple[str, ...]) -> list[Tensor]:
     """A side's tensors, as :class:`.pair.Coded` has them."""
-    names = (*parts, "ring", SINKS, BEGIN, COUNTERS) if "codes" in parts else parts
+    names = *parts, "ring", SINKS, BEGIN, COUNTERS
     return [side.state[name] for name in names if name in side.state]
 
 

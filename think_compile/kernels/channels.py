@@ -72,6 +72,22 @@ def channels_store(k, rows, channels, start, capacity, WIDTH: tl.constexpr, BLOC
     tl.store(rows + start * WIDTH + t, narrow.to(rows.dtype.element_ty), mask=t < room)
 
 
+@triton.jit
+def channels_restore(
+    ring, rows, channels, base, start, ring_rows,
+    D: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Bring the rows at positions ``base`` to ``start`` back into a ring; dropped channels are zero."""
+    token, column = base + tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK)[None, :]
+    wanted, at = token < start, ring + (token % ring_rows) * D
+    tl.store(at + column, tl.zeros([TOKENS, BLOCK], ring.dtype.element_ty), mask=wanted & (column < D))
+    tl.debug_barrier()  # other threads write the kept channels
+    kept = wanted & (column < WIDTH)
+    x = tl.load(rows + token.to(tl.int64) * WIDTH + column, mask=kept, other=0.0)
+    index = tl.load(channels + column, mask=column < WIDTH, other=0)
+    tl.store(at + index, x.to(ring.dtype.element_ty), mask=kept)
+
+
 CHANNELS = DeviceCodec(
     name="channels",
     parts=("rows", "channels"),

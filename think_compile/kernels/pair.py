@@ -25,6 +25,14 @@ _CODED = "codes", "ranges", "channels"  # parts of a side of codes
 _LENGTHS = ["window_start", "start", "first", "extent", "splits", "whole_splits"]
 
 
+_STORES: dict[str, Any] = {"whole": store_template.store_whole_side, "channels": store_template.store_channels_side}
+
+
+def stored_parts(codec: DeviceCodec) -> tuple[str, ...]:
+    """Names of a side's stored tensors, which a writer takes."""
+    return codec.parts if codec.name in _STORES else _CODED
+
+
 @functools.cache
 def kernels_of(keys: str, values: str) -> Kernels:
     """The kernels for keys and values of these codecs."""
@@ -92,19 +100,17 @@ def _writers(name: str, k: DeviceCodec, v: DeviceCodec) -> tuple[Any, Any]:
 
 
 def _coded_writer(name: str, k: DeviceCodec, v: DeviceCodec) -> Any:
-    """The kernel that ends a step on codes, if each side has codes or whole rows."""
-    if CHANNELS in (k, v):
-        return None
+    """The kernel that ends a step if a side has codes."""
     sides = {}
     for of, codec in (("keys", k), ("values", v)):
-        whole = {"SIZES": WHOLE.size_names}
-        coded = {"SIZES": codec.size_names, "SIDE": _CODED, "LOCATED": _CODED}
-        template = store_template.store_whole_side if codec is WHOLE else store_template.store_side
-        functions = {} if codec is WHOLE else writer(codec is KEY_BITS)
-        sides[f"{of}_side"] = specialised(template, f"store_{of}_{name}", functions, whole if codec is WHOLE else coded)
+        functions, groups = {}, {"SIZES": codec.size_names}
+        template = _STORES.get(codec.name, store_template.store_side)
+        if template is store_template.store_side:
+            functions, groups = writer(codec is KEY_BITS), {**groups, "SIDE": _CODED, "LOCATED": _CODED}
+        sides[f"{of}_side"] = specialised(template, f"store_{of}_{name}", functions, groups)
     groups = {"K_SIZES": k.constants("K"), "V_SIZES": v.constants("V")}
     for side, of, codec in (("KEYS", "K", k), ("VALUES", "V", v)):
-        groups[side] = tuple(f"{of}_{part.upper()}" for part in (codec.parts if codec is WHOLE else _CODED))
+        groups[side] = tuple(f"{of}_{part.upper()}" for part in stored_parts(codec))
     return specialised(store_template.finish_coded_step, f"finish_{name}", sides, groups)
 
 
@@ -195,11 +201,12 @@ class Coded(NamedTuple):
     counters: Tensor | None = None
 
     @classmethod
-    def of(cls, tensors: list[Tensor], has_sinks: bool) -> Coded:
+    def of(cls, tensors: list[Tensor], codec: DeviceCodec, has_sinks: bool) -> Coded:
         """From the flat list; whole rows are alone in it."""
-        if len(tensors) == 1:
+        count = len(stored_parts(codec))
+        if len(tensors) == count:
             return cls(tensors)
-        parts, (ring, *sinks, first, counters) = tensors[:3], tensors[3:]
+        parts, (ring, *sinks, first, counters) = tensors[:count], tensors[count:]
         assert len(sinks) == has_sinks
         return cls(parts, ring, sinks[0] if sinks else None, first, counters)
 
@@ -226,7 +233,8 @@ def coded_step_operation(keys: str, values: str) -> Any:
     ) -> Tensor:
         kernels, (extent, causal, *windows) = kernels_of(keys, values), numbers
         q, k, v, *ordered = own
-        key_side, value_side = (Coded.of(side, sizes[0] > 0) for side in (keys_, values_))
+        key_side = Coded.of(keys_, kernels.keys, sizes[0] > 0)
+        value_side = Coded.of(values_, kernels.values, sizes[0] > 0)
         result, before = q.new_empty((*q.shape[:3], v.shape[3])), start.new_empty(())
         counted = value_side if key_side.counters is None else key_side
         assert counted.counters is not None and counted.ring is not None
@@ -243,7 +251,7 @@ def coded_step_operation(keys: str, values: str) -> Any:
                 *shares, result, q, k, v, *key_side.parts, *key_side[1:], *value_side.parts, *value_side[1:],
                 start, before, heads, *windows, extent, key_side.parts[0].shape[2], value_side.parts[0].shape[2],
                 counted.ring.shape[2], GROUP=group, SINKS=sizes[0],
-                BLOCK_D=triton.next_power_of_2(q.shape[3]), **constants,
+                RECORD=sizes[1], D=q.shape[3], BLOCK_D=triton.next_power_of_2(q.shape[3]), **constants,
             )  # fmt: skip
         return result
 
