@@ -374,6 +374,6 @@ def test_real_model_from_its_gguf_file():
     load_demo_model(Console(quiet=True))  # fetches the file
     lm = ThinkLM(str(cache_folder() / GGUF), method="simulated", dtype="float32")
     plain, tokenizer = load_demo_model(Console(quiet=True))
-    pairs = [("The quick brown fox jumps over the lazy dog. " * 6 + "The quick brown", " fox")]
+    pairs = [("The quick brown fox jumps over the lazy dog. " * 12 + "The quick brown", " fox")]
     expected = scores(ThinkLM(plain, tokenizer=tokenizer, method="simulated"), pairs)[0]
     assert scores(lm, pairs)[0] == pytest.approx(expected, abs=1e-3)
