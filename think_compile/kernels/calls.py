@@ -15,6 +15,7 @@ from torch.utils._triton import has_triton
 
 from think_compile.cache.state import COUNTERS, Call, Length, Span, Stored
 from think_compile.formats.sinks import BEGIN, SINKS
+from think_compile.kernels.codecs import CODED_PARTS
 from think_compile.kernels.launch import LONG, Launch, device_of, launch_for, launch_for_codes
 
 log = logging.getLogger(__name__)
@@ -287,15 +288,14 @@ def _tell_once(text: str) -> None:
     log.warning("the decode kernel is not used, the reference is: %s", text)
 
 
-_CODES = "codes", "ranges", "channels"
 PAIRS = {
     (pair.keys, pair.values): pair
     for pair in (
         PairKernels("channels", "whole", ("rows", "channels"), ("rows",)),
-        PairKernels("channels", "value_bits", ("rows", "channels"), _CODES),
-        PairKernels("key_bits", "value_bits", _CODES, _CODES),
-        PairKernels("key_bits", "whole", _CODES, ("rows",)),
-        PairKernels("whole", "value_bits", ("rows",), _CODES),
+        PairKernels("channels", "value_bits", ("rows", "channels"), CODED_PARTS),
+        PairKernels("key_bits", "value_bits", CODED_PARTS, CODED_PARTS),
+        PairKernels("key_bits", "whole", CODED_PARTS, ("rows",)),
+        PairKernels("whole", "value_bits", ("rows",), CODED_PARTS),
     )
 }
 
@@ -305,7 +305,7 @@ def kernels_for(keys: Any, values: Any) -> PairKernels | None:
     """The kernels for two sides of a format, or None."""
     pair = PAIRS.get((keys.codec.name, values.codec.name))
     codecs = keys.codec if keys.flushes else None, values.codec if values.flushes else None
-    if pair is None or (codecs == (None, None) and _CODES in (pair.key_parts, pair.value_parts)):
+    if pair is None or (codecs == (None, None) and CODED_PARTS in (pair.key_parts, pair.value_parts)):
         return None  # the latter: rows of 16 bits in records
     sinks = {side.sinks for side in (keys, values) if side.has_ring}
     windows = {side.window_rule for side in (keys, values) if side.has_ring}

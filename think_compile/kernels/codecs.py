@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 SIZES = ("WIDTH", "PART0", "PART1")
+CODED_PARTS = ("codes", "ranges", "channels")  # the stored tensors of a side of codes
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import itertools
 import triton
 import triton.language as tl
 
-from think_compile.kernels.codecs import DeviceCodec
+from think_compile.kernels.codecs import CODED_PARTS, DeviceCodec
 from think_compile.kernels.masks import by_part
 from think_compile.kernels.products import (
     below,
@@ -333,7 +333,6 @@ def _ends(codec, width: int) -> list[int]:
     return [0, 0, 0] if ends == [width] else [*ends, width, width][:3]
 
 
-_PARTS = ("codes", "ranges", "channels")
 _KEYS = ("codes", "ranges", "ordered")
 _QUERIES = tuple(f"q{i}" for i in range(MOST_BLOCKS))
 _ACCUMULATORS = tuple(f"{name}{i}" for i in range(MOST_BLOCKS) for name in "oz")
@@ -358,14 +357,14 @@ KEY_BITS = DeviceCodec(
 )
 VALUE_BITS = DeviceCodec(
     name="value_bits",
-    parts=_PARTS,
+    parts=CODED_PARTS,
     queries=(),
     accumulators=_ACCUMULATORS,
     functions={
-        "locate": _function(value_locate, VALUES=_PARTS),
+        "locate": _function(value_locate, VALUES=CODED_PARTS),
         "zero": _function(value_zero),
-        "mix": _function(value_mix, VALUES=_PARTS, ACC=_ACCUMULATORS),
-        "finish": _function(value_finish, VALUES=_PARTS, ACC=_ACCUMULATORS),
+        "mix": _function(value_mix, VALUES=CODED_PARTS, ACC=_ACCUMULATORS),
+        "finish": _function(value_finish, VALUES=CODED_PARTS, ACC=_ACCUMULATORS),
     },
     size_names=SIZES,
     sizes=sizes,

@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 
 from think_compile.kernels.channels import energy
+from think_compile.kernels.codecs import CODED_PARTS
 from think_compile.kernels.codes import SIZES
 from think_compile.kernels.products import MAGIC, halves
 from think_compile.kernels.specialise import specialised
-
-_PARTS = ("codes", "ranges", "channels")
 
 
 @triton.jit
@@ -263,9 +262,9 @@ def writer(keys):
     of, ranges, following = ("key", "(2 * CODED)", "0") if keys else ("value", "(BLOCKS * 2 * TOKENS)", "(2 * TOKENS)")
     blocks = {"key": (key_flush_block, key_restore_block), "value": (value_flush_block, value_restore_block)}[of]
     groups = {"SIZES": SIZES, "RANGES": (ranges,)}
-    located = {**groups, "LOCATED": _PARTS, "NEXT": (following,)}
+    located = {**groups, "LOCATED": CODED_PARTS, "NEXT": (following,)}
     return {
-        "side_locate": specialised(locate, f"{of}_parts", {}, {**groups, "POINTERS": _PARTS}),
+        "side_locate": specialised(locate, f"{of}_parts", {}, {**groups, "POINTERS": CODED_PARTS}),
         "side_flush": specialised(flush, f"{of}_flush", {"flush_block": blocks[0]}, located),
         "side_restore": specialised(restore, f"{of}_restore", {"restore_block": blocks[1]}, located),
         "side_score": key_score if keys else value_score,

@@ -11,7 +11,7 @@ from torch.library import triton_op
 
 from think_compile.kernels import attend_template, store_template
 from think_compile.kernels.channels import CHANNELS
-from think_compile.kernels.codecs import DeviceCodec
+from think_compile.kernels.codecs import CODED_PARTS, DeviceCodec
 from think_compile.kernels.codes import KEY_BITS, VALUE_BITS
 from think_compile.kernels.encode import writer
 from think_compile.kernels.merge import merge_shares
@@ -21,16 +21,13 @@ from think_compile.kernels.whole import WHOLE
 
 CODECS = {codec.name: codec for codec in (CHANNELS, WHOLE, KEY_BITS, VALUE_BITS)}
 # Lengths change with each token and must not compile a new kernel variant each time.
-_CODED = "codes", "ranges", "channels"  # parts of a side of codes
 _LENGTHS = ["window_start", "start", "first", "extent", "splits", "whole_splits"]
-
-
 _STORES: dict[str, Any] = {"whole": store_template.store_whole_side, "channels": store_template.store_channels_side}
 
 
 def stored_parts(codec: DeviceCodec) -> tuple[str, ...]:
     """Names of a side's stored tensors, which a writer takes."""
-    return codec.parts if codec.name in _STORES else _CODED
+    return codec.parts if codec.name in _STORES else CODED_PARTS
 
 
 @functools.cache
@@ -106,7 +103,7 @@ def _coded_writer(name: str, k: DeviceCodec, v: DeviceCodec) -> Any:
         functions, groups = {}, {"SIZES": codec.size_names}
         template = _STORES.get(codec.name, store_template.store_side)
         if template is store_template.store_side:
-            functions, groups = writer(codec is KEY_BITS), {**groups, "SIDE": _CODED, "LOCATED": _CODED}
+            functions, groups = writer(codec is KEY_BITS), {**groups, "SIDE": CODED_PARTS, "LOCATED": CODED_PARTS}
         sides[f"{of}_side"] = specialised(template, f"store_{of}_{name}", functions, groups)
     groups = {"K_SIZES": k.constants("K"), "V_SIZES": v.constants("V")}
     for side, of, codec in (("KEYS", "K", k), ("VALUES", "V", v)):
@@ -202,13 +199,13 @@ class Coded(NamedTuple):
 
     @classmethod
     def of(cls, tensors: list[Tensor], codec: DeviceCodec, has_sinks: bool) -> Coded:
-        """From the flat list; whole rows are alone in it."""
+        """From the flat list; whole rows are alone in it, and chosen channels without sinks have no first token."""
         count = len(stored_parts(codec))
         if len(tensors) == count:
             return cls(tensors)
-        parts, (ring, *sinks, first, counters) = tensors[:count], tensors[count:]
-        assert len(sinks) == has_sinks
-        return cls(parts, ring, sinks[0] if sinks else None, first, counters)
+        parts, (ring, *between, counters) = tensors[:count], tensors[count:]
+        sinks = between.pop(0) if has_sinks else None
+        return cls(parts, ring, sinks, between[0] if between else None, counters)
 
 
 @functools.cache

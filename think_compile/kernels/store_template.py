@@ -98,7 +98,7 @@ def store_in_window(
     if bh == 0:
         tl.store(COUNTERS, end.to(tl.int64))
         tl.store(COUNTERS + 1, (start + 1).to(tl.int64))
-    if (start == 0) & (bh % heads == 0):
+    if FIRST_TOKEN is not None and (start == 0) & (bh % heads == 0):
         tl.store(FIRST_TOKEN + bh // heads, tl.zeros([], tl.int64))
 
 
@@ -158,7 +158,8 @@ def store_channels_side(
     rows, channels = rows + bh * capacity * WIDTH, channels + bh * WIDTH
     first_token = 0
     if start > 0:
-        first_token = tl.load(FIRST_TOKEN + bh // heads).to(tl.int32)
+        if FIRST_TOKEN is not None:  # there is none without sinks
+            first_token = tl.load(FIRST_TOKEN + bh // heads).to(tl.int32)
     else:
         channels_choose(Q + bh * GROUP * D, new, rows, channels, GROUP, D, WIDTH, BLOCK)
         tl.debug_barrier()  # the choice is read below
