@@ -18,7 +18,7 @@ import triton.language as tl
 from think_compile.kernels.masks import (
     added_by_part,
     counts_some,
-    flat_counts,
+    flat_adds,
     flat_hidden,
     flat_masked,
     hidden,
@@ -40,7 +40,8 @@ def walk(
     """Attend to positions [low, high); keys and values are in rows position - shift, or in a ring.
 
     ``ROLLING``: position p is in row p % capacity. ``HIDDEN`` positions from ``hidden_from`` on do not count. Tiles
-    begin at multiples of ``GROUP_N``. ``PARTS``: see :func:`attend_share`.
+    begin at multiples of ``GROUP_N``. ``STAGES``: of the loop, None for the launch's.
+    ``PARTS``: see :func:`attend_share`.
     """
     begin = low // GROUP_N * GROUP_N if GROUP_N > 1 else low
     position = begin + tl.arange(0, BLOCK_N)
@@ -58,7 +59,7 @@ def walk(
         # the mask is read a tile ahead: it is too small for the pipeline that hides the latency of keys and values
         if FLAT:
             shown = within_tile(at, low, high, hidden_from, HIDDEN, BLOCK_N)
-            if flat_counts(value, shown, KIND):  # a few tiles: at an end, at the sinks, in the padding
+            if flat_adds(value, shown, KIND):  # a few tiles: at an end, at the sinks, in the padding
                 s = added_by_part(s, flat_hidden(value, shown, KIND), PARTS)
             value = flat_masked(MASK, mask_row, later - first, later < high, sm_s, KIND)
         else:

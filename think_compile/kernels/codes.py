@@ -23,6 +23,7 @@ from think_compile.kernels.products import (
     crumbs,
     dealt,
     halves,
+    in_block,
     joined,
     middle,
     nibbles,
@@ -57,6 +58,13 @@ def block_queries(row, real, bits: tl.constexpr, width: tl.constexpr, first: tl.
 
 
 @triton.jit
+def first_half(x):
+    """The first 32 of 64 numbers."""
+    x, _ = tl.split(tl.permute(tl.reshape(x, (2, 32)), (1, 0)))
+    return x
+
+
+@triton.jit
 def block_range(ranges, bits: tl.constexpr, width: tl.constexpr):
     """The steps or the zeros of a block, in the order of the queries.
 
@@ -67,11 +75,9 @@ def block_range(ranges, bits: tl.constexpr, width: tl.constexpr):
     x = tl.load(ranges + channel, mask=channel < (SECOND if SECOND < 32 else width), other=0.0)
     if SECOND < 32:
         other = tl.load(ranges + SECOND + channel, mask=channel < width - SECOND, other=0.0)
-        x, _ = tl.split(tl.permute(tl.reshape(x, (2, 32)), (1, 0)))
-        other, _ = tl.split(tl.permute(tl.reshape(other, (2, 32)), (1, 0)))
-        x = tl.reshape(tl.permute(tl.join(x, other), (1, 0)), (64,))
+        x = tl.reshape(tl.permute(tl.join(first_half(x), first_half(other)), (1, 0)), (64,))
     if (bits > 2) and (width <= 32):
-        x, _ = tl.split(tl.permute(tl.reshape(x, (2, 32)), (1, 0)))
+        x = first_half(x)
     return x
 
 
@@ -246,10 +252,7 @@ def block_zero(block_m: tl.constexpr, bits: tl.constexpr, width: tl.constexpr):
 @triton.jit
 def block_finish(o, z, total, at, real, channels, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr):
     """Write a block's accumulators, divided by ``total``, to their channels of the rows at ``at``."""
-    SECOND: tl.constexpr = (width + 1) // 2 if bits == 2 else 32  # the channel in column 32 of a tile
-    column = tl.arange(0, o.shape[1])
-    channel = tl.where(column < 32, column, SECOND + column - 32)
-    there = (channel < width) & ((column >= 32) | (column < SECOND))
+    channel, there = in_block(o.shape[1], bits, width)
     index = tl.load(channels + first + channel, mask=there, other=0)
     tl.store(at[:, None] + index[None, :], (o + z[:, None]) / total[:, None], mask=real[:, None] & there[None, :])
 

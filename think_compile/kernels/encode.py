@@ -13,7 +13,7 @@ import triton.language as tl
 from think_compile.kernels.channels import energy
 from think_compile.kernels.codecs import CODED_PARTS
 from think_compile.kernels.codes import SIZES
-from think_compile.kernels.products import MAGIC, halves
+from think_compile.kernels.products import MAGIC, halves, in_block
 from think_compile.kernels.specialise import specialised
 
 
@@ -47,15 +47,6 @@ def code_of(x, scale, zero, there, bits: tl.constexpr):
     code = (tl.div_rn(x - zero, step) + MAGIC) - MAGIC  # rounded to even
     code = tl.minimum(tl.maximum(code, 0.0), (1 << bits) - 1)
     return tl.where(there, code, 0.0).to(tl.int32)
-
-
-@triton.jit
-def in_block(bits: tl.constexpr, width: tl.constexpr):
-    """The channel of a block in each column of a tile of 64, and which columns have one."""
-    SECOND: tl.constexpr = (width + 1) // 2 if bits == 2 else 32
-    column = tl.arange(0, 64)
-    channel = tl.where(column < 32, column, SECOND + column - 32)
-    return channel, (channel < width) & ((column >= 32) | (column < SECOND))
 
 
 @triton.jit
@@ -116,7 +107,7 @@ def load_codes(codes, TOKENS: tl.constexpr, ACROSS: tl.constexpr, bits: tl.const
 @triton.jit
 def ring_block(ring, row, channels, WIDTH: tl.constexpr, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr):
     """Pointers [TOKENS, 64] to a block's channels in rows of a ring, and which columns have a channel."""
-    channel, there = in_block(bits, width)
+    channel, there = in_block(64, bits, width)
     index = tl.load(channels + first + channel, mask=there, other=0)
     return ring + row[:, None] * WIDTH + index[None, :], there[None, :]
 
@@ -134,7 +125,7 @@ def key_flush_block(
     x = tl.load(at, mask=there, other=0.0).to(tl.float32)
     scale, zero = range_of(x, there, 0, bits)
     store_codes(code_of(x, scale[None, :], zero[None, :], there, bits), codes, TOKENS, False, bits, width)
-    channel, real = in_block(bits, width)
+    channel, real = in_block(64, bits, width)
     tl.store(ranges + first + channel, scale, mask=real)
     tl.store(ranges + CODED + first + channel, zero, mask=real)
 
@@ -145,7 +136,7 @@ def key_restore_block(
     bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr,
 ):  # fmt: skip
     """Decode the ``wanted`` rows of a block of keys into a ring."""
-    channel, real = in_block(bits, width)
+    channel, real = in_block(64, bits, width)
     scale = tl.load(ranges + first + channel, mask=real, other=0.0).to(tl.float32)
     zero = tl.load(ranges + CODED + first + channel, mask=real, other=0.0).to(tl.float32)
     x = load_codes(codes, TOKENS, False, bits, width) * scale[None, :] + zero[None, :]

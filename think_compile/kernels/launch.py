@@ -21,7 +21,7 @@ FILLED = 0.86  # share of a program's shared memory to use, since the estimate h
 CODE_PROGRAMS = 8  # of one warp on a processor
 FILLED_BY_CODES = 0.95  # share of the shared memory
 WHOLE_TILE = 32  # positions with whole rows in a tile, beside codes
-CODES_PER_ROW = 8  # tokens in codes that take as long as a whole row, about
+CODES_PER_ROW = 8  # tokens in codes that take as long as a whole row; judged from one shape
 LONG = 16384  # assumed rows of a cache whose length is unknown when its graph is made
 
 

@@ -59,8 +59,8 @@ def flat_hidden(value, ok, kind: tl.constexpr):
 
 
 @triton.jit
-def flat_counts(value, ok, kind: tl.constexpr):
-    """Whether :func:`flat_hidden` is not zero everywhere."""
+def flat_adds(value, ok, kind: tl.constexpr):
+    """Whether :func:`flat_hidden` adds anything."""
     if kind == 1:
         ok = ok & (value != 0)
     if kind == 2:

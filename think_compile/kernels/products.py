@@ -161,6 +161,15 @@ def signed(x):
 
 
 @triton.jit
+def in_block(columns: tl.constexpr, bits: tl.constexpr, width: tl.constexpr):
+    """The channel of a block in each column of a tile, and which columns have one."""
+    SECOND: tl.constexpr = (width + 1) // 2 if bits == 2 else 32  # the channel in column 32
+    column = tl.arange(0, columns)
+    channel = tl.where(column < 32, column, SECOND + column - 32)
+    return channel, (channel < width) & ((column >= 32) | (column < SECOND))
+
+
+@triton.jit
 def middle(step, zero, bits: tl.constexpr):
     """The number whose code counts as 0 in the products."""
     return zero + (1 << (bits - 1)) * step
