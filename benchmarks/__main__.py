@@ -14,6 +14,9 @@ from benchmarks.measure import RESULTS, save
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Out = Annotated[Path, typer.Option(help="where the rows are kept")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--setting", help="BATCHxCONTEXT, for example 8x32768; may be repeated")
+]
 
 
 def _keep(name: str, rows: Iterable[dict[str, Any]], folder: Path, device: str = "cuda") -> None:
@@ -46,25 +49,33 @@ def kernel(out: Out = RESULTS) -> None:
 
 
 @app.command()
-def plans(out: Out = RESULTS) -> None:
+def plans(
+    out: Out = RESULTS,
+    setting: Settings = None,
+    first: Annotated[int | None, typer.Option(help="only the first plans of the list")] = None,
+) -> None:
     """The same on bit plans."""
     from benchmarks import plans
 
-    _keep("plans", plans.run(), out)
+    shapes = [plans.Shape(*_sizes(text)) for text in setting or []] or plans.SHAPES
+    _keep("plans", plans.run(shapes, plans.PLANS[:first]), out)
+
+
+def _sizes(setting: str) -> tuple[int, int]:
+    batch, context = map(int, setting.split("x"))
+    return batch, context
 
 
 @app.command()
 def decode(
     out: Out = RESULTS,
-    setting: Annotated[
-        list[str] | None, typer.Option(help="BATCHxCONTEXT, for example 8x32768; may be repeated")
-    ] = None,
+    setting: Settings = None,
     baselines: Annotated[bool, typer.Option(help="also what users run today")] = True,
 ) -> None:
     """A decode step through the wrapped model, beside Hugging Face's caches and the floor set by the bytes to read."""
     from benchmarks import decode
 
-    settings = tuple(decode.Setting(*map(int, text.split("x"))) for text in setting or []) or decode.SETTINGS
+    settings = tuple(decode.Setting(*_sizes(text)) for text in setting or []) or decode.SETTINGS
     ways = decode.OURS + decode.BASELINES if baselines else decode.OURS
     for at in settings:
         _keep(f"decode_{at.batch}x{at.context}", decode.run(at, ways), out)
@@ -79,11 +90,13 @@ def prefill(out: Out = RESULTS, context: int = 32768) -> None:
 
 
 @app.command()
-def memory(out: Out = RESULTS) -> None:
+def memory(
+    out: Out = RESULTS, model: Annotated[str | None, typer.Option(help="the shape of one model alone")] = None
+) -> None:
     """The peak of decode steps, the largest batch that fits, and its tokens/s."""
     from benchmarks import memory
 
-    _keep("memory", memory.run(), out)
+    _keep("memory", memory.run([one for one in memory.WORKLOADS if model in (None, one.model)]), out)
 
 
 @app.command()
@@ -113,7 +126,7 @@ def profile(setting: Annotated[str, typer.Argument(help="BATCHxCONTEXT")] = "1x8
     """Where the time of a decode step goes, on the device and on the host."""
     from benchmarks import decode, profile
 
-    _keep("profile", profile.run(decode.Setting(*map(int, setting.split("x")))), out)
+    _keep("profile", profile.run(decode.Setting(*_sizes(setting))), out)
 
 
 @app.command()

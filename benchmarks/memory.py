@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class Workload:
 
 def _plans(*plans: tuple[Any, Any], **options: Any) -> tuple[ThinkConfig | None, ...]:
     chosen = (ThinkConfig(keys=keys, values=values, **options) for keys, values in plans)
-    return (None, ThinkConfig(0.0), ThinkConfig(0.4), *chosen)
+    return (None, ThinkConfig(0.0), *chosen, ThinkConfig(0.4))
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -41,12 +41,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Llama-2-7B": {"inner": 11008, "vocabulary": 32000, "kv_heads": 32},
 }
 WORKLOADS = (
-    Workload("Llama-3.1-8B", 32768, _plans((4, 4), ({4: 0.5}, 4), ({4: 0.6}, 4), (2, 2), ({2: 0.6}, 2))),
+    Workload("Llama-3.1-8B", 32768, _plans(({4: 0.5}, 4), (4, 4), ({4: 0.6}, 4), (2, 2), ({2: 0.6}, 2))),
     Workload("Llama-2-7B", 498, _plans((4, 4), (2, 2), ({4: 0.6}, 4), ({2: 0.6}, 2), group=64, recent=32)),
 )
 
 
-def run(workloads: tuple[Workload, ...] = WORKLOADS, layers: int = 32) -> Iterator[dict[str, Any]]:
+def run(workloads: Sequence[Workload] = WORKLOADS, layers: int = 32) -> Iterator[dict[str, Any]]:
     """The check of ``decode``, then a row for each workload and way of storing: the largest batch."""
     yield {"check": "error over the plain model's in bf16", "ratio": check(THINK)}
     for workload in workloads:

@@ -12,9 +12,17 @@ import torch
 from transformers import StaticCache
 
 from benchmarks import models
-from think_compile import restore, think_compile
+from benchmarks.decode import formats_of, name_of
+from think_compile import ThinkConfig, restore, think_compile
 
 RUNS, WARM = 5, 2
+CONFIGS: tuple[ThinkConfig | None, ...] = (  # None: the plain model
+    None,
+    ThinkConfig(0.0),
+    ThinkConfig(0.5),
+    ThinkConfig(keys={4: 0.5}, values=4),
+    ThinkConfig(keys={8: 0.25, 4: 0.75}, values=4),
+)
 
 
 @torch.no_grad()
@@ -23,17 +31,18 @@ def run(batch: int = 1, context: int = 32768, layers: int = 32) -> Iterator[dict
     model = models.llama(layers)
     yield {"check": "error over the plain model's in bf16", "ratio": check(model)}
     ids = torch.randint(0, model.config.vocab_size, (batch, context), device="cuda")
-    for way in ("torch.compile", "think_compile, ratio 0.5"):
+    for config in CONFIGS:
         torch._dynamo.reset()
-        if way == "torch.compile":
+        if config is None:
             model.compile()
         else:
-            think_compile(model, 0.5)
+            think_compile(model, **formats_of(config))
         ms = [_ms(model, ids) for _ in range(WARM + RUNS)][WARM:]
-        if way == "torch.compile":
+        if config is None:
             model._compiled_call_impl = None
         else:
             restore(model)
+        way = "torch.compile" if config is None else f"think_compile, {name_of(config)}"
         yield {"way": way, "batch": batch, "context": context, "ms": round(statistics.median(ms), 1)}
 
 

@@ -134,10 +134,9 @@ def _counts(value, m, real, ok, kind: tl.constexpr, alike: tl.constexpr, half: t
 
 @triton.jit
 def _part(low, high, i, parts, BLOCK_N: tl.constexpr):
-    """Bounds of the ``i``-th of ``parts`` equal parts of [low, high), in whole tiles."""
-    share = tl.cdiv(tl.cdiv(high - low, parts), BLOCK_N) * BLOCK_N
-    low += i * share
-    return low, tl.minimum(low + share, high)
+    """Bounds of the ``i``-th of ``parts`` parts of [low, high), in whole tiles; their numbers differ by at most 1."""
+    tiles = tl.cdiv(high - low, BLOCK_N)
+    return low + tiles * i // parts * BLOCK_N, tl.minimum(low + tiles * (i + 1) // parts * BLOCK_N, high)
 
 
 # A length that changes with each token must not make a new variant of the kernel each time.
@@ -156,7 +155,7 @@ def attend_share(
     ``ROLLING``: ``first`` counts back from the start, and position p stands in row p % capacity.
     """
     scale = tl.cast(scale, tl.float32)  # a Python float arrives as float64 from Inductor
-    bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2) - whole_splits
     if ON_DEVICE:
         start = tl.load(START)
         floor = tl.minimum(tl.load(FLOOR), start)
@@ -182,7 +181,8 @@ def attend_share(
     o1 = tl.zeros([BLOCK_M, DV1], tl.float32)
 
     end = tl.minimum(start + queries, extent)
-    if split < splits:  # narrow keys, in equal shares, and the empty rows after the tokens
+    out = (bh * (splits + whole_splits) + whole_splits + split) * n_rows + row
+    if split >= 0:  # narrow keys, in equal shares, and the empty rows after the tokens
         CHUNK: tl.constexpr = 1024 if ALIKE else 128
         BEHIND: tl.constexpr = 0 if CAUSAL else KIND  # causal queries never see those rows
         chunk = tl.arange(0, CHUNK)
@@ -211,7 +211,7 @@ def attend_share(
     else:  # whole keys
         w0, w1 = _columns(D0, D1)
         whole0, whole1 = _queries(q_row, real, w0, w1, w0 < D, w1 < D)
-        low, high = _part(tl.maximum(first, floor), end, split - splits, whole_splits, BLOCK_N)
+        low, high = _part(tl.maximum(first, floor), end, split + whole_splits, whole_splits, BLOCK_N)
         m, total, o0, o1 = _walk(
             m, total, o0, o1, whole0, whole1, ring, values, low, tl.minimum(high, start), 0, ring_rows, MASK,
             mask_row, query, first, sm_s, scale, value_rows, ROLLING, True, D, D0, D1, DV, DV0, DV1,
@@ -225,7 +225,6 @@ def attend_share(
 
     seen = total > 0
     total = tl.where(seen, total, 1.0)
-    out = (bh * (splits + whole_splits) + split) * n_rows + row
     v0, v1 = _columns(DV0, DV1)
     tl.store(OUT + out[:, None] * DV + v0[None, :], o0 / total[:, None], mask=real[:, None] & (v0 < DV)[None, :])
     if DV0 < DV:

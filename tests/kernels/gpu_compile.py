@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from think_compile.formats.bits import KeyBits, ValueBits
 from think_compile.kernels.codecs import SIZES, parts_of
 from think_compile.kernels.launch import H100, Device, Launch, launch_for, launch_for_codes
-from think_compile.kernels.merge import merge_shares
+from think_compile.kernels.merge import COLUMNS, merge_shares
 from think_compile.kernels.pair import kernels_of
 
 DEVICES = {
@@ -76,6 +76,7 @@ def share(
     on_device=True,
     causal=False,
     rolling=False,
+    sinks=0,
     launch=None,
     device="H100",
     hand=False,
@@ -100,13 +101,13 @@ def share(
         **{"KIND": ["none", "bool", "float"].index(mask), "ALIKE": mask != "float"},
         **{"HALF_MASK": mask == "float" and dtype == "fp16", "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n},
         **({"MASK": None} if mask == "none" else {}),
-        **dict.fromkeys(("K_SINKS", "V_RING", "V_SINKS", "FIRST_TOKEN")),
-        **{"SINKS": 0, "GROUP_N": 1, "BLOCK_W": launch.block_n, "PARTS": 1, "BEFORE": None},
+        **dict.fromkeys(("V_RING", "V_SINKS") if sinks else ("K_SINKS", "V_RING", "V_SINKS", "FIRST_TOKEN")),
+        **{"SINKS": sinks, "GROUP_N": 1, "BLOCK_W": launch.block_n, "PARTS": 1, "BEFORE": None},
         **({} if on_device else {"WINDOW_START": None, "START": None}),
     }
-    types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "K_ROWS", "K_RING", "V_ROWS"), f"*{dtype}")
+    types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "K_ROWS", "K_RING", "K_SINKS", "V_ROWS"), f"*{dtype}")
     types |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32")
-    types |= dict.fromkeys(("K_CHANNELS", "WINDOW_START", "START"), "*i64")
+    types |= dict.fromkeys(("K_CHANNELS", "WINDOW_START", "START", "FIRST_TOKEN"), "*i64")
     types |= {"scale": "fp64" if on_device else "fp32", "MASK": "*i1" if mask == "bool" else f"*{dtype}"}
     kernel = by_hand.attend_share if hand else kernels_of("channels", "whole").attend_share
     if hand:
@@ -175,7 +176,7 @@ NAMES |= {"V_WIDTH": "DV", "V_PART0": "DV0", "V_PART1": "DV1"}
 
 def merge() -> dict[str, object]:
     types = {"OUT": "*fp32", "MOST": "*fp32", "TOTAL": "*fp32", "RESULT": "*bf16"}
-    return compiled(merge_shares, types, {"DV": 80, "BLOCK_V": 128, "SPLITS": 33, "BLOCK_S": 64})
+    return compiled(merge_shares, types, {"DV": 80, "COLUMNS": COLUMNS, "SPLITS": 33, "BLOCK_S": 64})
 
 
 STORED = dict.fromkeys(("Q", "K", "V", "K_ROWS", "RING", "V_ROWS", "RESULT"), "*bf16")
@@ -190,7 +191,7 @@ def appended() -> dict[str, object]:
 
 def finished() -> dict[str, object]:
     """The kernel that merges a step's shares and stores its token."""
-    merging = {"DV": 80, "BLOCK_V": 128, "SPLITS": 33, "BLOCK_S": 64}
+    merging = {"DV": 80, "BLOCK_V": 128, "COLUMNS": COLUMNS, "SPLITS": 33, "BLOCK_S": 64}
     return compiled(kernels_of("channels", "whole").finish_step, STORED, OF_KEYS | merging)
 
 
@@ -206,6 +207,7 @@ def coded(*, keys=((8, 32), (4, 64), (2, 32)), values=((4, 128),), d=128, sinks=
         "BLOCK_D": 128,
         "DV": d,
         "BLOCK_V": 128,
+        "COLUMNS": COLUMNS,
         "SPLITS": 33,
         "BLOCK_S": 64,
     }

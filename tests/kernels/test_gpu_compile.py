@@ -19,6 +19,7 @@ SHARES = [
     ("share", {"mask": "bool", "queries": 16}),
     ("share", {"mask": "float", "dtype": "fp32", "d": 256, "kept": 240, "dv": 256, "group": 7, "causal": True}),
     ("share", {"dtype": "fp16", "d": 96, "kept": 80, "dv": 48, "on_device": False}),
+    ("share", {"sinks": 4}),
 ]
 CODES = [
     ("codes", {}),

@@ -5,7 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from think_compile.kernels.launch import FILLED, H100, SMALLEST_SHARE, Device, device_of, launch_for, query_tile, table
+from think_compile.kernels.launch import (
+    FILLED,
+    H100,
+    SMALLEST_SHARE,
+    Device,
+    device_of,
+    launch_for,
+    launch_for_codes,
+    query_tile,
+    table,
+)
 
 PAIR = "channels+whole"
 
@@ -45,3 +55,27 @@ def test_as_many_programs_for_each_multiprocessor():
 
 def test_what_interprets_passes_for_the_device_of_the_table():
     assert device_of(torch.device("cpu")) == H100
+
+
+def test_programs_for_codes_end_at_the_same_time():
+    """As measured for 8 heads and groups of 4: a program of 128 tokens more than another costs as much as all have."""
+
+    def splits(batch, tokens):
+        return launch_for_codes(4, 8 * batch, (tokens + 64, 193, 128), 13_824).splits
+
+    assert splits(8, 32768) == 15  # 17 of 256 records for each, and every processor is full
+    assert splits(1, 32768) == 86  # 3 for each; 125 shares would have 3 as well, and 8 fewer would have 4
+    assert splits(32, 32768) == 4  # more than fit at once: the programs for whole rows are short
+
+
+@given(
+    rows=st.integers(1, 64),
+    heads=st.integers(1, 4096),
+    extent=st.integers(1, 2**20),
+    ring=st.integers(1, 400),
+    group=st.sampled_from([64, 128]),
+    n_bytes=st.integers(2**10, 2**18),
+)
+def test_any_shape_of_codes_gets_a_launch(rows, heads, extent, ring, group, n_bytes):
+    launch = launch_for_codes(rows, heads, (extent, ring, group), n_bytes)
+    assert 1 <= launch.splits <= -(-extent // group) and launch.block_n == group

@@ -167,12 +167,12 @@ def attend_share(
     in a tile of encoded rows, so that few queries fill its rows.
     """
     scale = tl.cast(scale, tl.float32)  # a Python float arrives as float64 from Inductor
-    bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2) - whole_splits  # whole rows first: they take longest
     if ON_DEVICE:
         start = tl.load(START)
         window_start = tl.load(WINDOW_START)
         if BEFORE is not None:
-            tl.store(BEFORE, window_start, mask=(bh == 0) & (split == 0) & (tl.program_id(1) == 0))
+            tl.store(BEFORE, window_start, mask=(bh == 0) & (tl.program_id(1) + tl.program_id(2) == 0))
         window_start = tl.minimum(window_start, start)
         if GROUP_N > 1:  # positions in 32 bits
             start, window_start = start.to(tl.int32), window_start.to(tl.int32)
@@ -181,7 +181,7 @@ def attend_share(
         extent = start + queries
     first_token = 0
     if SINKS > 0:
-        first_token = tl.load(FIRST_TOKEN + bh // heads).to(tl.int32)
+        first_token = tl.load(FIRST_TOKEN + bh // heads).to(start.dtype)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n_rows = GROUP * queries
     real = row < n_rows
@@ -201,10 +201,11 @@ def attend_share(
     V_RING = whole_locate(V_RING, bh, ring_rows, DV_SIZES) if HAS_V_RING else VALUE_ROWS
 
     end = tl.minimum(start + queries, extent)
-    if split < splits:  # encoded rows, in equal shares
-        tile_row, share = row, bh * (PARTS * splits + whole_splits) + split
+    share = bh * (PARTS * splits + whole_splits) + whole_splits + split
+    if split >= 0:  # encoded rows, in equal shares
+        tile_row, encoded = row, share
         if PARTS > 1:  # rows are (part, row): there is one tile of them
-            tile_row, share = row % (BLOCK_M // PARTS), share + split * (PARTS - 1) + row // (BLOCK_M // PARTS)
+            tile_row, encoded = row % (BLOCK_M // PARTS), share + split * (PARTS - 1) + row // (BLOCK_M // PARTS)
         real = tile_row < n_rows
         q_row = Q + (bh * n_rows + tile_row)[:, None] * D_WIDTH
         QUERIES = keys_prepare(q_row, bh * n_rows + tile_row, real, KEYS, K_SIZES)
@@ -214,22 +215,22 @@ def attend_share(
             HALF_MASK, GROUP_N, BLOCK_M, BLOCK_N, PARTS,
         )  # fmt: skip
         if not VALUES_ARE_WHOLE:
-            out = share * n_rows + tile_row
+            out = encoded * n_rows + tile_row
             values_finish(ACC, tl.where(total > 0, total, 1.0), OUT + out * DV_WIDTH, real, VALUES, V_SIZES)
             store_sums(MOST, TOTAL, out, m, total, real)
     else:  # whole keys
         WHOLE = whole_prepare(q_row, bh * n_rows + row, real, K_RING, D_SIZES)
         m, total, WHOLE_ACC = whole_share(
             WHOLE, K_NEW, V_NEW, K_RING, V_RING, K_SINKS, V_SINKS, KEY_ROWS, VALUE_ROWS, MASK, mask_row, query, first,
-            window_start, start, end, split - splits, whole_splits, bh, ring_rows, sm_s, scale, capacity, first_token,
-            D_SIZES, DV_SIZES, SINKS, ROLLING, KIND, CAUSAL, ALIKE, GROUP_N, BLOCK_M, BLOCK_W, HAS_K_RING, HAS_V_RING,
+            window_start, start, end, split + whole_splits, whole_splits, bh, ring_rows, sm_s, scale, capacity,
+            first_token, D_SIZES, DV_SIZES, SINKS, ROLLING, KIND, CAUSAL, ALIKE, GROUP_N, BLOCK_M, BLOCK_W, HAS_K_RING, HAS_V_RING,
         )  # fmt: skip
         if not VALUES_ARE_WHOLE:
-            out = (bh * (PARTS * splits + whole_splits) + (PARTS - 1) * splits + split) * n_rows + row
+            out = share * n_rows + row
             whole_finish(WHOLE_ACC, tl.where(total > 0, total, 1.0), OUT + out * DV_WIDTH, real, V_NEW, DV_SIZES)
             store_sums(MOST, TOTAL, out, m, total, real)
 
     if VALUES_ARE_WHOLE:  # both branches have the same accumulators
-        out = (bh * (splits + whole_splits) + split) * n_rows + row
+        out = share * n_rows + row
         values_finish(ACC, tl.where(total > 0, total, 1.0), OUT + out * DV_WIDTH, real, VALUES, V_SIZES)
         store_sums(MOST, TOTAL, out, m, total, real)

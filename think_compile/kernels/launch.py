@@ -117,10 +117,18 @@ def launch_for_codes(
     """
     block_m = 8 if rows <= 8 else query_tile(rows)
     extent, ring, group = tokens
+    tiles, records = max(1, heads * -(-rows // block_m)), max(1, -(-extent // group))
     resident = max(1, min(CODE_PROGRAMS, int(FILLED_BY_CODES * device.shared_bytes / max(1, n_bytes))))
-    programs = max(2, resident * device.processors // max(1, heads * -(-rows // block_m)))
-    splits = max(1, min(programs - whole_shares(extent, ring, programs), extent // (2 * group)))
-    return Launch(block_m, group, 1, 2, splits)
+    slots = resident * device.processors
+
+    def records_in_turn(splits: int) -> int:
+        """Records that a slot reads one after another; programs in excess start when those of whole rows have ended."""
+        whole = whole_shares(extent, ring, splits)
+        waits = tiles * (splits + whole) > slots
+        return -(-records // splits) + (-(-ring * CODES_PER_ROW // (whole * group)) if waits else 0)
+
+    most = max(1, min(slots // tiles, records))
+    return Launch(block_m, group, 1, 2, min(range(1, most + 1), key=records_in_turn))
 
 
 def whole_shares(extent: int, ring: int, splits: int) -> int:

@@ -112,10 +112,9 @@ def counts_some(value, m, real, ok, kind: tl.constexpr, alike: tl.constexpr, hal
 
 @triton.jit
 def part_of(low, high, i, parts, BLOCK_N: tl.constexpr):
-    """Bounds of the ``i``-th of ``parts`` equal parts of [low, high), in whole tiles."""
-    share = tl.cdiv(tl.cdiv(high - low, parts), BLOCK_N) * BLOCK_N
-    low += i * share
-    return low, tl.minimum(low + share, high)
+    """Bounds of the ``i``-th of ``parts`` parts of [low, high), in whole tiles; their numbers differ by at most 1."""
+    tiles = tl.cdiv(high - low, BLOCK_N)
+    return low + tiles * i // parts * BLOCK_N, tl.minimum(low + tiles * (i + 1) // parts * BLOCK_N, high)
 
 
 @triton.jit

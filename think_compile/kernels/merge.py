@@ -1,32 +1,50 @@
-"""The second kernel of an attention: it merges the shares of the first."""
+"""The second kernel of an attention: it merges the shares of the first.
+
+One sequence has few rows and many shares, so each program merges ``COLUMNS`` columns of a row, a chunk of shares at a
+time: the shares of a row would not fit a program's registers.
+"""
 
 import triton
 import triton.language as tl
 
+COLUMNS = 32  # of a program
+
 
 @triton.jit
-def merged_row(
-    OUT, MOST, TOTAL, RESULT, bh, row, n_rows,
-    DV: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+def merged_part(
+    OUT, MOST, TOTAL, RESULT, bh, part, n_rows,
+    DV: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Merge the shares of one row, weighted by their softmax sums; a row that attended to nothing is zero."""
-    split, column = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
-    at, real = (bh * SPLITS + split) * n_rows + row, split < SPLITS
-    m = tl.load(MOST + at, mask=real, other=float("-inf"))
+    """Merge some columns of a row, weighted by the shares' softmax sums; a row that attended to nothing is zero.
+
+    ``part``: number of the row, times the parts of a row, plus the number of the part.
+    """
+    PARTS: tl.constexpr = (DV + COLUMNS - 1) // COLUMNS
+    CHUNK: tl.constexpr = 16 if BLOCK_S <= 128 else BLOCK_S // 8
+    row, column = part // PARTS, part % PARTS * COLUMNS + tl.arange(0, COLUMNS)
+    split, first = tl.arange(0, BLOCK_S), bh * SPLITS * n_rows + row
+    m = tl.load(MOST + first + split * n_rows, mask=split < SPLITS, other=float("-inf"))
+    sums = tl.load(TOTAL + first + split * n_rows, mask=split < SPLITS, other=0.0)
     most = tl.max(m, 0)
-    weight = tl.load(TOTAL + at, mask=real, other=0.0) * tl.exp2(m - tl.where(most == float("-inf"), 0.0, most))
-    total = tl.sum(weight, 0)
-    weight = weight / tl.where(total > 0, total, 1.0)
-    parts = tl.load(OUT + at[:, None] * DV + column[None, :], mask=real[:, None] & (column < DV)[None, :], other=0.0)
-    result = tl.sum(parts * weight[:, None], 0)
+    most = tl.where(most == float("-inf"), 0.0, most)
+    total = tl.sum(sums * tl.exp2(m - most), 0)
+    result = tl.zeros([COLUMNS], tl.float32)
+    for begin in tl.static_range(0, SPLITS, CHUNK):
+        share = begin + tl.arange(0, CHUNK)
+        at, real = first + share * n_rows, share < SPLITS
+        weight = tl.load(TOTAL + at, mask=real, other=0.0)
+        weight *= tl.exp2(tl.load(MOST + at, mask=real, other=float("-inf")) - most)
+        x = tl.load(OUT + at[:, None] * DV + column[None, :], mask=real[:, None] & (column < DV)[None, :], other=0.0)
+        result += tl.sum(x * weight[:, None], 0)
+    result = result / tl.where(total > 0, total, 1.0)
     tl.store(RESULT + (bh * n_rows + row) * DV + column, result.to(RESULT.dtype.element_ty), mask=column < DV)
 
 
 @triton.jit
 def merge_shares(
     OUT, MOST, TOTAL, RESULT, n_rows,
-    DV: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    DV: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Merge one row of one KV head."""
-    bh, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    merged_row(OUT, MOST, TOTAL, RESULT, bh, row, n_rows, DV, BLOCK_V, SPLITS, BLOCK_S)
+    """Merge some columns of one row of one KV head."""
+    bh, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    merged_part(OUT, MOST, TOTAL, RESULT, bh, part, n_rows, DV, COLUMNS, SPLITS, BLOCK_S)

@@ -138,7 +138,7 @@ def attend_operation(keys: str, values: str) -> Any:
         with device_of_launch(q):
             shares = launch_shares(kernels, given)
             all_heads, _, rows, _ = shares.out.shape
-            traced(merge_shares)[(all_heads, rows)](*shares, result, rows, **shares.sizes())
+            traced(merge_shares)[(all_heads, shares.parts)](*shares, result, rows, **shares.sizes())
         return result
 
     return attend
@@ -173,8 +173,8 @@ def step_operation(keys: str, values: str) -> Any:
             whole, at = [ring, None, None, None, None], [counters, start]
             given = Given(own, past, values_, whole, mask, at, lengths, sizes, scale, launch)
             shares = launch_shares(kernels, given)
-            constants = _store_sizes(q, k, past[0]) | shares.sizes()
-            traced(kernels.finish_step)[(k.shape[0] * k.shape[1], constants["GROUP"] + 1)](
+            constants = _store_sizes(q, k, past[0]) | _value_sizes(v) | shares.sizes()
+            traced(kernels.finish_step)[(k.shape[0] * k.shape[1], shares.parts + 1)](
                 *shares, result, q, k, v, *past, ring, counters, *values_, start,
                 *windows, past[0].shape[2], ring.shape[2], **constants,
             )  # fmt: skip
@@ -243,8 +243,8 @@ def coded_step_operation(keys: str, values: str) -> Any:
         with device_of_launch(q):
             shares = launch_shares(kernels, given)
             group, heads = q.shape[1] // k.shape[1], k.shape[1]
-            constants = code_constants(kernels, sizes[3:]) | shares.sizes()
-            traced(kernels.finish_step)[(k.shape[0] * heads, group + 2)](
+            constants = code_constants(kernels, sizes[3:]) | _value_sizes(v) | shares.sizes()
+            traced(kernels.finish_step)[(k.shape[0] * heads, shares.parts + 2)](
                 *shares, result, q, k, v, *key_side.parts, *key_side[1:], *value_side.parts, *value_side[1:],
                 start, before, heads, *windows, extent, key_side.parts[0].shape[2], value_side.parts[0].shape[2],
                 counted.ring.shape[2], GROUP=group, SINKS=sizes[0],
@@ -269,6 +269,11 @@ def append_operation(keys: str, values: str) -> Any:
             )  # fmt: skip
 
     return append
+
+
+def _value_sizes(v: Tensor) -> dict[str, int]:
+    """The compile-time size for storing a value."""
+    return {"BLOCK_V": triton.next_power_of_2(v.shape[3])}
 
 
 def _store_sizes(q: Tensor, k: Tensor, rows: Tensor) -> dict[str, int]:

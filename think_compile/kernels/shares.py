@@ -12,6 +12,7 @@ from torch.library import wrap_triton
 
 from think_compile.kernels.codecs import DeviceCodec, parts_of
 from think_compile.kernels.launch import WHOLE_TILE, Launch, whole_shares
+from think_compile.kernels.merge import COLUMNS
 from think_compile.kernels.whole import WHOLE
 
 _LOG2E = 1.4426950408889634
@@ -67,12 +68,17 @@ class Shares(NamedTuple):
     most: Tensor
     total: Tensor
 
+    @property
+    def parts(self) -> int:
+        """Programs of the merge kernel for each KV head."""
+        return self.out.shape[2] * triton.cdiv(self.out.shape[3], COLUMNS)
+
     def sizes(self) -> dict[str, int]:
         """The constants of the merge kernel."""
         splits, dv = self.out.shape[1], self.out.shape[3]
         return {
             "DV": dv,
-            "BLOCK_V": triton.next_power_of_2(dv),
+            "COLUMNS": COLUMNS,
             "SPLITS": splits,
             "BLOCK_S": triton.next_power_of_2(splits),
         }

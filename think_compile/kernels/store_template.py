@@ -14,7 +14,7 @@ import triton.language as tl
 
 from think_compile.kernels.channels import channels_choose, channels_restore, channels_store
 from think_compile.kernels.encode import deal
-from think_compile.kernels.merge import merged_row
+from think_compile.kernels.merge import merged_part
 from think_compile.kernels.whole import whole_store
 
 
@@ -56,12 +56,12 @@ def finish_step(
     OUT, MOST, TOTAL, RESULT, Q, K, V, KEYS, RING, COUNTERS, VALUES, START,
     window, whole, capacity, ring_rows,
     GROUP: tl.constexpr, D: tl.constexpr, K_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    DV: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    DV: tl.constexpr, BLOCK_V: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Merge a row of one KV head's queries, or, after those, store the head's new key and value."""
-    bh, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if row < GROUP:
-        merged_row(OUT, MOST, TOTAL, RESULT, bh, row, GROUP, DV, BLOCK_V, SPLITS, BLOCK_S)
+    """Merge a part of a row of one KV head's queries, or, after those, store the head's new key and value."""
+    bh, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if part < GROUP * ((DV + COLUMNS - 1) // COLUMNS):
+        merged_part(OUT, MOST, TOTAL, RESULT, bh, part, GROUP, DV, COLUMNS, SPLITS, BLOCK_S)
     else:
         start = tl.load(START)
         VALUES = values_locate(VALUES, bh, capacity, DV, 0, 0)
@@ -188,17 +188,18 @@ def finish_coded_step(
     VALUES, V_RING, V_SINKS, V_FIRST, V_COUNTERS, START, BEFORE,
     heads, window, whole, extent, key_capacity, value_capacity, ring_rows,
     GROUP: tl.constexpr, SINKS: tl.constexpr, RECORD: tl.constexpr, D: tl.constexpr, K_SIZES: tl.constexpr,
-    V_SIZES: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    V_SIZES: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Merge a row of one KV head's queries, or, after those, store the head's new key, or its value."""
-    bh, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if row < GROUP:
-        merged_row(OUT, MOST, TOTAL, RESULT, bh, row, GROUP, DV, BLOCK_V, SPLITS, BLOCK_S)
+    """Merge a part of a row of one KV head's queries, or, after those, store the head's new key, or its value."""
+    bh, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    PARTS: tl.constexpr = GROUP * ((DV + COLUMNS - 1) // COLUMNS)
+    if part < PARTS:
+        merged_part(OUT, MOST, TOTAL, RESULT, bh, part, GROUP, DV, COLUMNS, SPLITS, BLOCK_S)
     else:
         start, before = tl.load(START).to(tl.int32), tl.load(BEFORE).to(tl.int32)
         if start < extent:
-            if row == GROUP:
+            if part == PARTS:
                 keys_side(
                     Q, K, KEYS, K_RING, K_SINKS, K_FIRST, K_COUNTERS, start, before, bh, heads, window, whole,
                     key_capacity, ring_rows, GROUP, SINKS, D, RECORD, K_SIZES, BLOCK_D,
