@@ -223,7 +223,8 @@ def attend_share(
         m, total, WHOLE_ACC = whole_share(
             WHOLE, K_NEW, V_NEW, K_RING, V_RING, K_SINKS, V_SINKS, KEY_ROWS, VALUE_ROWS, MASK, mask_row, query, first,
             window_start, start, end, split + whole_splits, whole_splits, bh, ring_rows, sm_s, scale, capacity,
-            first_token, D_SIZES, DV_SIZES, SINKS, ROLLING, KIND, CAUSAL, ALIKE, GROUP_N, BLOCK_M, BLOCK_W, HAS_K_RING, HAS_V_RING,
+            first_token, D_SIZES, DV_SIZES, SINKS, ROLLING, KIND, CAUSAL, ALIKE, GROUP_N, BLOCK_M, BLOCK_W,
+            HAS_K_RING, HAS_V_RING,
         )  # fmt: skip
         if not VALUES_ARE_WHOLE:
             out = share * n_rows + row
