@@ -33,6 +33,7 @@ def think_compile(
     observe: int = ThinkConfig.observe,
     channel_multiple: int = ThinkConfig.channel_multiple,
     prune_generated: bool = ThinkConfig.prune_generated,
+    decode: bool = ThinkConfig.decode,
     sliding: bool = ThinkConfig.sliding,
     strict: bool = ThinkConfig.strict,
     lowering: str = ThinkConfig.lowering,
@@ -53,6 +54,8 @@ def think_compile(
         observe: number of latest queries that score the channels.
         channel_multiple: kept channels are rounded up to a multiple of this.
         prune_generated: also prune generated tokens when they leave the window.
+        decode: also store caches that attention does not read as they are stored, such as latents, in codes. Each
+            step decodes them, which takes time. Needs ``keys`` and ``values`` with one number of bits for all channels.
         sliding: also prune layers with a bounded window of tokens, if it is larger than ``recent``.
         strict: raise if a layer with a cache cannot be rewritten, and on internal failure.
         lowering: "inductor" or "eager".
@@ -76,6 +79,7 @@ def think_compile(
         observe=observe,
         channel_multiple=channel_multiple,
         prune_generated=prune_generated,
+        decode=decode,
         sliding=sliding,
         strict=strict,
         lowering=lowering,

@@ -23,9 +23,10 @@ from think_compile.passes.find.attention import Attention, find_attention, modul
 from think_compile.passes.find.broken import broken_attention
 from think_compile.passes.find.naming import full_path, told_apart
 from think_compile.passes.normalize import Normalized, normalize
-from think_compile.passes.prove.kv_cache import CachedAttention, Findings, find_caches
+from think_compile.passes.prove.kv_cache import Findings, find_caches
 from think_compile.passes.prove.readers import reads_any
-from think_compile.passes.refusal import Reason, Refused, where
+from think_compile.passes.prove.site import CacheSite
+from think_compile.passes.refusal import UNDECIDED, Reason, Refused, where
 from think_compile.report import Ledger, Report, refused_graph, refused_record, rewritten_record, sentence
 from think_compile.runtime.graph import CompiledGraph, FailedGraph
 from think_compile.runtime.pending import Pending
@@ -116,7 +117,7 @@ class Backend:
                 one(work)
         except _LeaveAlone:
             return self._plain(gm, example_inputs)
-        if self.dry or not (work.findings.cached or work.findings.pending):
+        if self.dry or not (work.findings.sites or work.findings.pending):
             return self._plain(gm, example_inputs)
         own = self._own_tensors(example_inputs)
         return CompiledGraph(self, gm, work.normalized, work.findings, own, work.frame)
@@ -151,7 +152,7 @@ class Backend:
         raise _LeaveAlone
 
     def _find_caches(self, work: _Work) -> None:
-        work.findings = find_caches(work.normalized, work.sites, self.config.smallest_window)
+        work.findings = find_caches(work.normalized, work.sites, self.config.smallest_window, decode=self.config.decode)
 
     def _parameter_names(self, normalized: Normalized, example_inputs: Sequence[Any]) -> dict[Node, str]:
         """The parameters of the model among the graph's inputs, with their names in the model."""
@@ -175,7 +176,7 @@ class Backend:
         """Give up layers whose cache an earlier graph packed and this one cannot read packed."""
         findings, placeholders = work.findings, work.normalized.placeholders
         packed = {i for i, x in enumerate(work.example_inputs) if isinstance(x, Handle) and not x.is_dense}
-        read = packed.difference(*(site.past for site in findings.cached if site.past is not None))
+        read = packed.difference(*(site.past for site in findings.sites if site.past is not None))
         read = {i for i in read if _is_read(placeholders[i])}
         if read:
             self.warn_once(f"{len(read)} compressed caches are read densely from now on: {sentence(findings.refused)}")
@@ -187,7 +188,7 @@ class Backend:
     def _refuse_unswappable(self, work: _Work) -> None:
         """Refuse dense caches written in place whose holder is unknown: a handle could not replace them."""
 
-        def is_unswappable(site: CachedAttention) -> bool:
+        def is_unswappable(site: CacheSite) -> bool:
             held = site.past if site.in_buffer and site.past is not None else ()
             return not all(self._is_swappable(work.example_inputs[i]) for i in held)
 
@@ -197,7 +198,7 @@ class Backend:
         return isinstance(tensor, Handle) or (owns_its_storage(tensor) and bool(self._holders(tensor)))
 
     def _refuse_given_up(self, work: _Work) -> None:
-        def is_given_up(site: CachedAttention) -> bool:
+        def is_given_up(site: CacheSite) -> bool:
             is_packed = site.past is not None and all(isinstance(work.example_inputs[i], Handle) for i in site.past)
             return site.attention.path in self.given_up and not is_packed
 
@@ -263,20 +264,21 @@ class Backend:
             raise NothingRewritten(f"strict=True, and {text}")
         self.warn_once(text)
 
-    def record(self, normalized: Normalized, sites: Sequence[CachedAttention]) -> None:
+    def record(self, normalized: Normalized, sites: Sequence[CacheSite]) -> None:
         """Note the layers compressed by a graph."""
         self.ledger.add(rewritten_record(site, normalized.sources, self.config) for site in sites)
 
     def _record_findings(self, work: _Work) -> None:
         findings = work.findings
-        self.record(work.normalized, findings.cached)
+        self.record(work.normalized, findings.sites)
         pending = {site.attention.node for site in findings.pending}  # a later call decides
         refused = [r for r in findings.refused if r[0].node not in pending]
         known = {path for path, record in self.ledger.layers.items() if record.reason is None}
         unknown = [r for r in findings.refused if r[0].node in pending and r[0].path not in known]
         self.ledger.add(refused_record(*one) for one in (*refused, *unknown))
-        problems = [r for r in refused if r[1].reason is not Reason.NOT_CACHED]
-        nothing = not (findings.cached or pending or any(r.reason is None for r in self.ledger.layers.values()))
+        problems = [r for r in refused if r[1].reason not in UNDECIDED]
+        waits = pending or any(why.reason is Reason.AWAITS_JOIN for _, why in refused)
+        nothing = not (findings.sites or waits or any(r.reason is None for r in self.ledger.layers.values()))
         if self.config.strict and (problems or nothing):
             raise NothingRewritten(f"strict=True, and {sentence(problems or findings.refused)}")
         if nothing and not self.given_up:

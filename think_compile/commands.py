@@ -49,6 +49,9 @@ Multiple = Annotated[int, typer.Option(help="Kept channels are rounded up to a m
 NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; auto is the checkpoint's own.")]
+Decode = Annotated[
+    bool, typer.Option("--decode", help="Also store caches that are not read as they are stored (latents), in codes.")
+]
 Sliding = Annotated[bool, typer.Option("--sliding", help="Also prune layers that keep a bounded window of tokens.")]
 Lowering = Annotated[
     str | None,
@@ -93,6 +96,7 @@ def generate(
     recent: Recent = DEFAULTS.recent,
     observe: Observe = DEFAULTS.observe,
     channel_multiple: Multiple = DEFAULTS.channel_multiple,
+    decode: Decode = DEFAULTS.decode,
     sliding: Sliding = DEFAULTS.sliding,
     max_new_tokens: NewTokens = 128,
     device: Device = "cpu",
@@ -119,6 +123,7 @@ def generate(
             recent=recent,
             observe=observe,
             channel_multiple=channel_multiple,
+            decode=decode,
             sliding=sliding,
             strict=strict,
         )
@@ -148,6 +153,7 @@ def explain(
     recent: Recent = DEFAULTS.recent,
     observe: Observe = DEFAULTS.observe,
     channel_multiple: Multiple = DEFAULTS.channel_multiple,
+    decode: Decode = DEFAULTS.decode,
     sliding: Sliding = DEFAULTS.sliding,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt that is traced.")] = 128,
     device: Device = "cpu",
@@ -170,6 +176,7 @@ def explain(
             recent=recent,
             observe=observe,
             channel_multiple=channel_multiple,
+            decode=decode,
             sliding=sliding,
             strict=strict,
         )

@@ -119,6 +119,8 @@ class ThinkConfig:
         channel_multiple: kept channels are rounded up to a multiple of this; 1 is exactly the paper.
         prune_generated: also prune tokens after the first call, when they leave the window. False is as in the paper's
             own code: only the first call's tokens are pruned.
+        decode: also store the caches that attention does not read as they are stored, such as latents, if ``keys`` and
+            ``values`` are plans of one tier. A step then decodes each of them, which takes time.
         sliding: also prune the caches of layers with a bounded window, if it is larger than ``recent``.
         strict: raise if an attention layer with a cache cannot be rewritten, and on internal failure, instead of
             leaving it as it was.
@@ -137,6 +139,7 @@ class ThinkConfig:
     observe: int = 32
     channel_multiple: int = 16
     prune_generated: bool = True
+    decode: bool = False
     sliding: bool = False
     strict: bool = False
     lowering: str = "inductor"
@@ -165,6 +168,7 @@ class ThinkConfig:
         _check_int("observe", self.observe, 1)
         _check_int("channel_multiple", self.channel_multiple, 1)
         _check_bool("prune_generated", self.prune_generated)
+        _check_bool("decode", self.decode)
         _check_bool("sliding", self.sliding)
         _check_bool("strict", self.strict)
         _check_bool("cuda_graphs", self.cuda_graphs)
@@ -174,11 +178,27 @@ class ThinkConfig:
                 "sliding=True compresses bounded windows row by row, and codes are encoded in groups of tokens: give "
                 "plans of 16 bits, or leave sliding out."
             )
+        if self.decode:
+            self._check_decode()
         if self.lowering not in LOWERINGS:
             raise ValueError(f"lowering must be one of {LOWERINGS}, got {self.lowering!r}.")
         if self.inductor_options and self.lowering != "inductor":
             raise ValueError(f"{sorted(self.inductor_options)} need lowering='inductor', got {self.lowering!r}.")
         object.__setattr__(self, "inductor_options", _inductor_options(self.inductor_options))
+
+    def _check_decode(self) -> None:
+        """Raise unless both sides store all channels in the same number of bits, and one of them in codes."""
+        for side in ("keys", "values"):
+            plan = getattr(self, side)
+            fits = isinstance(plan, Plan) and plan.is_uniform if plan is not None else side == "values"
+            if not fits:
+                ratio = f", so ratio={self.ratio} prunes keys" if side == "keys" and plan is None else ""
+                raise ValueError(
+                    "decode=True stores all channels of a cache in equally many bits, since no query scores them: "
+                    f"{side} must be 8, 4, 2 or 16; got {side}={plan if plan is None else str(plan)!r}{ratio}."
+                )
+        if not self._has_codes:
+            raise ValueError("decode=True needs keys or values in codes (8, 4 or 2 bits); got 16 bits for both.")
 
     def kept_channels(self, head_dim: int) -> int:
         """Kept channels of D = ``head_dim``: D - int(D * ratio), rounded up to ``channel_multiple``, at most D."""

@@ -14,8 +14,8 @@ from think_compile.cache.store import Store
 from think_compile.config import ThinkConfig
 from think_compile.passes.as_written import plain_parts
 from think_compile.passes.find.attention import Attention
-from think_compile.passes.prove.kv_cache import CachedAttention
-from think_compile.passes.refusal import Reason, Refused
+from think_compile.passes.prove.site import CachedAttention, CacheSite
+from think_compile.passes.refusal import UNDECIDED, Reason, Refused
 
 # The spelling of call arguments and modules' dictionaries in a trace, and a person's spelling.
 _SPELLINGS = (
@@ -73,24 +73,23 @@ class LayerRecord:
         return place
 
 
-def rewritten_record(site: CachedAttention, sources: list[str], config: ThinkConfig) -> LayerRecord:
+def rewritten_record(site: CacheSite, sources: list[str], config: ThinkConfig) -> LayerRecord:
     """The record of a rewritten layer."""
-    head_dim = int(site.keys.size(CHANNEL))
-    form = config.format_for(head_dim, int(site.values.size(CHANNEL)))
-    layout = next(iter(site.keys.outputs.values()))
-    return LayerRecord(
+    head_dim, form = int(site.keys.size(CHANNEL)), site.format(config.format_for)
+    record = LayerRecord(
         layer=site.attention.path,
         cache="fixed" if site.fixed else "growing" if site.window is None else "sliding",
         source="" if site.past is None else sources[site.past[0]],
-        axes=describe(layout),
-        q_heads=site.query_heads,
-        kv_heads=int(site.keys.size(1)),
+        axes=describe(next(iter(site.keys.outputs.values()))),
+        kv_heads=int(site.keys.size(HEAD)),
         head_dim=head_dim,
         kept=form.keys.kept,
-        reason=None,
         detail="" if form.is_lossy else f"all {head_dim} are kept: {_why_all(config, head_dim)}",
         stored=form.describe(),
     )
+    if isinstance(site, CachedAttention):
+        return replace(record, q_heads=site.query_heads)
+    return replace(record, detail="stored in codes, decoded on read")
 
 
 def _why_all(config: ThinkConfig, head_dim: int) -> str:
@@ -127,7 +126,7 @@ def _weight(record: LayerRecord) -> int:
         return 2
     if record.reason is Reason.FAILED:
         return 3
-    return 0 if record.reason in (Reason.NOT_CACHED, Reason.GIVEN_UP) else 1
+    return 0 if record.reason in (*UNDECIDED, Reason.GIVEN_UP) else 1
 
 
 class Ledger:
@@ -232,7 +231,8 @@ class Report:
     @property
     def problems(self) -> tuple[LayerRecord, ...]:
         """Layers for which ``strict=True`` raises: refused ones with a cache; all refused if none was rewritten."""
-        return tuple(r for r in self.refused if not self.rewritten or r.reason is not Reason.NOT_CACHED)
+        without_cache = UNDECIDED if self.rewritten else {Reason.AWAITS_JOIN}
+        return tuple(r for r in self.refused if r.reason not in without_cache)
 
     @property
     def stored_bytes(self) -> int:
@@ -268,10 +268,14 @@ def _line(record: LayerRecord) -> str:
         return f"  left as it was: {record.sentence}"
     name = record.layer or "(attention)"
     place = f" in {record.place}" if record.place else ""
-    return (
-        f"  {name}: {record.cache} cache {record.axes}{place}, {record.q_heads} query and {record.kv_heads} key heads, "
-        f"{record.stored}" + (f"; {record.detail}" if record.detail else "")
+    heads = f"{record.kv_heads} heads" if record.q_heads is None else _heads(record)
+    return f"  {name}: {record.cache} cache {record.axes}{place}, {heads}, {record.stored}" + (
+        f"; {record.detail}" if record.detail else ""
     )
+
+
+def _heads(record: LayerRecord) -> str:
+    return f"{record.q_heads} query and {record.kv_heads} key heads"
 
 
 def _bytes_line(name: str, parts: Mapping[str, int], dense: int) -> str:

@@ -12,8 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from think_compile.passes.find.attention import find_attention
 from think_compile.passes.normalize import Normalized, normalize
-from think_compile.passes.prove.kv_cache import CachedAttention, find_caches
+from think_compile.passes.prove.kv_cache import find_caches
 from think_compile.passes.prove.sequence import is_cross_attention, tokens_of
+from think_compile.passes.prove.site import CachedAttention
 from think_compile.passes.refusal import Reason
 from think_compile.passes.rewrite.prompt_only import find_prompt_only
 

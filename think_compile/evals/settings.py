@@ -21,6 +21,7 @@ METHODS = {
 SIMULATED = tuple(name for name in METHODS if name not in ("think", "dense"))
 SCORED_KEYS = ("all", "old")
 PLANS = ("keys", "values")
+OF_PLANS = ("group", "sinks", "decode")
 THINK_OPTIONS = (
     "ratio",
     *PLANS,
@@ -30,6 +31,7 @@ THINK_OPTIONS = (
     "observe",
     "channel_multiple",
     "prune_generated",
+    "decode",
     "sliding",
     "lowering",
 )
@@ -126,11 +128,12 @@ class Settings:
         if self.method == "dense":
             return told
         options = [name for name in THINK_OPTIONS if name != "lowering" or self.method == "think"]
-        told |= {name: getattr(self.config, name) for name in options if name not in (*PLANS, "group", "sinks")}
+        told |= {name: getattr(self.config, name) for name in options if name not in (*PLANS, *OF_PLANS)}
         if self.has_plans:
             plans = {side: plan for side in PLANS if (plan := getattr(self.config, side)) is not None}
             told |= {side: str(plan) for side, plan in plans.items()}
             told |= {"group": self.config.group, "sinks": self.config.sinks}
+            told |= {"decode": True} if self.config.decode else {}
         if self.method in SIMULATED:
             told |= {"score_over": self.score_over}
         return told | ({"seed": self.seed} if self.method == "random" else {})

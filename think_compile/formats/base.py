@@ -120,11 +120,19 @@ class CacheFormat:
         length, fixed = self._length(call, prompt), prompt.capacity is not None
         if fixed:
             length = torch.full((), length, device=call.q.device) if not isinstance(length, Tensor) else length
-        packed = []
-        for side, rows, choice in zip((self.keys, self.values), (call.k, call.v), chosen, strict=True):
-            capacity = side.capacity_for(rows.shape[2]) if prompt.capacity is None else prompt.capacity
-            packed.append(side.pack(rows, choice, length, capacity, fixed=fixed))
-        return packed[0], packed[1]
+        keys, values = ((self.keys, call.k, chosen[0]), (self.values, call.v, chosen[1]))
+        return _packed(*keys, length, prompt), _packed(*values, length, prompt)
+
+    def keep(self, of: str, new: Tensor, rows: Tensor, mask: Tensor | None, prompt: Prompt) -> State:
+        """The stored form of one tensor [B, H, S, W] that is decoded on read; ``new`` [B, H, N, W] are the last rows.
+
+        ``mask`` tells padding, as in a first call. No query scores the channels.
+        """
+        length = self._length(Call(new, rows, rows), prompt)
+        chosen = self.side(of).choose(seen(Call(new, rows, rows, mask), prompt.start, length))
+        if prompt.capacity is not None and not isinstance(length, Tensor):
+            length = torch.full((), length, device=rows.device)
+        return _packed(self.side(of), rows, chosen, length, prompt)
 
     @staticmethod
     def _length(call: Call, prompt: Prompt) -> Length:
@@ -154,7 +162,7 @@ class CacheFormat:
         return way(call, keys, values, span, (self.keys, self.values))
 
     def append(self, call: Call, keys: Stored, values: Stored | None, span: Span) -> tuple[State, State]:
-        """Store the call's own rows; ``values`` is None if :meth:`join_values` has stored them.
+        """Store the call's own rows; ``values`` is None if :meth:`join` has stored them.
 
         Returns the tensors that replace older ones; none for caches of fixed size.
         """
@@ -169,13 +177,17 @@ class CacheFormat:
         left = self.keys.append(call.k, fresh[0], keys, span)
         return left, {} if values is None else self.values.append(call.v, fresh[1], values, span)
 
-    def join_values(self, new: Tensor, values: Stored, span: Span) -> tuple[Tensor, State]:
-        """Append the call's values; returns past and new values by position, [B, H, columns, Dv], and new tensors."""
-        if self.values.has_ring or span.rolling:
-            joined = attention.in_order(self.values, values, new, span)
-            return joined, self.values.append(new, {}, values, span)
-        left = self.values.append(new, {}, values, span)
-        rows = self.values.decoded(values.state).to(new.dtype)
+    def join(self, of: str, new: Tensor, stored: Stored, span: Span) -> tuple[Tensor, State]:
+        """Append the call's keys or values; returns past and new rows by position, [B, H, columns, W], and new tensors.
+
+        For attention written out as separate operations, and for caches decoded on read.
+        """
+        side = self.side(of)
+        if side.has_ring or span.rolling:
+            joined = attention.in_order(side, stored, new, span)
+            return joined, side.append(new, {}, stored, span)
+        left = side.append(new, {}, stored, span)
+        rows = side.decoded(stored.state).to(new.dtype)
         return rows[:, :, span.oldest : span.oldest + span.columns], left
 
     def logits(self, q: Tensor, k: Tensor, keys: Stored, span: Span) -> Tensor:
@@ -185,6 +197,12 @@ class CacheFormat:
     def _kernels(self) -> PairKernels | None:
         """The Triton kernels of this pair of codecs, or None."""
         return attention.kernels_for(self.keys, self.values)
+
+
+def _packed(side: Side, rows: Tensor, chosen: State, length: Length, prompt: Prompt) -> State:
+    """The stored form of rows [B, H, S, W] of a first call."""
+    capacity = side.capacity_for(rows.shape[2]) if prompt.capacity is None else prompt.capacity
+    return side.pack(rows, chosen, length, capacity, fixed=prompt.capacity is not None)
 
 
 def _without_first(chosen: State, tokens: int) -> State:

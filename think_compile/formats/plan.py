@@ -64,6 +64,11 @@ class Plan:
         """Whether some channels are stored in codes."""
         return any(bits != WHOLE_BITS for bits, _ in self.tiers)
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all channels have the same number of bits."""
+        return len(self.tiers) == 1 and self.tiers[0][1] == 1
+
     def counts(self, width: int, multiple: int) -> tuple[tuple[int, int], ...]:
         """(bits, number of channels) for rows of ``width`` channels.
 

@@ -16,14 +16,22 @@ class Reason(enum.Enum):
 
     NOT_CACHED = "this call keeps no cache of the keys: they neither leave the graph nor are written to an input"
     VALUES_NOT_CACHED = "the values are not cached beside the keys"
-    VALUES_TRANSFORMED = "the values are changed between the cache and the attention"
+    VALUES_TRANSFORMED = (
+        "the values are changed between the cache and the attention (decode=True can store them in codes)"
+    )
     KEY_ESCAPES = "the cached keys are also read by something other than this attention"
     SHARED = "the cache is shared by attentions that cannot all be rewritten alike"
-    CHANNEL_MIXING = "an operation between cache and attention mixes or splits the channels"
-    LATENT = "the cache holds a latent, which a projection turns into keys (multi-head latent attention)"
+    CHANNEL_MIXING = (
+        "an operation between cache and attention mixes or splits the channels (decode=True can store them in codes)"
+    )
+    LATENT = (
+        "the cache holds a latent, which a projection turns into keys (multi-head latent attention; decode=True can "
+        "store it in codes)"
+    )
     SLIDING = "the layer keeps a bounded window of tokens, so its cache is small already (sliding=True prunes it)"
     SLIDING_BUFFER = "the layer keeps a bounded window of tokens in a buffer, other than the last tokens filling it"
     WINDOW_TOO_SMALL = "the layer keeps a bounded window of tokens, all of which stay whole"
+    BOUNDED = "the layer keeps a bounded window of tokens, and caches that are decoded on read keep all"
     UNKNOWN_WINDOW = "the layer keeps a bounded window of tokens, other than the last tokens in order"
     CROSS_ATTENTION = "the keys are not one for each query (cross-attention, or a full window that is shifted)"
     NO_JOIN_SEEN = "the keys come into the graph whole (cross-attention, or a graph break before the attention)"
@@ -37,7 +45,8 @@ class Reason(enum.Enum):
     HEADS_DIFFER = "keys and values have different heads"
     OPTION = "the attention operation is called with an option that attention to packed keys does not support"
     TRANSFORMED = (
-        "the attention does not read the keys as they are cached (rotated once they are, say, or a part of them)"
+        "the attention does not read the keys as they are cached (rotated once they are, say, or a part of them; "
+        "decode=True can store them in codes)"
     )
     DROPOUT = "attention dropout is on"
     NOT_FLOATING = "queries or keys are not floating point"
@@ -46,6 +55,7 @@ class Reason(enum.Enum):
         "the cache is written in place to a tensor held neither by the model nor by what the call was given, or to a "
         "part of a larger one"
     )
+    AWAITS_JOIN = "its cache stays whole until the next call, in which it is seen how the cache grows (decode=True)"
     GIVEN_UP = "a later call could not read the packed cache, so new caches are left dense"
     HIGHER_ORDER = "the graph holds a control-flow operation or a vmap, and torch cannot export it to ATen operations"
     NOT_FUNCTIONAL = (
@@ -56,6 +66,17 @@ class Reason(enum.Enum):
     TENSOR_CLASS = "the graph computes with a tensor class of its own (quantized weights, say) that no trace can record"
     FAILED = "an internal failure: calls of this kind run as the model wrote them"
     AMBIGUOUS = "more than one reading of this attention as a cached one is possible"
+
+
+# The attention does not read the cache as it is stored: it could read the decoded tensor.
+READ_OTHERWISE = {
+    Reason.LATENT,
+    Reason.TRANSFORMED,
+    Reason.CHANNEL_MIXING,
+    Reason.VALUES_TRANSFORMED,
+    Reason.VALUES_NOT_CACHED,
+}
+UNDECIDED = {Reason.NOT_CACHED, Reason.AWAITS_JOIN}  # another call may store the cache
 
 
 class Refused(Exception):

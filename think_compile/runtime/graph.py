@@ -15,7 +15,8 @@ from torch.fx import GraphModule
 from think_compile.cache.handle import Handle, LostWrite
 from think_compile.passes.find.attention import Attention
 from think_compile.passes.normalize import Normalized
-from think_compile.passes.prove.kv_cache import CachedAttention, Findings
+from think_compile.passes.prove.kv_cache import Findings
+from think_compile.passes.prove.site import CacheSite
 from think_compile.passes.refusal import Reason, Refused
 from think_compile.passes.rewrite.capacity_check import find_starts
 from think_compile.passes.rewrite.prompt_only import find_prompt_only
@@ -108,9 +109,9 @@ class CompiledGraph(_Graph):
         """``own``: the inputs with the model's own tensors; ``frame``: the module whose code was compiled."""
         super().__init__(backend, gm)
         self.normalized, self.own = normalized, own
-        sites = self.sites = findings.cached
+        sites = self.sites = findings.sites
         self.pending = findings.pending
-        self.prompt_only, self.starts = find_prompt_only(normalized, sites), find_starts(normalized, sites)
+        self.prompt_only, self.starts = find_prompt_only(normalized, findings.cached), find_starts(normalized, sites)
         self.packed_inputs = PackedInputs(sites)
         self.programs: dict[Key, Program] = {}
         self.frame = frame if any(site.attention.path.startswith(frame) for site in sites) else ""
@@ -206,7 +207,7 @@ class CompiledGraph(_Graph):
         rewritten = rewrite(self.normalized, sites, key.packed, config.format_for, *about)
         return Program(self.normalized, rewritten, config, self.own, self.starts)
 
-    def _is_wanted(self, site: CachedAttention, packed: frozenset[int]) -> bool:
+    def _is_wanted(self, site: CacheSite, packed: frozenset[int]) -> bool:
         """Whether to rewrite a layer: it was not given up, or its past is already packed."""
         is_packed = site.past is not None and packed.issuperset(site.past)
         return is_packed or site.attention.path not in self.backend.given_up

@@ -20,8 +20,7 @@ from think_compile.cache.packed import Packed
 from think_compile.cache.rows import allocating
 from think_compile.cache.state import State
 from think_compile.formats.base import CacheFormat, Side
-from think_compile.passes.prove.kv_cache import CachedAttention, CacheTensor
-from think_compile.passes.rewrite.draft import FormatOf
+from think_compile.passes.prove.site import CacheSite, CacheTensor, FormatOf
 from think_compile.passes.rewrite.plan import Chosen
 
 
@@ -44,7 +43,7 @@ class Pending:
         if not isinstance(tensor, Handle):
             self.notes[tensor] = _Note(chosen, what.format.side(what.of), _version(tensor))
 
-    def take_up(self, args: Sequence[Any], sites: Sequence[CachedAttention], format_of: FormatOf) -> Sequence[Any]:
+    def take_up(self, args: Sequence[Any], sites: Sequence[CacheSite], format_of: FormatOf) -> Sequence[Any]:
         """``args``, with handles for pasts with a recorded choice."""
         if not self.notes:
             return args
@@ -55,14 +54,14 @@ class Pending:
         return taken
 
     def _known(
-        self, args: Sequence[Any], sites: Sequence[CachedAttention], format_of: FormatOf
-    ) -> Iterator[tuple[CachedAttention, CacheFormat]]:
+        self, args: Sequence[Any], sites: Sequence[CacheSite], format_of: FormatOf
+    ) -> Iterator[tuple[CacheSite, CacheFormat]]:
         for site in sites:
             if site.past is None or site.in_buffer or site.window is not None:
                 continue
-            format = format_of(int(site.keys.size(CHANNEL)), int(site.values.size(CHANNEL)))
-            pair = zip((args[i] for i in site.past), (format.keys, format.values), strict=True)
-            if all(self._is_noted(tensor, side, site.keys.size(HEAD)) for tensor, side in pair):
+            format = site.format(format_of)
+            past = [(args[i], format.side(of)) for i, (of, _) in zip(site.past, site.sides, strict=True)]
+            if all(self._is_noted(tensor, side, site.keys.size(HEAD)) for tensor, side in past):
                 yield site, format
 
     def _is_noted(self, tensor: Tensor, side: Side, heads: Any) -> bool:

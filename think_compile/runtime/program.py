@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 
-from think_compile.cache.canonical import CHANNEL
 from think_compile.cache.cell import Cell
 from think_compile.cache.handle import Handle, handle_for
 from think_compile.cache.packed import Packed
@@ -21,9 +20,8 @@ from think_compile.formats.base import MAX_STEP_QUERIES
 from think_compile.passes.layout import value_of
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.prove.cache_layout import same_layout
-from think_compile.passes.prove.kv_cache import CachedAttention, CacheTensor
+from think_compile.passes.prove.site import CacheSite, CacheTensor, FormatOf
 from think_compile.passes.rewrite import plan
-from think_compile.passes.rewrite.draft import FormatOf
 from think_compile.runtime.capture import Replayed
 from think_compile.runtime.lower import Dims, Eager, Inductor
 from think_compile.runtime.repeat import Fetch, Known, Repeated
@@ -309,9 +307,9 @@ class PackedInputs:
     Handles on caches of fixed size do not change from step to step, so a positive result is remembered for them.
     """
 
-    def __init__(self, sites: Sequence[CachedAttention]) -> None:
+    def __init__(self, sites: Sequence[CacheSite]) -> None:
         self.sites = [site for site in sites if site.past is not None]
-        self.known: dict[tuple[int, int], tuple[FormatOf, Known]] = {}
+        self.known: dict[tuple[int, ...], tuple[FormatOf, Known]] = {}
 
     def of(self, args: Sequence[Any], format_of: FormatOf) -> frozenset[int]:
         """The indices of the usable inputs."""
@@ -329,7 +327,7 @@ class PackedInputs:
                     return True
         return False
 
-    def _usable(self, site: CachedAttention, args: Sequence[Any], format_of: FormatOf) -> bool:
+    def _usable(self, site: CacheSite, args: Sequence[Any], format_of: FormatOf) -> bool:
         assert site.past is not None
         before, pair = self.known.get(site.past), [args[index] for index in site.past]
         if before is not None and before[0] == format_of and before[1].are(pair):
@@ -340,20 +338,21 @@ class PackedInputs:
         return usable
 
 
-def _usable(site: CachedAttention, args: Sequence[Any], format_of: FormatOf) -> bool:
+def _usable(site: CacheSite, args: Sequence[Any], format_of: FormatOf) -> bool:
     assert site.past is not None
-    keys, values = (args[index] for index in site.past)
-    if not (isinstance(keys, Handle) and isinstance(values, Handle)):
+    handles = [args[index] for index in site.past]
+    if not all(isinstance(handle, Handle) for handle in handles):
         return False
-    keys.check_unwritten()
-    values.check_unwritten()
-    if not (_lies_as(keys, site.keys) and _lies_as(values, site.values)):
+    for handle in handles:
+        handle.check_unwritten()
+    if not all(map(_lies_as, handles, site.tensors)):
         return False
-    k, v = keys.store, values.store
-    if not (isinstance(k, Packed) and isinstance(v, Packed) and k.grows == v.grows == (not site.in_buffer)):
+    stores = [handle.store for handle in handles]
+    if not all(isinstance(store, Packed) and store.grows != site.in_buffer for store in stores):
         return False
-    format = format_of(int(site.keys.size(CHANNEL)), int(site.values.size(CHANNEL)))
-    return k.length == v.length and (k.side, v.side) == (format.keys, format.values)
+    format = site.format(format_of)
+    sides = [format.side(of) for of, _ in site.sides]
+    return len({store.length for store in stores}) == 1 and [store.side for store in stores] == sides
 
 
 def _lies_as(handle: Handle, tensor: CacheTensor) -> bool:

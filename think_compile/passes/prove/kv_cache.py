@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from think_compile.cache.canonical import HEAD, TOKEN, Layout, token_axis
+from think_compile.cache.canonical import HEAD, TOKEN, token_axis
 from think_compile.passes import layout
 from think_compile.passes.find.attention import Attention
-from think_compile.passes.find.region import Order, Region
+from think_compile.passes.find.region import Region
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
 from think_compile.passes.prove import readers
 from think_compile.passes.prove.cache_outputs import fills_buffer, outputs_holding
+from think_compile.passes.prove.decoded import decoded_caches
 from think_compile.passes.prove.join import Join, computed_alike, join_of
 from think_compile.passes.prove.operand import before_suffix, extent_read, laid_out, root_of
 from think_compile.passes.prove.roles import (
-    QueryLayout,
     key_axes,
     query_layout,
     to_product_order,
@@ -35,125 +35,11 @@ from think_compile.passes.prove.roles import (
     value_axes,
 )
 from think_compile.passes.prove.sequence import is_cross_attention, tokens_of
-from think_compile.passes.prove.window import Window, agree, check_window, window_of
+from think_compile.passes.prove.site import CachedAttention, CacheSite, CacheTensor, DecodedCache
+from think_compile.passes.prove.window import agree, check_window, window_of
 from think_compile.passes.refusal import Reason, Refused, where
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class CacheTensor:
-    """The keys or the values of a site.
-
-    Attributes:
-        root: the joined tensor.
-        layout: the canonical axes in each of its axes.
-        shape: its canonical shape [B, H, S, D].
-        join: how ``root`` is joined.
-        outputs: indices of its graph outputs, with the layout of each.
-        extent: number of positions read by the attention.
-        chain: the operations between ``root`` and the attention, in execution order.
-        interleaved: whether query head i reads KV head i % H; if not, neighbouring query heads share a KV head.
-        window: the joined, read and kept tokens; None: all.
-        in_rolling_buffer: whether its window fills a buffer of fixed size.
-        read_elsewhere: whether operations other than attention also read the values (such keys are refused).
-    """
-
-    root: Node
-    layout: Layout
-    shape: tuple[Any, ...]
-    join: Join
-    outputs: dict[int, Layout]
-    extent: Any
-    chain: tuple[Node, ...]
-    interleaved: bool
-    window: Window | None = None
-    in_rolling_buffer: bool = False
-    read_elsewhere: bool = False
-
-    @property
-    def scales(self) -> list[Node]:
-        """The operations of ``chain`` that multiply or divide by one number."""
-        return [
-            node for node in self.chain if layout.layout_input(node) is None and layout.scaled_input(node) is not None
-        ]
-
-    @property
-    def new_tokens(self) -> Any:
-        """Number of new tokens of the call."""
-        new = self.root if self.join.new is None else self.join.new
-        return new.meta["val"].shape[token_axis(self.layout)]
-
-    def size(self, axis: int) -> Any:
-        """Size of a canonical axis."""
-        return self.shape[axis]
-
-
-@dataclass(frozen=True)
-class CachedAttention:
-    """An attention with its proven key and value caches.
-
-    ``queries``: the layout of queries and logits of a written-out attention; else None.
-    """
-
-    attention: Attention
-    keys: CacheTensor
-    values: CacheTensor
-    queries: QueryLayout | None = None
-
-    @property
-    def fixed(self) -> bool:
-        return self.keys.join.fixed
-
-    @property
-    def window(self) -> Window | None:
-        return self.keys.window
-
-    @property
-    def in_rolling_buffer(self) -> bool:
-        return self.keys.in_rolling_buffer
-
-    @property
-    def in_buffer(self) -> bool:
-        """Whether the stored cache has a fixed size: a cache of fixed size, or a window in a rolling buffer."""
-        return self.fixed or self.in_rolling_buffer
-
-    @property
-    def sides(self) -> tuple[tuple[str, CacheTensor], tuple[str, CacheTensor]]:
-        return ("keys", self.keys), ("values", self.values)
-
-    @property
-    def query_tokens(self) -> Any:
-        """Number of queries of the call, N."""
-        return self._query_shape()[2]
-
-    @property
-    def query_heads(self) -> int:
-        """Number of query heads, Hq."""
-        return int(self._query_shape()[1])
-
-    def is_canonical(self, shape: Sequence[Any], axes: Order) -> bool:
-        """Whether logits of ``shape``, with the product's ``axes`` up to views, already are [B, Hq, N, *]."""
-        assert self.queries is not None
-        in_order = self.queries.logits == tuple(range(len(self.queries.logits)))
-        in_order = in_order and to_product_order(axes) == tuple(range(len(axes)))
-        ours = self._query_shape()[:3]
-        return in_order and len(shape) == 4 and all(map(layout.same_size, shape[:3], ours))
-
-    def _query_shape(self) -> list[Any]:
-        shape = self.attention.q.meta["val"].shape
-        if self.queries is None:
-            return [shape[self.attention.layout.index((axis,))] for axis in range(4)]
-        *others, tokens, width = (shape[axis] for axis in self.queries.queries)
-        every_head = math.prod(others) // self.keys.size(0)
-        return [self.keys.size(0), every_head, tokens, width]
-
-    @property
-    def past(self) -> tuple[int, int] | None:
-        """Indices of the inputs with the past keys and values."""
-        if self.keys.join.past is None or self.values.join.past is None:
-            return None
-        return self.keys.join.past, self.values.join.past
 
 
 @dataclass
@@ -166,20 +52,30 @@ class Findings:
     """
 
     cached: list[CachedAttention] = field(default_factory=list)
+    decoded: list[DecodedCache] = field(default_factory=list)
     pending: list[CachedAttention] = field(default_factory=list)
     refused: list[tuple[Attention, Refused]] = field(default_factory=list)
 
-    def refuse(self, wanted: Callable[[CachedAttention], bool], why: Refused) -> None:
+    @property
+    def sites(self) -> list[CacheSite]:
+        """All caches to be stored."""
+        return [*self.cached, *self.decoded]
+
+    def refuse(self, wanted: Callable[[CacheSite], bool], why: Refused) -> None:
         """Move the proven caches for which ``wanted`` holds to ``refused``."""
-        asked = [(site, wanted(site)) for site in self.cached]
-        self.cached = [site for site, is_wanted in asked if not is_wanted]
-        self.refused += [(site.attention, why) for site, is_wanted in asked if is_wanted]
+        moved = [site.attention for site in self.sites if wanted(site)]
+        self.cached = [site for site in self.cached if site.attention not in moved]
+        self.decoded = [site for site in self.decoded if site.attention not in moved]
+        self.refused += [(attention, why) for attention in moved]
 
 
-def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than: int | None = None) -> Findings:
+def find_caches(
+    normalized: Normalized, sites: Sequence[Attention], larger_than: int | None = None, *, decode: bool = False
+) -> Findings:
     """Prove or refuse the cache of each attention site.
 
-    Bounded caches are accepted if their window is larger than ``larger_than`` tokens (None: never).
+    Bounded caches are accepted if their window is larger than ``larger_than`` tokens (None: never). ``decode``: whether
+    reads may get decoded tensors.
     """
     findings = Findings()
     with observed("kv_cache", normalized.graph_module.graph) as count:
@@ -198,7 +94,10 @@ def find_caches(normalized: Normalized, sites: Sequence[Attention], larger_than:
         _refuse_cross_attention(normalized, findings)
         _settle_readings(findings)
         readers.refuse_half_read(findings.cached, findings.refused)
-        count.matches = len(findings.cached)
+        if decode:
+            stored = [*findings.cached, *findings.pending]
+            findings.decoded, findings.refused = decoded_caches(normalized, findings.refused, stored)
+        count.matches = len(findings.sites)
     return findings
 
 
@@ -267,7 +166,7 @@ def _prove(normalized: Normalized, site: Attention, sites: Sequence[Attention]) 
     queries = None if site.region is None else query_layout(site.region, keys.new_tokens)
     if site.region is not None and not usable_masks(site.region) and to_product_order(site.region.axes) is None:
         raise Refused(Reason.UNKNOWN_LAYOUT, f"probabilities whose axes are moved at {where(site.node)}")
-    found = CachedAttention(site, keys, values, queries)
+    found = CachedAttention(site, (keys, values), queries)
     alike = not values.outputs and keys.window is None and layout.equal_size(keys.new_tokens, found.query_tokens)
     if not keys.outputs and not alike:
         raise _whole(normalized, keys.root)

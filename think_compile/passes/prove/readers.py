@@ -17,7 +17,7 @@ from think_compile.passes.refusal import Reason, Refused, where
 from think_compile.passes.walks import ancestors
 
 if TYPE_CHECKING:
-    from think_compile.passes.prove.kv_cache import CachedAttention
+    from think_compile.passes.prove.site import CachedAttention
 
 aten = torch.ops.aten
 _LOOKS_AT_SHAPE = {
@@ -76,14 +76,14 @@ PROJECTIONS = {
     torch.nn.functional.linear,  # with weights of a tensor subclass
     torch.matmul,
 }
-_ATTENDS = {aten.scaled_dot_product_attention.default, *SOFTMAXES}
+ATTENDS = {aten.scaled_dot_product_attention.default, *SOFTMAXES}
 
 
 def made_of(node: Node, *, projected: bool = False) -> Iterator[Node]:
     """``node`` and its ancestors, back to attentions and projections; ``projected``: also through projections."""
 
     def sources(node: Node) -> list[Node]:
-        if node.op != "call_function" or node.target in _ATTENDS or (node.target in PROJECTIONS and not projected):
+        if node.op != "call_function" or node.target in ATTENDS or (node.target in PROJECTIONS and not projected):
             return []
         return node.all_input_nodes[:1] if node.target in PROJECTIONS else node.all_input_nodes
 

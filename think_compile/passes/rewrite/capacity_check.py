@@ -18,13 +18,13 @@ from torch.fx import GraphModule
 from think_compile.kernels import answers
 from think_compile.passes.layout import same_size, value_of
 from think_compile.passes.normalize import Normalized
-from think_compile.passes.prove.kv_cache import CachedAttention
+from think_compile.passes.prove.site import CacheSite
 from think_compile.passes.rewrite.question import question
 
 _Writes = tuple[Any, Any, Any]
 
 
-def find_starts(normalized: Normalized, sites: Sequence[CachedAttention]) -> GraphModule | None:
+def find_starts(normalized: Normalized, sites: Sequence[CacheSite]) -> GraphModule | None:
     """A graph from the caller's inputs to two facts about a call; None: they are unknown.
 
     The highest first written row. Whether rows after the written ones are read (for a written-out attention this is
@@ -49,12 +49,12 @@ def find_starts(normalized: Normalized, sites: Sequence[CachedAttention]) -> Gra
     return asked(list(hiding)) or asked([])  # without masks, if computing them costs too much
 
 
-def _writes(site: CachedAttention, read: Any) -> _Writes:
+def _writes(site: CacheSite, read: Any) -> _Writes:
     """``read`` (the mask or number of the read rows); the call's first written row and number of rows."""
     return read, site.keys.join.start, site.query_tokens
 
 
-def _has_column_for_each(site: CachedAttention) -> bool:
+def _has_column_for_each(site: CacheSite) -> bool:
     """Whether a stock attention with a known number of queries has a mask with a column for each read row."""
     mask = site.attention.mask
     if site.attention.region is not None or mask is None or not isinstance(site.query_tokens, int):
@@ -62,7 +62,7 @@ def _has_column_for_each(site: CachedAttention) -> bool:
     return same_size(mask.meta["val"].shape[-1], _extent(site))
 
 
-def _reads_all(site: CachedAttention) -> bool:
+def _reads_all(site: CacheSite) -> bool:
     """Whether a stock attention without a mask is known to read rows after its call's own."""
     attention = site.attention
     if attention.region is not None or attention.mask is not None or attention.is_causal or attention.causal_to_end:
@@ -71,5 +71,5 @@ def _reads_all(site: CachedAttention) -> bool:
     return isinstance(own, int) and isinstance(read, int) and read > own
 
 
-def _extent(site: CachedAttention) -> Any:
+def _extent(site: CacheSite) -> Any:
     return value_of(site.keys.extent)

@@ -18,12 +18,11 @@ from think_compile.kernels import arrange, written_out
 from think_compile.passes.find.region import Masking, Order
 from think_compile.passes.layout import same_size, scale_of
 from think_compile.passes.normalize import Normalized
-from think_compile.passes.prove.kv_cache import CachedAttention, CacheTensor
 from think_compile.passes.prove.roles import to_product_order, usable_masks
+from think_compile.passes.prove.site import CachedAttention, CacheSite, CacheTensor, FormatOf
 from think_compile.passes.rewrite.plan import Counter, FromStore, Input, Passed, Size
 
 aten = torch.ops.aten
-FormatOf = Callable[[int, int], CacheFormat]  # a layer's format, by the widths of keys and values
 
 
 class Draft:
@@ -40,7 +39,7 @@ class Draft:
         self.inputs: dict[Node, Input] = {n: Passed(i) for i, n in enumerate(self.caller_inputs)}
         self.parts: dict[tuple[int, str], Node] = {}  # (input index, part's name) -> the new graph's input
         self.window_starts: dict[Any, Node] = {}  # (start, window's rule) -> the input with the window's start
-        self.starts: dict[tuple[int, int], tuple[Any, Any]] = {}  # past -> (first row, next free row)
+        self.starts: dict[tuple[int, ...], tuple[Any, Any]] = {}  # past -> (first row, next free row)
         self.sizes: dict[Any, Node] = {}  # size expression -> its input
         self.firsts: dict[Any, tuple[Node, Node]] = {}  # length of a bounded past -> (first row, next free row)
 
@@ -138,11 +137,11 @@ class Draft:
 
     # ----------------------------------------------------------------------------------------- stores and spans
 
-    def format(self, site: CachedAttention) -> CacheFormat:
+    def format(self, site: CacheSite) -> CacheFormat:
         """The format of the layer's cache."""
-        return self.format_of(int(site.keys.size(CHANNEL)), int(site.values.size(CHANNEL)))
+        return site.format(self.format_of)
 
-    def stored(self, site: CachedAttention, of: str, start: Any) -> Stored:
+    def stored(self, site: CacheSite, of: str, start: Any) -> Stored:
         """The stored "keys" or "values" of a later call from position ``start`` on."""
         assert site.past is not None
         index, side = site.past[of == "values"], self.format(site).side(of)
@@ -154,13 +153,13 @@ class Draft:
             return Stored(state, self.call(window_start_of, state[COUNTERS]))
         return Stored(state, self._window_start(start, index, side))
 
-    def _part(self, site: CachedAttention, index: int, part: Part) -> Node:
+    def _part(self, site: CacheSite, index: int, part: Part) -> Node:
         if (index, part.name) not in self.parts:
             what = FromStore(index, part, self._varying(site, part))
             self.parts[index, part.name] = self.input(f"{part.name}_{index}", what)
         return self.parts[index, part.name]
 
-    def _varying(self, site: CachedAttention, part: Part) -> tuple[int, ...]:
+    def _varying(self, site: CacheSite, part: Part) -> tuple[int, ...]:
         """The axes of dynamic size of a part: batch and heads if dynamic in the caller's graph, and growing axes."""
         rows = self._past_rows(site) if site.in_rolling_buffer else site.keys.size(TOKEN)
         varying = {
@@ -183,7 +182,7 @@ class Draft:
         self.inputs[node] = Counter((*self.inputs[node].indices, index), "window_start")
         return node
 
-    def span(self, site: CachedAttention, new: Node, *, joined: bool = False) -> Span:
+    def span(self, site: CacheSite, new: Node, *, joined: bool = False) -> Span:
         """The span of a later call with rows ``new``; ``joined``: with all joined rows, also unread ones."""
         if site.fixed:
             columns = site.keys.size(TOKEN) if joined else site.keys.extent
@@ -202,7 +201,7 @@ class Draft:
         oldest = self.sum(self.sum(span.start, tokens), read, operator.sub)
         return span._replace(oldest=oldest, columns=read)
 
-    def start(self, site: CachedAttention) -> Any:
+    def start(self, site: CacheSite) -> Any:
         """The first position of a call on a cache of fixed size: a 0-d tensor or a number."""
         join = site.keys.join
         start = self.at(join.start)
@@ -210,13 +209,13 @@ class Draft:
             return self.call(arrange.start_of, start, join.consecutive)
         return start
 
-    def _fixed_start(self, site: CachedAttention, new: Node) -> Node:
+    def _fixed_start(self, site: CacheSite, new: Node) -> Node:
         start = self.start(site)
         if isinstance(start, Node) and start.target is arrange.start_of:
             return start
         return self.call(arrange.device_start, start, new)
 
-    def _tokens(self, site: CachedAttention, new: Node) -> Any:
+    def _tokens(self, site: CacheSite, new: Node) -> Any:
         """Number of new tokens of the call."""
         if isinstance(site.query_tokens, int):
             return site.query_tokens
@@ -229,7 +228,7 @@ class Draft:
         known = not (isinstance(a, Node) or isinstance(b, Node))
         return operation(a, b) if known else self.call(operation, a, b)
 
-    def _growing_start(self, site: CachedAttention) -> tuple[Any, Any]:
+    def _growing_start(self, site: CacheSite) -> tuple[Any, Any]:
         """(first new position, lowest joined position) of a growing cache."""
         assert site.past is not None
         if site.past not in self.starts:
@@ -240,13 +239,13 @@ class Draft:
             return start, self.sum(start, self.number(site.window.joined), operator.sub)
         return start, first
 
-    def _past_rows(self, site: CachedAttention) -> Any:
+    def _past_rows(self, site: CacheSite) -> Any:
         """Number of rows of the past, as a size of the caller's graph."""
         layout = site.keys.join.past_layout
         assert site.past is not None and layout is not None
         return self.caller_inputs[site.past[0]].meta["val"].shape[token_axis(layout)]
 
-    def _joined_rows(self, site: CachedAttention) -> tuple[Any, Any]:
+    def _joined_rows(self, site: CacheSite) -> tuple[Any, Any]:
         """(number of tokens, first joined token) of a rolling buffer."""
         join = site.keys.join
         if join.past_prefix is not None:
@@ -256,7 +255,7 @@ class Draft:
             return rows, 0
         return rows, self.sum(rows, self.number(join.past_suffix.size), operator.sub)
 
-    def _bounded(self, length: Any, past: tuple[int, int]) -> tuple[Node, Node]:
+    def _bounded(self, length: Any, past: tuple[int, ...]) -> tuple[Node, Node]:
         """(first row, next free row) of bounded caches with a past of ``length`` tokens."""
         if length not in self.firsts:
             first = self.input(f"oldest_{past[0]}", Counter((), "oldest"))
@@ -290,7 +289,7 @@ class Draft:
                 self.sizes[known] = self.input(f"size_{len(self.sizes)}", Size(size))
             return self.sizes[known]
 
-    def past_length(self, site: CachedAttention) -> Any:
+    def past_length(self, site: CacheSite) -> Any:
         """The past's token count: a number, an input of the caller, or one more input."""
         try:
             return self.size(self._past_rows(site))

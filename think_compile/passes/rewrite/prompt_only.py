@@ -17,7 +17,7 @@ from think_compile.cache.canonical import CANONICAL
 from think_compile.kernels import answers
 from think_compile.passes.layout import same_size
 from think_compile.passes.normalize import Normalized
-from think_compile.passes.prove.kv_cache import CachedAttention, CacheTensor
+from think_compile.passes.prove.site import CachedAttention, CacheTensor
 from think_compile.passes.rewrite.question import question
 
 aten = torch.ops.aten

@@ -13,28 +13,28 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from think_compile.cache.canonical import CANONICAL, HEAD, TOKEN, from_canonical
+from think_compile.cache.canonical import BATCH, CANONICAL, HEAD, TOKEN, from_canonical
 from think_compile.cache.state import Call, Prompt, Span
 from think_compile.formats.base import CacheFormat
 from think_compile.kernels import arrange, written_out
 from think_compile.passes.functional import ASSERTIONS
-from think_compile.passes.layout import arranged, stride_order
+from think_compile.passes.layout import arranged, same_size, stride_order
 from think_compile.passes.normalize import AUTOCAST, Normalized
 from think_compile.passes.observe import observed
-from think_compile.passes.prove.kv_cache import CachedAttention, CacheTensor
+from think_compile.passes.prove.site import CachedAttention, CacheSite, CacheTensor, DecodedCache, FormatOf
 from think_compile.passes.rewrite import plan
-from think_compile.passes.rewrite.draft import Draft, FormatOf
+from think_compile.passes.rewrite.draft import Draft
 from think_compile.passes.rewrite.plan import Positions
 from think_compile.passes.rewrite.prompt_only import passes_heads_once
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
-_WRITE = {CacheFormat.step, CacheFormat.append, CacheFormat.join_values}  # these write in place
+_WRITE = {CacheFormat.step, CacheFormat.append, CacheFormat.join}  # these write in place
 
 
 def rewrite(
     normalized: Normalized,
-    sites: Sequence[CachedAttention],
+    sites: Sequence[CacheSite],
     packed: frozenset[int],
     format_of: FormatOf,
     prompt_only: frozenset[Node] = frozenset(),
@@ -83,10 +83,15 @@ class _Rewriter(Draft):
                     index = self.normalized.placeholders.index(tensor.root)
                     self.rewritten.chosen.append(plan.Chosen(index, of, format, positions))
 
-    def run(self, sites: Sequence[CachedAttention]) -> plan.Rewritten:
-        for readers in _by_cache(sites):
-            past = readers[0].past
-            if past is not None and self.packed.issuperset(past):
+    def run(self, sites: Sequence[CacheSite]) -> plan.Rewritten:
+        decoded = [site for site in sites if isinstance(site, DecodedCache)]
+        for site in {site.keys.root: site for site in decoded}.values():
+            if self._is_packed(site):
+                self._leave(site, [self._join(site, of) for of, _ in site.sides])
+            else:
+                self._keep_to_decode(site)
+        for readers in _by_cache([site for site in sites if isinstance(site, CachedAttention)]):
+            if self._is_packed(readers[0]):
                 self._later_call(readers)
             elif readers[0].keys.root in self.prompt_only:
                 self._first_call_of_prompt(readers)
@@ -99,13 +104,18 @@ class _Rewriter(Draft):
         self.rewritten.inputs = [self.inputs[n] for n in self.graph.find_nodes(op="placeholder")]
         return self.rewritten
 
+    def _is_packed(self, site: CacheSite) -> bool:
+        return site.past is not None and self.packed.issuperset(site.past)
+
     def _result(self, node: Node) -> int:
         self.results.append(node)
         return len(self.results) - 1
 
     def _results(self, states: Node, side: int, names: Sequence[str]) -> Positions:
         """Add outputs for the parts ``names`` of one of two sides, in that order."""
-        state = self.call(operator.getitem, states, side)
+        return self._parts_of(self.call(operator.getitem, states, side), names)
+
+    def _parts_of(self, state: Node, names: Sequence[str]) -> Positions:
         parts = [(name, self.call(operator.getitem, state, name)) for name in names]
         return tuple((name, self._result(part)) for name, part in parts)
 
@@ -136,7 +146,7 @@ class _Rewriter(Draft):
             call = self._as_one(readers, *self._joined(site))
             self._keep(site, call, self._prompt(site), _length_kept(site.keys) if site.in_rolling_buffer else None)
 
-    def _prompt(self, site: CachedAttention) -> Prompt:
+    def _prompt(self, site: CacheSite) -> Prompt:
         if site.fixed:
             return Prompt(start=self.start(site), capacity=self.number(site.keys.size(TOKEN)))
         if site.window is None:
@@ -161,10 +171,34 @@ class _Rewriter(Draft):
 
     def _keep(self, site: CachedAttention, call: Call, prompt: Prompt, written: Any = None) -> None:
         """Make the caller's caches from the stores of a first call; ``written``: rows with tokens, if known."""
+        stored = self.call(self.format(site).first_call, call, prompt)
+        states = [self.call(operator.getitem, stored, i) for i in range(len(site.sides))]
+        self._make(site, states, written)
+
+    def _keep_to_decode(self, site: DecodedCache) -> None:
+        """Store tensors that later calls decode."""
+        with self.after(self.at(site.attention.node)):
+            prompt, mask = self._prompt(site), self._padding(site)
+            keep, states = self.format(site).keep, []
+            for of, tensor in site.sides:
+                rows = self.canonical(self.at(tensor.root), tensor)
+                states.append(self.call(keep, of, self._new_rows(tensor), rows, mask, prompt))
+            self._make(site, states)
+
+    def _padding(self, site: DecodedCache) -> Node | None:
+        """The mask of the attention, if it tells which rows of the cache are padding."""
+        mask = site.attention.mask
+        if mask is None or mask.meta["val"].dim() != 4:
+            return None
+        batch, columns = (mask.meta["val"].shape[axis] for axis in (0, 3))
+        fits = same_size(batch, 1) or same_size(batch, site.keys.size(BATCH))
+        return self.at(mask) if fits and same_size(columns, site.keys.size(TOKEN)) else None
+
+    def _make(self, site: CacheSite, states: Sequence[Node], written: Any = None) -> None:
+        """Make the caller's caches from their stored form."""
         format = self.format(site)
-        stored = self.call(format.first_call, call, prompt)
-        for i, (of, tensor) in enumerate(site.sides):
-            positions = self._results(stored, i, [p.name for p in format.side(of).parts(fixed=site.in_buffer)])
+        for (of, tensor), state in zip(site.sides, states, strict=True):
+            positions = self._parts_of(state, [p.name for p in format.side(of).parts(fixed=site.in_buffer)])
             length, dtype = _length_kept(tensor), tensor.root.meta["val"].dtype
             n_written = written if of == "keys" else None
             for index, layout in tensor.outputs.items():
@@ -179,9 +213,9 @@ class _Rewriter(Draft):
         site = readers[0]
         is_written_out = any(reader.attention.region is not None for reader in readers)
         if site.values.read_elsewhere or is_written_out:
-            values_left = self._join_values(site)
+            values_left = self._join(site, "values")
         elif len(readers) == 1:
-            self._leave(site, *self._step(site))
+            self._leave(site, self._step(site))
             return
         else:
             values_left = None
@@ -190,7 +224,7 @@ class _Rewriter(Draft):
             attend(reader)
         with self.after(self.at(readers[-1].attention.node)):
             left = self._append(readers, with_values=values_left is None)
-        self._leave(site, left[0], values_left or left[1])
+        self._leave(site, (left[0], values_left or left[1]))
 
     def _arguments(self, site: CachedAttention) -> tuple[Any, ...]:
         """The arguments of a later call's attention, made at the current insertion point."""
@@ -256,9 +290,9 @@ class _Rewriter(Draft):
         arguments = (logits, self.at(product.left), layout.queries, layout.logits, *formula, dtype)
         return self._as(self.call(written_out.as_product, *arguments), product.node)
 
-    def _join_values(self, site: CachedAttention) -> Positions:
-        """Replace the model's join of its values: append the new values, and continue with all values."""
-        tensor = site.values
+    def _join(self, site: CacheSite, of: str) -> Positions:
+        """Replace the model's join of a tensor: append the new rows, and continue with all rows, decoded."""
+        tensor = dict(site.sides)[of]
         root = self.at(tensor.root)
         for node in arranged(tensor.root):
             if node.target in _VIEWS:  # a view of a buffer with spare rows may have to copy
@@ -268,12 +302,12 @@ class _Rewriter(Draft):
         with self.graph.inserting_before(root):
             new = self._new_rows(tensor)
             span = self.span(site, new, joined=True)
-            joined = self.call(self.format(site).join_values, new, self.stored(site, "values", span.start), span)
-            values = self.call(operator.getitem, joined, 0)
-            left = self._results(joined, 1, self._replaced(site, "values"))
-            values = self.call(from_canonical, values, tensor.layout)
-        values.meta["val"] = tensor.root.meta["val"]
-        self.replace(tensor.root, values)
+            joined = self.call(self.format(site).join, of, new, self.stored(site, of, span.start), span)
+            rows = self.call(operator.getitem, joined, 0)
+            left = self._results(joined, 1, self._replaced(site, of))
+            rows = self.call(from_canonical, rows, tensor.layout)
+        rows.meta["val"] = tensor.root.meta["val"]
+        self.replace(tensor.root, rows)
         return left
 
     def _append(self, readers: Sequence[CachedAttention], *, with_values: bool) -> tuple[Positions, Positions]:
@@ -285,7 +319,7 @@ class _Rewriter(Draft):
         left = self.call(self.format(site).append, call, self.stored(site, "keys", span.start), values, span)
         return self._left(site, left, with_values)
 
-    def _replaced(self, site: CachedAttention, of: str) -> list[str]:
+    def _replaced(self, site: CacheSite, of: str) -> list[str]:
         """The parts to be replaced by new tensors in each call: only growing caches have such parts."""
         parts = self.format(site).side(of).parts(fixed=site.in_buffer)
         return [] if site.in_buffer else [part.name for part in parts if part.replaced]
@@ -294,10 +328,10 @@ class _Rewriter(Draft):
         keys = self._results(left, 0, self._replaced(site, "keys"))
         return keys, self._results(left, 1, self._replaced(site, "values") if with_values else [])
 
-    def _leave(self, site: CachedAttention, keys_left: Positions, values_left: Positions) -> None:
+    def _leave(self, site: CacheSite, left_of: Sequence[Positions]) -> None:
         """Give the caller the written caches."""
         assert site.past is not None
-        for (of, tensor), index, left in zip(site.sides, site.past, (keys_left, values_left), strict=True):
+        for (of, tensor), index, left in zip(site.sides, site.past, left_of, strict=True):
             if site.in_buffer:
                 self._leave_fixed(site, of, tensor, index)
                 continue
@@ -306,7 +340,7 @@ class _Rewriter(Draft):
             for output, layout in tensor.outputs.items():
                 self.made[output] = plan.GrownStore(index, left, layout, kept)
 
-    def _leave_fixed(self, site: CachedAttention, of: str, tensor: CacheTensor, index: int) -> None:
+    def _leave_fixed(self, site: CacheSite, of: str, tensor: CacheTensor, index: int) -> None:
         self.rewritten.sides.append((index, site.in_rolling_buffer))
         if of == "keys":
             self.rewritten.written.append(plan.Written(index, site.query_tokens, site.in_rolling_buffer))
