@@ -82,6 +82,14 @@ def decode(
 
 
 @app.command()
+def latent(out: Out = RESULTS, setting: Annotated[str, typer.Argument(help="BATCHxCONTEXT")] = "8x32768") -> None:
+    """A decode step on latents in codes, beside the dense model."""
+    from benchmarks import decode, latent
+
+    _keep("latent", latent.run(decode.Setting(*_sizes(setting))), out)
+
+
+@app.command()
 def prefill(out: Out = RESULTS, context: int = 32768) -> None:
     """The first token of a long prompt, beside the plain model under torch.compile."""
     from benchmarks import prefill

@@ -90,7 +90,7 @@ THINK = ThinkConfig(0.5)
 def check(config: ThinkConfig, tokens: int = 2048, steps: int = 4) -> float:
     """The wrapped model's error in bf16, in units of the plain one's; raises if it exceeds rounding."""
     torch._dynamo.reset()
-    plain = models.llama(2, vocabulary=4096)
+    plain = (models.latent if config.decode else models.llama)(2, vocabulary=4096)
     exact = copy.deepcopy(plain).float()
     ours = think_compile(copy.deepcopy(plain), **formats_of(config))
     cache = models.stored_past(ours, 2, tokens, config)
@@ -112,7 +112,7 @@ def _logits(model: Any, ids: Any, cache: Any) -> Any:
 
 def formats_of(config: ThinkConfig) -> dict[str, Any]:
     """The options of a configuration that say how caches are stored."""
-    return {name: getattr(config, name) for name in ("ratio", "keys", "values", "group", "sinks", "recent")}
+    return {name: getattr(config, name) for name in ("ratio", "keys", "values", "group", "sinks", "recent", "decode")}
 
 
 def name_of(config: ThinkConfig) -> str:
@@ -131,7 +131,7 @@ def wrapped(config: ThinkConfig, **inductor_options: Any) -> Way:
 
     def way(model: Any, setting: Setting) -> Row:
         check(config)
-        _release()
+        release()
         think_compile(model, **formats_of(config), **inductor_options)
         try:
             cache = models.stored_past(model, setting.batch, setting.context, config)
@@ -195,23 +195,24 @@ def run(setting: Setting, ways: tuple[Way, ...] = OURS + BASELINES) -> Iterator[
     """The rows, as they are measured. The first is the check."""
     yield {"check": "error over the plain model's in bf16", "ratio": check(THINK)}
     bandwidth = read_bandwidth()
-    _release()  # so that the weights get the same addresses as without a check
+    release()  # so that the weights get the same addresses as without a check
     model = models.llama()
     yield from floors(model, setting, bandwidth)
     for way in ways:
         if way is UNTUNED and setting.batch > 1:
             continue
-        _release()
-        yield _measured(way, model, setting)
+        release()
+        yield measured(way, model, setting)
 
 
-def _release() -> None:
+def release() -> None:
+    """Free what a measured way has left."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def _measured(way: Way, model: Any, setting: Setting) -> dict[str, Any]:
+def measured(way: Way, model: Any, setting: Setting) -> dict[str, Any]:
     """The row; for today's alternatives, also the reason if they cannot run here."""
     try:
         return asdict(way(model, setting))

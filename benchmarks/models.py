@@ -1,4 +1,4 @@
-"""The timed model and caches: the shape of Llama-3.1-8B, random weights, a past written directly.
+"""The timed models and caches: random weights, by default of the shape of Llama-3.1-8B, and a past written directly.
 
 The contents of a past do not matter for time and memory, so they are random: a prefill of 8 x 32,768 tokens would take
 longer than all measurements.
@@ -7,11 +7,18 @@ longer than all measurements.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 
 from think_compile import ThinkConfig
 from think_compile.cache.canonical import CANONICAL
@@ -46,13 +53,52 @@ def llama(
         vocab_size=vocabulary,
         max_position_embeddings=2**18,
     )
+    return _built(LlamaForCausalLM, config, device, dtype)
+
+
+def latent(layers: int = 27, *, vocabulary: int = 102400) -> DeepseekV2ForCausalLM:
+    """A model of the shape of DeepSeek-V2-Lite, which caches latents; all layers are dense, as its first."""
+    config = DeepseekV2Config(
+        hidden_size=2048,
+        intermediate_size=10944,
+        num_hidden_layers=layers,
+        first_k_dense_replace=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+        vocab_size=vocabulary,
+        max_position_embeddings=2**18,
+    )
+    return _built(DeepseekV2ForCausalLM, config, "cuda", torch.bfloat16)
+
+
+def _built(kind: Any, config: Any, device: str, dtype: torch.dtype) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return LlamaForCausalLM(config).eval()
+            return kind(config).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+class Widths(NamedTuple):
+    """Of one layer's cache: heads, and channels of both tensors."""
+
+    heads: int
+    keys: int
+    values: int
+
+
+def widths_of(config: Any) -> Widths:
+    """The sizes of a layer's cache; a latent counts as the key, the rotated part as the value."""
+    if getattr(config, "kv_lora_rank", None):
+        return Widths(1, config.kv_lora_rank, config.qk_rope_head_dim)
+    return Widths(config.num_key_value_heads, config.head_dim, config.head_dim)
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -61,14 +107,18 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters() if p is not embedding)
 
 
-def cache_bytes(config: LlamaConfig, batch: int, tokens: int, key_channels: int | None = None) -> int:
+def cache_bytes(config: Any, batch: int, tokens: int, key_channels: int | None = None) -> int:
     """Bytes of a bf16 cache of that many tokens; ``key_channels``: stored channels per key (None: all)."""
-    width = config.head_dim + (config.head_dim if key_channels is None else key_channels)
-    return 2 * config.num_hidden_layers * batch * config.num_key_value_heads * tokens * width
+    heads, keys, values = widths_of(config)
+    width = values + (keys if key_channels is None else key_channels)
+    return 2 * config.num_hidden_layers * batch * heads * tokens * width
 
 
-def _drawn(model: LlamaForCausalLM, *shape: int) -> Tensor:
-    return torch.randn(*shape, device=model.device, dtype=model.dtype)
+def _rows(model: Any, batch: int, tokens: int) -> list[Tensor]:
+    """Random keys and values [B, H, tokens, *]."""
+    heads, *widths = widths_of(model.config)
+    shapes = [(batch, heads, tokens, width) for width in widths]
+    return [torch.randn(*shape, device=model.device, dtype=model.dtype) for shape in shapes]
 
 
 def growing_past(model: LlamaForCausalLM, batch: int, tokens: int) -> DynamicCache:
@@ -80,20 +130,17 @@ def growing_past(model: LlamaForCausalLM, batch: int, tokens: int) -> DynamicCac
 
 def fill(cache: Any, model: LlamaForCausalLM, batch: int, tokens: int) -> None:
     """Put ``tokens`` random tokens into an empty growing cache of Hugging Face's."""
-    config = model.config
-    for i in range(config.num_hidden_layers):
-        rows = [_drawn(model, batch, config.num_key_value_heads, tokens, config.head_dim) for _ in range(2)]
-        cache.update(*rows, i)
+    for i in range(model.config.num_hidden_layers):
+        cache.update(*_rows(model, batch, tokens), i)
 
 
-def _begun(layer: Any, model: LlamaForCausalLM, batch: int, tokens: int) -> None:
+def _begun(layer: Any, model: Any, batch: int, tokens: int) -> None:
     """Bring a static layer to the state after ``tokens`` written tokens, of any content."""
-    row = _drawn(model, batch, model.config.num_key_value_heads, 1, model.config.head_dim)
-    layer.lazy_initialization(row, row)
+    layer.lazy_initialization(*_rows(model, batch, 1))
     layer.cumulative_length.fill_(tokens)
 
 
-def fixed_past(model: LlamaForCausalLM, batch: int, tokens: int) -> StaticCache:
+def fixed_past(model: Any, batch: int, tokens: int) -> StaticCache:
     """A dense cache of fixed size that holds ``tokens`` random tokens."""
     cache = StaticCache(config=model.config, max_cache_len=tokens + SPARE)
     for layer in cache.layers:
@@ -103,11 +150,11 @@ def fixed_past(model: LlamaForCausalLM, batch: int, tokens: int) -> StaticCache:
     return cache
 
 
-def stored_past(model: LlamaForCausalLM, batch: int, tokens: int, config: ThinkConfig) -> StaticCache:
+def stored_past(model: Any, batch: int, tokens: int, config: ThinkConfig) -> StaticCache:
     """The same as the wrapped model leaves it after a prompt: handles on stored sides, layer by layer."""
     cache = StaticCache(config=model.config, max_cache_len=tokens + SPARE)
-    d, capacity = model.config.head_dim, tokens + SPARE
-    form = config.format_for(d, d)
+    _, *widths = widths_of(model.config)
+    form, capacity = config.format_for(*widths), tokens + SPARE
     for layer in cache.layers:
         _begun(layer, model, batch, tokens)
         for of, written in (("keys", tokens), ("values", None)):
@@ -118,18 +165,21 @@ def stored_past(model: LlamaForCausalLM, batch: int, tokens: int, config: ThinkC
     return cache
 
 
-def _part(part: Part, side: Side, model: LlamaForCausalLM, batch: int, tokens: int) -> Tensor:
+def _part(part: Part, side: Side, model: Any, batch: int, tokens: int) -> Tensor:
     """A part of a side of random content, for a cache of fixed size."""
     group, device = side.codec.group, model.device
     records = -(-(tokens + SPARE) // side.window_group) * side.window_group // group
-    letters = {"B": batch, "H": model.config.num_key_value_heads, "C": records, "R": side.ring_rows(tokens + SPARE)}
-    shape = [letters.get(str(size), size) for size in part.shape]
+    heads, ring = widths_of(model.config).heads, side.ring_rows(tokens + SPARE)
+    letters: dict[str, int] = {"B": batch, "H": heads, "C": records, "R": ring}
+    shape = [letters[size] if isinstance(size, str) else size for size in part.shape]
     if part.name == COUNTERS:
         window_start = side.window_start(tokens) if side.has_ring else tokens
         return torch.tensor([window_start, tokens, 0], device=device)
     if part.name == "channels":
         kept = torch.rand(*shape[:2], side.width, device=device).topk(shape[2]).indices
-        return kept.sort().values if shape[2] < side.width else kept
+        tiers = getattr(side.codec, "tiers", ())
+        in_order = shape[2] < side.width or (len(tiers) == 1 and side.kept == side.width)
+        return kept.sort().values if in_order else kept
     if part.dtype is None or part.dtype.is_floating_point:
         scale = 1.0 if part.dtype is None else 0.01  # steps of codes
         return (torch.randn(*shape, device=device, dtype=part.dtype or model.dtype) * scale).abs_()
@@ -149,7 +199,7 @@ def _handle(store: Packed, written: int | None) -> Handle:
     return handle_for(Cell(store), CANONICAL)
 
 
-def densified(cache: StaticCache, model: LlamaForCausalLM) -> StaticCache:
+def densified(cache: StaticCache, model: Any) -> StaticCache:
     """The dense equivalent of a pruned cache, as a plain static cache for ``model``: dropped channels are zero."""
     first = cache.layers[0]
     batch, _, capacity, _ = first.keys.shape

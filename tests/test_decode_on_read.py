@@ -91,6 +91,24 @@ class TwoReaders(Attending):
         return F.scaled_dot_product_attention(q, k, v) + F.scaled_dot_product_attention(q * 2, v, k), latent
 
 
+class KeysEscape(Attending):
+    """The keys are read by something else, too."""
+
+    def forward(self, x, past=None):
+        q, k, v = self.heads(x)
+        k, v = self.joined(past, k, v)
+        return F.scaled_dot_product_attention(q, k, v) + k.mean(2, keepdim=True), (k, v)
+
+
+class SharesUnlike(Attending):
+    """Of two attentions to one cache, one changes the values."""
+
+    def forward(self, x, past=None):
+        q, k, v = self.heads(x)
+        k, v = self.joined(past, k, v)
+        return F.scaled_dot_product_attention(q, k, v) + F.scaled_dot_product_attention(q, k, v.tanh()), (k, v)
+
+
 def dense(past):
     return tree_map(lambda x: x.dense().clone() if isinstance(x, Handle) else x, past)
 
@@ -125,6 +143,8 @@ KINDS = [
     ChangesValues,
     TokensFirst,
     TwoReaders,
+    KeysEscape,
+    SharesUnlike,
     Rounds,
 ]
 

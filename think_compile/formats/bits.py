@@ -85,11 +85,15 @@ class _Bits(ABC):
     def choose(self, seen: Seen) -> State:
         """All channels in the order of the plan: ascending within a tier, the dropped ones last."""
         rows = self._rows_of(seen)
-        if len(self.tiers) == 1 and self.kept == rows.shape[3]:
+        if self._keeps_order(rows.shape[3]):
             order = torch.arange(self.kept, device=rows.device)
             return {"channels": order.expand(*rows.shape[:2], -1).contiguous()}
         counts = tuple(count for _, count in self.tiers)
         return {"channels": dealt_channels(self._score(seen), counts, rows.shape[3])}
+
+    def _keeps_order(self, width: int) -> bool:
+        """Whether one tier has all channels: then they keep their order, and no row is gathered."""
+        return len(self.tiers) == 1 and self.kept == width
 
     @abstractmethod
     def _rows_of(self, seen: Seen) -> Tensor: ...
@@ -100,6 +104,8 @@ class _Bits(ABC):
         channels = chosen["channels"][:, :, None, None]
 
         def taken(first: int, count: int) -> Tensor:
+            if self._keeps_order(rows.shape[3]):
+                return groups[..., first : first + count]
             return groups.gather(4, channels[..., first : first + count].expand(*groups.shape[:4], -1))
 
         state: State = {}
@@ -121,13 +127,17 @@ class _Bits(ABC):
     def decode(self, state: State, width: int) -> Tensor:
         """[B, H, S, W]: the rows, zero in the dropped channels."""
         narrow = self._narrow(state)
+        if self._keeps_order(width):
+            return narrow
         channels = state["channels"][:, :, None, : self.kept].expand(-1, -1, narrow.shape[2], -1)
         return narrow.new_zeros(*narrow.shape[:3], width).scatter(3, channels, narrow)
 
     def scores(self, queries: Tensor, state: State) -> Tensor:
         """[B, H, M, S]: products of ``queries`` [B, H, M, W] with the rows, on the stored channels only."""
         narrow = self._narrow(state)
-        return narrow_rows(queries, state["channels"][..., : self.kept]) @ narrow.to(queries.dtype).mT
+        if not self._keeps_order(queries.shape[3]):
+            queries = narrow_rows(queries, state["channels"][..., : self.kept])
+        return queries @ narrow.to(queries.dtype).mT
 
     def _narrow(self, state: State) -> Tensor:
         """[B, H, S, kept]: the decoded rows in the order of the plan."""

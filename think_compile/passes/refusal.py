@@ -15,12 +15,14 @@ class Reason(enum.Enum):
     """Why an attention layer is left exactly as the model wrote it; the value is the sentence for people."""
 
     NOT_CACHED = "this call keeps no cache of the keys: they neither leave the graph nor are written to an input"
-    VALUES_NOT_CACHED = "the values are not cached beside the keys"
+    VALUES_NOT_CACHED = "the values are not cached beside the keys (decode=True can store them in codes)"
     VALUES_TRANSFORMED = (
         "the values are changed between the cache and the attention (decode=True can store them in codes)"
     )
-    KEY_ESCAPES = "the cached keys are also read by something other than this attention"
-    SHARED = "the cache is shared by attentions that cannot all be rewritten alike"
+    KEY_ESCAPES = (
+        "the cached keys are also read by something other than this attention (decode=True can store them in codes)"
+    )
+    SHARED = "the cache is shared by attentions that cannot all be rewritten alike (decode=True can store it in codes)"
     CHANNEL_MIXING = (
         "an operation between cache and attention mixes or splits the channels (decode=True can store them in codes)"
     )
@@ -75,6 +77,8 @@ READ_OTHERWISE = {
     Reason.CHANNEL_MIXING,
     Reason.VALUES_TRANSFORMED,
     Reason.VALUES_NOT_CACHED,
+    Reason.KEY_ESCAPES,
+    Reason.SHARED,
 }
 UNDECIDED = {Reason.NOT_CACHED, Reason.AWAITS_JOIN}  # another call may store the cache
 

@@ -11,25 +11,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from think_compile.cache.canonical import BATCH, CANONICAL, HEAD, TOKEN, from_canonical
 from think_compile.cache.state import Call, Prompt, Span
-from think_compile.formats.base import CacheFormat
 from think_compile.kernels import arrange, written_out
-from think_compile.passes.functional import ASSERTIONS
 from think_compile.passes.layout import arranged, same_size, stride_order
-from think_compile.passes.normalize import AUTOCAST, Normalized
+from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
 from think_compile.passes.prove.site import CachedAttention, CacheSite, CacheTensor, DecodedCache, FormatOf
 from think_compile.passes.rewrite import plan
-from think_compile.passes.rewrite.draft import Draft
+from think_compile.passes.rewrite.outputs import Outputs, length_kept
 from think_compile.passes.rewrite.plan import Positions
 from think_compile.passes.rewrite.prompt_only import passes_heads_once
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
-_WRITE = {CacheFormat.step, CacheFormat.append, CacheFormat.join}  # these write in place
 
 
 def rewrite(
@@ -47,29 +44,20 @@ def rewrite(
     rows. ``windows_apart``: as in :class:`.draft.Draft`. ``pending``: attentions that need only a first call's choice.
     """
     with observed("rewrite", normalized.graph_module.graph) as count:
-        rewriter = _Rewriter(normalized, packed, format_of, prompt_only, windows_apart)
+        rewriter = _Rewriter(normalized, packed, format_of, windows_apart, prompt_only=prompt_only)
         rewriter.choose(pending)
         rewritten = rewriter.run(sites)
         count.matches, count.graph = len(sites), rewritten.graph_module.graph
     return rewritten
 
 
-class _Rewriter(Draft):
-    """One rewriting, and its outputs so far."""
+class _Rewriter(Outputs):
+    """One rewriting."""
 
-    def __init__(
-        self,
-        normalized: Normalized,
-        packed: frozenset[int],
-        format_of: FormatOf,
-        prompt_only: frozenset[Node],
-        windows_apart: bool,
-    ) -> None:
-        super().__init__(normalized, format_of, windows_apart)
-        self.packed, self.prompt_only = packed, prompt_only
-        self.results: list[Node] = []
-        self.made: dict[int, plan.Output] = {}  # output index of the normalized graph -> how it is made
-        self.rewritten = plan.Rewritten()
+    def __init__(self, *draft: Any, prompt_only: frozenset[Node]) -> None:
+        """``draft``: as of :class:`.outputs.Outputs`."""
+        super().__init__(*draft)
+        self.prompt_only = prompt_only
 
     def choose(self, pending: Sequence[CachedAttention]) -> None:
         """Make the first call's choice, after the attentions; attentions, keys and values stay unchanged."""
@@ -79,45 +67,25 @@ class _Rewriter(Draft):
                 chosen = self.call(format.choose, self._as_one(readers, *self._joined(site)), Prompt())
                 for i, (of, tensor) in enumerate(site.sides):
                     names = [p.name for p in format.side(of).parts(fixed=False) if not (p.is_rows or p.replaced)]
-                    positions = self._results(chosen, i, names)
+                    positions = self.results_of(chosen, i, names)
                     index = self.normalized.placeholders.index(tensor.root)
                     self.rewritten.chosen.append(plan.Chosen(index, of, format, positions))
 
     def run(self, sites: Sequence[CacheSite]) -> plan.Rewritten:
         decoded = [site for site in sites if isinstance(site, DecodedCache)]
         for site in {site.keys.root: site for site in decoded}.values():
-            if self._is_packed(site):
-                self._leave(site, [self._join(site, of) for of, _ in site.sides])
+            if self.is_packed(site):
+                self.leave(site, [self._join(site, of) for of, _ in site.sides])
             else:
                 self._keep_to_decode(site)
         for readers in _by_cache([site for site in sites if isinstance(site, CachedAttention)]):
-            if self._is_packed(readers[0]):
+            if self.is_packed(readers[0]):
                 self._later_call(readers)
             elif readers[0].keys.root in self.prompt_only:
                 self._first_call_of_prompt(readers)
             else:
                 self._first_call(readers)
-        self._finish_outputs()
-        self._drop_unused()
-        self.graph.lint()
-        self.rewritten.graph_module = GraphModule(self.normalized.graph_module, self.graph)
-        self.rewritten.inputs = [self.inputs[n] for n in self.graph.find_nodes(op="placeholder")]
-        return self.rewritten
-
-    def _is_packed(self, site: CacheSite) -> bool:
-        return site.past is not None and self.packed.issuperset(site.past)
-
-    def _result(self, node: Node) -> int:
-        self.results.append(node)
-        return len(self.results) - 1
-
-    def _results(self, states: Node, side: int, names: Sequence[str]) -> Positions:
-        """Add outputs for the parts ``names`` of one of two sides, in that order."""
-        return self._parts_of(self.call(operator.getitem, states, side), names)
-
-    def _parts_of(self, state: Node, names: Sequence[str]) -> Positions:
-        parts = [(name, self.call(operator.getitem, state, name)) for name in names]
-        return tuple((name, self._result(part)) for name, part in parts)
+        return self.finish()
 
     def _joined(self, site: CachedAttention) -> list[Node]:
         """The joined keys and values [B, H, S, D]."""
@@ -144,7 +112,7 @@ class _Rewriter(Draft):
         site = readers[0]
         with self.after(self.at(readers[-1].attention.node)):
             call = self._as_one(readers, *self._joined(site))
-            self._keep(site, call, self._prompt(site), _length_kept(site.keys) if site.in_rolling_buffer else None)
+            self._keep(site, call, self._prompt(site), length_kept(site.keys) if site.in_rolling_buffer else None)
 
     def _prompt(self, site: CacheSite) -> Prompt:
         if site.fixed:
@@ -152,7 +120,7 @@ class _Rewriter(Draft):
         if site.window is None:
             return Prompt()
         read, kept = self.number(site.window.read), self.number(site.window.kept)
-        return Prompt(None, read, kept, self.number(_length_kept(site.keys)) if site.in_rolling_buffer else None)
+        return Prompt(None, read, kept, self.number(length_kept(site.keys)) if site.in_rolling_buffer else None)
 
     def _first_call_of_prompt(self, readers: Sequence[CachedAttention]) -> None:
         """Replace the attentions by attentions to the call's own rows; only these rows are stored."""
@@ -173,7 +141,7 @@ class _Rewriter(Draft):
         """Make the caller's caches from the stores of a first call; ``written``: rows with tokens, if known."""
         stored = self.call(self.format(site).first_call, call, prompt)
         states = [self.call(operator.getitem, stored, i) for i in range(len(site.sides))]
-        self._make(site, states, written)
+        self.keep(site, states, written)
 
     def _keep_to_decode(self, site: DecodedCache) -> None:
         """Store tensors that later calls decode."""
@@ -183,7 +151,7 @@ class _Rewriter(Draft):
             for of, tensor in site.sides:
                 rows = self.canonical(self.at(tensor.root), tensor)
                 states.append(self.call(keep, of, self._new_rows(tensor), rows, mask, prompt))
-            self._make(site, states)
+            self.keep(site, states)
 
     def _padding(self, site: DecodedCache) -> Node | None:
         """The mask of the attention, if it tells which rows of the cache are padding."""
@@ -194,18 +162,6 @@ class _Rewriter(Draft):
         fits = same_size(batch, 1) or same_size(batch, site.keys.size(BATCH))
         return self.at(mask) if fits and same_size(columns, site.keys.size(TOKEN)) else None
 
-    def _make(self, site: CacheSite, states: Sequence[Node], written: Any = None) -> None:
-        """Make the caller's caches from their stored form."""
-        format = self.format(site)
-        for (of, tensor), state in zip(site.sides, states, strict=True):
-            positions = self._parts_of(state, [p.name for p in format.side(of).parts(fixed=site.in_buffer)])
-            length, dtype = _length_kept(tensor), tensor.root.meta["val"].dtype
-            n_written = written if of == "keys" else None
-            for index, layout in tensor.outputs.items():
-                self.made[index] = plan.NewStore(
-                    of, format, positions, length, site.in_buffer, layout, dtype, n_written
-                )
-
     # ------------------------------------------------------------------------------------------- later calls
 
     def _later_call(self, readers: Sequence[CachedAttention]) -> None:
@@ -215,7 +171,7 @@ class _Rewriter(Draft):
         if site.values.read_elsewhere or is_written_out:
             values_left = self._join(site, "values")
         elif len(readers) == 1:
-            self._leave(site, self._step(site))
+            self.leave(site, self._step(site))
             return
         else:
             values_left = None
@@ -224,7 +180,7 @@ class _Rewriter(Draft):
             attend(reader)
         with self.after(self.at(readers[-1].attention.node)):
             left = self._append(readers, with_values=values_left is None)
-        self._leave(site, (left[0], values_left or left[1]))
+        self.leave(site, (left[0], values_left or left[1]))
 
     def _arguments(self, site: CachedAttention) -> tuple[Any, ...]:
         """The arguments of a later call's attention, made at the current insertion point."""
@@ -304,7 +260,7 @@ class _Rewriter(Draft):
             span = self.span(site, new, joined=True)
             joined = self.call(self.format(site).join, of, new, self.stored(site, of, span.start), span)
             rows = self.call(operator.getitem, joined, 0)
-            left = self._results(joined, 1, self._replaced(site, of))
+            left = self.results_of(joined, 1, self.replaced_parts(site, of))
             rows = self.call(from_canonical, rows, tensor.layout)
         rows.meta["val"] = tensor.root.meta["val"]
         self.replace(tensor.root, rows)
@@ -319,86 +275,9 @@ class _Rewriter(Draft):
         left = self.call(self.format(site).append, call, self.stored(site, "keys", span.start), values, span)
         return self._left(site, left, with_values)
 
-    def _replaced(self, site: CacheSite, of: str) -> list[str]:
-        """The parts to be replaced by new tensors in each call: only growing caches have such parts."""
-        parts = self.format(site).side(of).parts(fixed=site.in_buffer)
-        return [] if site.in_buffer else [part.name for part in parts if part.replaced]
-
     def _left(self, site: CachedAttention, left: Node, with_values: bool = True) -> tuple[Positions, Positions]:
-        keys = self._results(left, 0, self._replaced(site, "keys"))
-        return keys, self._results(left, 1, self._replaced(site, "values") if with_values else [])
-
-    def _leave(self, site: CacheSite, left_of: Sequence[Positions]) -> None:
-        """Give the caller the written caches."""
-        assert site.past is not None
-        for (of, tensor), index, left in zip(site.sides, site.past, left_of, strict=True):
-            if site.in_buffer:
-                self._leave_fixed(site, of, tensor, index)
-                continue
-            self.rewritten.appended.append((index, site.query_tokens))
-            kept = None if site.window is None else _length_kept(tensor)
-            for output, layout in tensor.outputs.items():
-                self.made[output] = plan.GrownStore(index, left, layout, kept)
-
-    def _leave_fixed(self, site: CacheSite, of: str, tensor: CacheTensor, index: int) -> None:
-        self.rewritten.sides.append((index, site.in_rolling_buffer))
-        if of == "keys":
-            self.rewritten.written.append(plan.Written(index, site.query_tokens, site.in_rolling_buffer))
-        in_place = index in self.normalized.written
-        if not in_place:
-            self.rewritten.copied.append(index)
-        for output in tensor.outputs:
-            self.made[output] = plan.SameHandle(index) if in_place else plan.CopiedHandle(index)
-
-    # ----------------------------------------------------------------------------------------------- closing
-
-    def _finish_outputs(self) -> None:
-        output = self.graph.output_node()
-        values, written = list(output.args[0]), self.normalized.written
-        with self.graph.inserting_before(output):
-            for position, index in enumerate(written):
-                made = self.made.get(position)
-                if made is None:  # no cache: copied back, as the model wrote it
-                    self.call(aten.copy_.default, self.caller_inputs[index], values[position])
-                elif not isinstance(made, plan.SameHandle | plan.CopiedHandle):
-                    self.rewritten.replaced.append((index, made))
-        self.rewritten.outputs = [self._finish_output(i, values[i]) for i in range(len(written), len(values))]
-        output.args = (tuple(self.results),)
-
-    def _finish_output(self, index: int, value: Any) -> plan.Output:
-        if index in self.made:
-            return self.made[index]
-        return plan.Returned(self._result(value)) if isinstance(value, Node) else plan.Constant(value)
-
-    def _drop_unused(self) -> None:
-        """Drop dead nodes, then unread inputs: above all the packed handles, which have no dense value."""
-        self.graph.eliminate_dead_code(is_impure_node=_must_stay)
-        for index in self.packed:
-            self._drop_shape_readers(self.caller_inputs[index])
-        for node in self.graph.find_nodes(op="placeholder"):
-            if not node.users:
-                del self.inputs[node]
-                self.graph.erase_node(node)
-
-    def _drop_shape_readers(self, node: Node) -> None:
-        for user in list(node.users):
-            if user.target is aten.sym_size.int:
-                user.replace_all_uses_with(self.size(user.meta["val"]))
-                self.graph.erase_node(user)
-
-
-def _length_kept(tensor: CacheTensor) -> Any:
-    """Number of tokens left by a call in a growing cache, or in a window's buffer."""
-    kept = None if tensor.window is None else tensor.window.kept
-    return tensor.size(TOKEN) if kept is None else kept
-
-
-def _must_stay(node: Node) -> bool:
-    if node.op in ("placeholder", "output") or node.target in AUTOCAST | ASSERTIONS:
-        return True
-    if getattr(node.target, "__func__", None) in _WRITE:
-        return True
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        keys = self.results_of(left, 0, self.replaced_parts(site, "keys"))
+        return keys, self.results_of(left, 1, self.replaced_parts(site, "values") if with_values else [])
 
 
 def _by_cache(sites: Sequence[CachedAttention]) -> list[list[CachedAttention]]:
