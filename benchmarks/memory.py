@@ -24,16 +24,20 @@ STEPS, HEADROOM = 8, 3 * 2**30
 
 @dataclass(frozen=True)
 class Workload:
-    """A model's shape, the tokens of each sequence, and how its caches are stored; None: Hugging Face's own cache."""
+    """A model's shape, the tokens of each sequence, and how its caches are stored; None: Hugging Face's own cache.
+
+    ``spare``: rows of a cache after the context.
+    """
 
     model: str
     context: int
     configs: tuple[ThinkConfig | None, ...]
+    spare: int = models.SPARE
 
 
 def _plans(*plans: tuple[Any, Any], **options: Any) -> tuple[ThinkConfig | None, ...]:
     chosen = (ThinkConfig(keys=keys, values=values, **options) for keys, values in plans)
-    return (None, ThinkConfig(0.0), *chosen, ThinkConfig(0.4))
+    return (None, ThinkConfig(0.0), *chosen)
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -42,7 +46,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 WORKLOADS = (
     Workload("Llama-3.1-8B", 32768, _plans(({4: 0.5}, 4), (4, 4), ({4: 0.6}, 4), (2, 2), ({2: 0.6}, 2))),
-    Workload("Llama-2-7B", 498, _plans((4, 4), (2, 2), ({4: 0.6}, 4), ({2: 0.6}, 2), group=64, recent=32)),
+    Workload(
+        "Llama-2-7B",
+        498 - STEPS,
+        _plans(({2: 0.6}, 2), group=64, recent=0)
+        + _plans(({2: 0.6}, 2), (2, 2), ({4: 0.6}, 4), group=64, recent=16)[2:],
+        STEPS,
+    ),
 )
 
 
@@ -54,13 +64,14 @@ def run(workloads: Sequence[Workload] = WORKLOADS, layers: int = 32) -> Iterator
         model = models.llama(layers, **SHAPES[workload.model])
         common = None  # the batch that also fits without compression
         for config in workload.configs:
-            batch, row = _largest(model, workload.context, config)
+            batch, row = _largest(model, workload, config)
             common = batch if config is None else common
             assert common is not None
-            equal = row if batch == common else _steps(model, common, workload.context, config)
+            equal = row if batch == common else _steps(model, common, workload, config)
             name = "HF StaticCache, torch.compile" if config is None else f"think_compile, {name_of(config)}"
+            window = {} if config is None else {"recent": config.recent, "group": config.group}
             yield {
-                **{"model": workload.model, "context": workload.context, "way": name, "batch": batch, **row},
+                **{"model": workload.model, "context": workload.context, "way": name, **window, "batch": batch, **row},
                 **{"at_batch": common, "peak_gib_at_batch": equal["peak_gib"]},
             }
         del model
@@ -72,35 +83,36 @@ def _release() -> None:
     torch.cuda.empty_cache()
 
 
-def _largest(model: Any, context: int, config: ThinkConfig | None) -> tuple[int, dict[str, float]]:
+def _largest(model: Any, workload: Workload, config: ThinkConfig | None) -> tuple[int, dict[str, float]]:
     """The largest batch that decodes, and its row."""
     _release()
     free = torch.cuda.mem_get_info()[0] - HEADROOM
-    batch = int(free // _bytes_of_one(model, context, config))
+    batch = int(free // _bytes_of_one(model, workload, config))
     while batch:
         try:
-            return batch, _steps(model, batch, context, config)
+            return batch, _steps(model, batch, workload, config)
         except torch.OutOfMemoryError:
             batch -= max(1, batch // 50)  # the step itself takes memory as well
-    raise RuntimeError(f"one sequence of {context} tokens does not fit")
+    raise RuntimeError(f"one sequence of {workload.context} tokens does not fit")
 
 
-def _bytes_of_one(model: Any, context: int, config: ThinkConfig | None) -> int:
+def _bytes_of_one(model: Any, workload: Workload, config: ThinkConfig | None) -> int:
     if config is None:
-        return models.cache_bytes(model.config, 1, context + models.SPARE)
-    return models.past_bytes(models.stored_past(model, 1, context, config))
+        return models.cache_bytes(model.config, 1, workload.context + workload.spare)
+    return models.past_bytes(models.stored_past(model, 1, workload.context, config, workload.spare))
 
 
 @torch.no_grad()
-def _steps(model: Any, batch: int, context: int, config: ThinkConfig | None) -> dict[str, float]:
+def _steps(model: Any, batch: int, workload: Workload, config: ThinkConfig | None) -> dict[str, float]:
     _release()
     undo: Callable[[Any], Any] = restore
     if config is None:
         model.compile(mode="reduce-overhead")
         undo = _uncompiled
-        cache = models.fixed_past(model, batch, context)
+        cache = models.fixed_past(model, batch, workload.context, workload.spare)
     else:
-        cache = models.stored_past(think_compile(model, **formats_of(config)), batch, context, config)
+        wrapped = think_compile(model, **formats_of(config))
+        cache = models.stored_past(wrapped, batch, workload.context, config, workload.spare)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     tokens, times = torch.zeros(batch, 1, dtype=torch.long, device="cuda"), []

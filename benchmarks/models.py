@@ -140,9 +140,9 @@ def _begun(layer: Any, model: Any, batch: int, tokens: int) -> None:
     layer.cumulative_length.fill_(tokens)
 
 
-def fixed_past(model: Any, batch: int, tokens: int) -> StaticCache:
+def fixed_past(model: Any, batch: int, tokens: int, spare: int = SPARE) -> StaticCache:
     """A dense cache of fixed size that holds ``tokens`` random tokens."""
-    cache = StaticCache(config=model.config, max_cache_len=tokens + SPARE)
+    cache = StaticCache(config=model.config, max_cache_len=tokens + spare)
     for layer in cache.layers:
         _begun(layer, model, batch, tokens)
         layer.keys.normal_()
@@ -150,26 +150,26 @@ def fixed_past(model: Any, batch: int, tokens: int) -> StaticCache:
     return cache
 
 
-def stored_past(model: Any, batch: int, tokens: int, config: ThinkConfig) -> StaticCache:
+def stored_past(model: Any, batch: int, tokens: int, config: ThinkConfig, spare: int = SPARE) -> StaticCache:
     """The same as the wrapped model leaves it after a prompt: handles on stored sides, layer by layer."""
-    cache = StaticCache(config=model.config, max_cache_len=tokens + SPARE)
+    cache = StaticCache(config=model.config, max_cache_len=tokens + spare)
     _, *widths = widths_of(model.config)
-    form, capacity = config.format_for(*widths), tokens + SPARE
+    form, capacity = config.format_for(*widths), tokens + spare
     for layer in cache.layers:
         _begun(layer, model, batch, tokens)
         for of, written in (("keys", tokens), ("values", None)):
             side = form.side(of)
-            state = {part.name: _part(part, side, model, batch, tokens) for part in side.parts(fixed=True)}
+            state = {part.name: _part(part, side, model, batch, (tokens, capacity)) for part in side.parts(fixed=True)}
             store = Packed.made(of, side, state, model.dtype, capacity, fixed=True)
             setattr(layer, of, _handle(store, written))
     return cache
 
 
-def _part(part: Part, side: Side, model: Any, batch: int, tokens: int) -> Tensor:
-    """A part of a side of random content, for a cache of fixed size."""
-    group, device = side.codec.group, model.device
-    records = -(-(tokens + SPARE) // side.window_group) * side.window_group // group
-    heads, ring = widths_of(model.config).heads, side.ring_rows(tokens + SPARE)
+def _part(part: Part, side: Side, model: Any, batch: int, rows: tuple[int, int]) -> Tensor:
+    """A part of a side of random content, for a cache of fixed size; ``rows``: written ones, and all."""
+    (tokens, capacity), group, device = rows, side.codec.group, model.device
+    records = -(-capacity // side.window_group) * side.window_group // group
+    heads, ring = widths_of(model.config).heads, side.ring_rows(capacity)
     letters: dict[str, int] = {"B": batch, "H": heads, "C": records, "R": ring}
     shape = [letters[size] if isinstance(size, str) else size for size in part.shape]
     if part.name == COUNTERS:

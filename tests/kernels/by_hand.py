@@ -90,23 +90,19 @@ def _absorb(
 
 @triton.jit
 def _walk(
-    m, total, o0, o1, q0, q1, keys, values, low, high, shift, ring_rows, MASK, mask_row, query, first, sm_s, scale,
-    capacity, ROLLING: tl.constexpr, IN_RING: tl.constexpr,
-    WIDTH: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
+    m, total, o0, o1, q0, q1, keys, values, low, high, MASK, mask_row, query, first, sm_s, scale, capacity,
+    ROLLING: tl.constexpr, WIDTH: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attend to positions [low, high), in rows position - shift; keys may be in a ring.
-
-    ``ROLLING``: position p stands in row p % capacity.
-    """
+    """Attend to the narrow keys of positions [low, high). ``ROLLING``: position p stands in row p % capacity."""
     position = low + tl.arange(0, BLOCK_N)
     value = _masked(MASK, mask_row, position - first, position < high, sm_s, KIND, ALIKE)
     for at in range(low, high, BLOCK_N):
         position = at + tl.arange(0, BLOCK_N)
         ok, behind = position < high, position + BLOCK_N
-        row = position % capacity if ROLLING else position - shift
-        s = _scores(q0, q1, keys, position % ring_rows if IN_RING else row, ok, WIDTH, PART0, PART1)
+        row = position % capacity if ROLLING else position
+        s = _scores(q0, q1, keys, row, ok, WIDTH, PART0, PART1)
         s = _hidden(s * scale, value, position - first, query, ok, KIND, CAUSAL)
         # read a tile ahead: too small for the pipeline that hides the wait for keys and values
         value = _masked(MASK, mask_row, behind - first, behind < high, sm_s, KIND, ALIKE)
@@ -195,15 +191,15 @@ def attend_share(
         behind, last = _part(end, extent, split, splits, CHUNK)
         value = _masked(MASK, mask_row, behind + chunk - first, behind + chunk < last, sm_s, BEHIND, ALIKE)
         m, total, o0, o1 = _walk(
-            m, total, o0, o1, q0, q1, pruned, values, low, high, 0, ring_rows, MASK, mask_row, query, first, sm_s,
-            scale, value_rows, ROLLING, False, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, BLOCK_N,
+            m, total, o0, o1, q0, q1, pruned, values, low, high, MASK, mask_row, query, first, sm_s,
+            scale, capacity, ROLLING, T, T0, T1, DV, DV0, DV1, KIND, CAUSAL, ALIKE, BLOCK_N,
         )  # fmt: skip
         if not CAUSAL:
             for at in range(behind, last, CHUNK):
                 if _counts(value, m, real, at + chunk < last, KIND, ALIKE, HALF_MASK):
                     m, total, o0, o1 = _walk(
-                        m, total, o0, o1, q0, q1, pruned, values, at, tl.minimum(at + CHUNK, last), 0, ring_rows, MASK,
-                        mask_row, query, first, sm_s, scale, value_rows, ROLLING, False, T, T0, T1, DV, DV0, DV1,
+                        m, total, o0, o1, q0, q1, pruned, values, at, tl.minimum(at + CHUNK, last), MASK,
+                        mask_row, query, first, sm_s, scale, capacity, ROLLING, T, T0, T1, DV, DV0, DV1,
                         KIND, CAUSAL, ALIKE, BLOCK_N,
                     )  # fmt: skip
                 position = at + CHUNK + chunk
@@ -211,17 +207,28 @@ def attend_share(
     else:  # whole keys
         w0, w1 = _columns(D0, D1)
         whole0, whole1 = _queries(q_row, real, w0, w1, w0 < D, w1 < D)
-        low, high = _part(tl.maximum(first, floor), end, split + whole_splits, whole_splits, BLOCK_N)
-        m, total, o0, o1 = _walk(
-            m, total, o0, o1, whole0, whole1, ring, values, low, tl.minimum(high, start), 0, ring_rows, MASK,
-            mask_row, query, first, sm_s, scale, value_rows, ROLLING, True, D, D0, D1, DV, DV0, DV1,
-            KIND, CAUSAL, ALIKE, BLOCK_N,
-        )  # fmt: skip
-        m, total, o0, o1 = _walk(
-            m, total, o0, o1, whole0, whole1, new, new_values, tl.maximum(low, start), high, start, ring_rows, MASK,
-            mask_row, query, first, sm_s, scale, value_rows, False, False, D, D0, D1, DV, DV0, DV1,
-            KIND, CAUSAL, ALIKE, BLOCK_N,
-        )  # fmt: skip
+        share = split + whole_splits
+        low = tl.maximum(tl.maximum(first, floor), start - ring_rows)
+        own, before = tl.maximum(low, start), tl.minimum(start, end)
+        to_own = tl.cdiv(tl.maximum(before - low, 0), BLOCK_N)
+        tiles = to_own + tl.cdiv(tl.maximum(end - own, 0), BLOCK_N)
+        for tile in range(tiles * share // whole_splits, tiles * (share + 1) // whole_splits):
+            in_window = tile < to_own
+            at = tl.where(in_window, low + tile * BLOCK_N, own + (tile - to_own) * BLOCK_N)
+            last = tl.where(in_window, before, end)
+            k_row = tl.where(in_window, at % ring_rows, at - start)
+            v_row = tl.where(in_window, at % capacity if ROLLING else at, at - start)
+            position = at + tl.arange(0, BLOCK_N)
+            ok = (position < last) & (position >= first)
+            k_row, v_row = k_row + tl.arange(0, BLOCK_N), v_row + tl.arange(0, BLOCK_N)
+            k_row = tl.where(in_window & (k_row >= ring_rows), k_row - ring_rows, k_row)
+            if ROLLING:
+                v_row = tl.where(in_window & (v_row >= capacity), v_row - capacity, v_row)
+            value = _masked(MASK, mask_row, position - first, ok, sm_s, KIND, ALIKE)
+            s = _scores(whole0, whole1, tl.where(in_window, ring, new), k_row, ok, D, D0, D1)
+            s = _hidden(s * scale, value, position - first, query, ok, KIND, CAUSAL)
+            rows = tl.where(in_window, values, new_values)
+            m, total, o0, o1 = _absorb(m, total, o0, o1, s, rows, v_row, ok, DV, DV0, DV1)
 
     seen = total > 0
     total = tl.where(seen, total, 1.0)

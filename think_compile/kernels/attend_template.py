@@ -25,23 +25,23 @@ from think_compile.kernels.masks import (
     masked,
     part_of,
     store_sums,
+    weighed,
     within,
     within_tile,
+    wrapped,
 )
 
 
 def walk(
-    m, total, ACC, QUERIES, KEYS, VALUES, low, high, k_shift, v_shift, ring_rows, MASK, mask_row, query, first, sm_s,
-    scale, capacity, ROLLING: tl.constexpr, IN_K_RING: tl.constexpr, IN_V_RING: tl.constexpr, HIDDEN: tl.constexpr,
-    hidden_from, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
+    m, total, ACC, QUERIES, KEYS, VALUES, low, high, MASK, mask_row, query, first, sm_s, scale, capacity,
+    ROLLING: tl.constexpr, HIDDEN: tl.constexpr, hidden_from, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr = None, PARTS: tl.constexpr = 1,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Attend to positions [low, high); keys and values are in rows position - shift, or in a ring.
+    """Attend to the encoded rows of positions [low, high).
 
     ``ROLLING``: position p is in row p % capacity. ``HIDDEN`` positions from ``hidden_from`` on do not count. Tiles
-    begin at multiples of ``GROUP_N``. ``STAGES``: of the loop, None for the launch's.
-    ``PARTS``: see :func:`attend_share`.
+    begin at multiples of ``GROUP_N``. ``PARTS``: see :func:`attend_share`.
     """
     begin = low // GROUP_N * GROUP_N if GROUP_N > 1 else low
     position = begin + tl.arange(0, BLOCK_N)
@@ -50,12 +50,11 @@ def walk(
         value = flat_masked(MASK, mask_row, position - first, within(position, low, high, GROUP_N), sm_s, KIND)
     else:
         value = masked(MASK, mask_row, position - first, within(position, low, high, GROUP_N), sm_s, KIND, ALIKE)
-    for at in tl.range(begin, high, BLOCK_N, num_stages=STAGES):
+    for at in tl.range(begin, high, BLOCK_N):
         position = at + tl.arange(0, BLOCK_N)
         ok, later = within(position, low, high, GROUP_N), position + BLOCK_N
-        k_row = position % ring_rows if IN_K_RING else position % capacity if ROLLING else position - k_shift
-        v_row = position % ring_rows if IN_V_RING else position % capacity if ROLLING else position - v_shift
-        s = scores(QUERIES, KEYS, at, k_row, ok, scale, K_SIZES)
+        row = position % capacity if ROLLING else position
+        s = scores(QUERIES, KEYS, at, row, ok, scale, K_SIZES)
         # the mask is read a tile ahead: it is too small for the pipeline that hides the latency of keys and values
         if FLAT:
             shown = within_tile(at, low, high, hidden_from, HIDDEN, BLOCK_N)
@@ -67,18 +66,15 @@ def walk(
                 ok = ok & ((position < hidden_from) | (position >= hidden_from + HIDDEN))
             s = hidden(s, value, position - first, query, ok, KIND, CAUSAL)
             value = masked(MASK, mask_row, later - first, later < high, sm_s, KIND, ALIKE)
-        new = tl.maximum(m, tl.max(s, 1))
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp2(s - safe[:, None])
-        shrink = tl.exp2(m - safe)
-        ACC = mix(ACC, shrink, p, VALUES, at, v_row, ok, V_SIZES)
-        m, total = new, total * shrink + tl.sum(p, 1)
+        m, p, shrink = weighed(m, s)
+        ACC = mix(ACC, shrink, p, VALUES, at, row, ok, V_SIZES)
+        total = total * shrink + tl.sum(p, 1)
     return m, total, ACC
 
 
 def encoded_share(
-    QUERIES, KEYS, VALUES, MASK, mask_row, query, real, first, window_start, end, extent, split, splits, ring_rows,
-    sm_s, scale, capacity, first_token, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr, SINKS: tl.constexpr,
+    QUERIES, KEYS, VALUES, MASK, mask_row, query, real, first, window_start, end, extent, split, splits, sm_s, scale,
+    capacity, first_token, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr, SINKS: tl.constexpr,
     ROLLING: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, HALF_MASK: tl.constexpr,
     GROUP_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -93,17 +89,16 @@ def encoded_share(
     after, last = part_of(end, extent, split, splits, CHUNK)
     value = masked(MASK, mask_row, after + chunk - first, after + chunk < last, sm_s, AFTER, ALIKE)
     m, total, ACC = walk_encoded(
-        m, total, ACC, QUERIES, KEYS, VALUES, low, high, 0, 0, ring_rows, MASK, mask_row, query, first, sm_s,
-        scale, capacity, ROLLING, False, False, SINKS, first_token, K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE, GROUP_N,
-        BLOCK_N, None, PARTS,
+        m, total, ACC, QUERIES, KEYS, VALUES, low, high, MASK, mask_row, query, first, sm_s, scale, capacity,
+        ROLLING, SINKS, first_token, K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE, GROUP_N, BLOCK_N, PARTS,
     )  # fmt: skip
     if not CAUSAL:
         for at in range(after, last, CHUNK):
             if counts_some(value, m, real, at + chunk < last, KIND, ALIKE, HALF_MASK):
                 m, total, ACC = walk_encoded(
-                    m, total, ACC, QUERIES, KEYS, VALUES, at, tl.minimum(at + CHUNK, last), 0, 0, ring_rows, MASK,
-                    mask_row, query, first, sm_s, scale, capacity, ROLLING, False, False, SINKS, first_token,
-                    K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE, GROUP_N, BLOCK_N, None, PARTS,
+                    m, total, ACC, QUERIES, KEYS, VALUES, at, tl.minimum(at + CHUNK, last), MASK, mask_row, query,
+                    first, sm_s, scale, capacity, ROLLING, SINKS, first_token, K_SIZES, V_SIZES, KIND, CAUSAL, ALIKE,
+                    GROUP_N, BLOCK_N, PARTS,
                 )  # fmt: skip
             position = at + CHUNK + chunk
             value = masked(MASK, mask_row, position - first, position < last, sm_s, AFTER, ALIKE)
@@ -111,42 +106,57 @@ def encoded_share(
 
 
 def whole_share(
-    WHOLE, K_NEW, V_NEW, K_RING, V_RING, K_SINKS, V_SINKS, k_rows, v_rows, MASK, mask_row, query, first, window_start,
-    start, end, split, whole_splits, bh, ring_rows, sm_s, scale, capacity, first_token, D_SIZES: tl.constexpr,
+    WHOLE, K_NEW, V_NEW, K_RING, V_RING, K_FIRST, V_FIRST, MASK, mask_row, query, first, window_start,
+    start, end, split, whole_splits, ring_rows, sm_s, scale, capacity, first_token, D_SIZES: tl.constexpr,
     DV_SIZES: tl.constexpr, SINKS: tl.constexpr, ROLLING: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     ALIKE: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
-    HAS_K_RING: tl.constexpr, HAS_V_RING: tl.constexpr,
+    IN_K_RING: tl.constexpr, IN_V_RING: tl.constexpr, K_HAS_SINKS: tl.constexpr, V_HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """A share of the window and the call's own rows; the first share also has the sinks."""
+    """A share of the tiles of whole rows: of the window, of the call's own rows, and of the sinks.
+
+    One loop reads them all: a step of few sequences waits for instructions, and a loop for each has more.
+    ``IN_K_RING``: whether the window is in a ring, or in rows by position; ``K_HAS_SINKS``: whether ``K_FIRST`` has the
+    sinks alone.
+    """
     m, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     WHOLE_ACC = whole_zero(BLOCK_M, DV_SIZES)
-    STAGES: tl.constexpr = None if GROUP_N == 1 else 2  # whole rows are large beside codes
-    low, high = part_of(tl.maximum(first, window_start), end, split, whole_splits, BLOCK_W)
-    m, total, WHOLE_ACC = walk_window(
-        m, total, WHOLE_ACC, WHOLE, K_RING, V_RING, low, tl.minimum(high, start), 0, 0, ring_rows, MASK,
-        mask_row, query, first, sm_s, scale, capacity, ROLLING, HAS_K_RING, HAS_V_RING, 0, 0, D_SIZES, DV_SIZES,
-        KIND, CAUSAL, ALIKE, 1, BLOCK_W, STAGES,
-    )  # fmt: skip
-    m, total, WHOLE_ACC = walk_new(
-        m, total, WHOLE_ACC, WHOLE, K_NEW, V_NEW, tl.maximum(low, start), high, start, start, ring_rows, MASK,
-        mask_row, query, first, sm_s, scale, capacity, False, False, False, 0, 0, D_SIZES, DV_SIZES,
-        KIND, CAUSAL, ALIKE, 1, BLOCK_W, STAGES,
-    )  # fmt: skip
-    if SINKS > 0:  # noqa: SIM102  the first is decided while compiling
-        if split == 0:
-            # a side without sinks has all rows whole, by position
-            HAS_K_SINKS: tl.constexpr = K_SINKS is not None
-            HAS_V_SINKS: tl.constexpr = V_SINKS is not None
-            k_first = whole_locate(K_SINKS, bh, SINKS, D_SIZES) if HAS_K_SINKS else k_rows
-            v_first = whole_locate(V_SINKS, bh, SINKS, DV_SIZES) if HAS_V_SINKS else v_rows
-            k_shift = first_token if HAS_K_SINKS else 0
-            v_shift = first_token if HAS_V_SINKS else 0
-            m, total, WHOLE_ACC = walk_sinks(
-                m, total, WHOLE_ACC, WHOLE, k_first, v_first, tl.maximum(first, first_token),
-                tl.minimum(first_token + SINKS, tl.minimum(window_start, end)), k_shift, v_shift, ring_rows, MASK,
-                mask_row, query, first, sm_s, scale, capacity, False, False, False, 0, 0, D_SIZES, DV_SIZES,
-                KIND, CAUSAL, ALIKE, 1, BLOCK_W, STAGES,
-            )  # fmt: skip
+    STAGES: tl.constexpr = None if GROUP_N == 1 else 1
+    low = tl.maximum(first, window_start)
+    if IN_K_RING or IN_V_RING:  # in a full cache, which the runtime reports, the window's start may lag behind
+        low = tl.maximum(low, start - ring_rows)
+    own = tl.maximum(low, start)
+    before = tl.minimum(start, end)  # the end of the window
+    to_own = tl.cdiv(tl.maximum(before - low, 0), BLOCK_W)
+    to_sinks = to_own + tl.cdiv(tl.maximum(end - own, 0), BLOCK_W)
+    tiles = to_sinks + (SINKS + BLOCK_W - 1) // BLOCK_W
+    for tile in tl.range(tiles * split // whole_splits, tiles * (split + 1) // whole_splits, num_stages=STAGES):
+        in_window, is_own = tile < to_own, tile < to_sinks
+        at = tl.where(in_window, low + tile * BLOCK_W, own + (tile - to_own) * BLOCK_W)
+        last = tl.where(in_window, before, end)
+        row = at % capacity if ROLLING else at
+        k_row = tl.where(in_window, at % ring_rows if IN_K_RING else row, at - start)
+        v_row = tl.where(in_window, at % ring_rows if IN_V_RING else row, at - start)
+        k_rows, v_rows = tl.where(in_window, K_RING, K_NEW), tl.where(in_window, V_RING, V_NEW)
+        if SINKS > 0:
+            sink = (tile - to_sinks) * BLOCK_W
+            at = tl.where(is_own, at, first_token + sink)
+            last = tl.where(is_own, last, tl.minimum(first_token + SINKS, tl.minimum(window_start, end)))
+            k_row = tl.where(is_own, k_row, sink if K_HAS_SINKS else at)
+            v_row = tl.where(is_own, v_row, sink if V_HAS_SINKS else at)
+            k_rows, v_rows = tl.where(is_own, k_rows, K_FIRST), tl.where(is_own, v_rows, V_FIRST)
+        position = at + tl.arange(0, BLOCK_W)
+        ok = (position < last) & (position >= first)
+        k_row, v_row = k_row + tl.arange(0, BLOCK_W), v_row + tl.arange(0, BLOCK_W)
+        if IN_K_RING or ROLLING:
+            k_row = wrapped(k_row, ring_rows if IN_K_RING else capacity, in_window)
+        if IN_V_RING or ROLLING:
+            v_row = wrapped(v_row, ring_rows if IN_V_RING else capacity, in_window)
+        value = masked(MASK, mask_row, position - first, ok, sm_s, KIND, ALIKE)
+        s = whole_scores(WHOLE, k_rows, at, k_row, ok, scale, D_SIZES)
+        s = hidden(s, value, position - first, query, ok, KIND, CAUSAL)
+        m, p, shrink = weighed(m, s)
+        WHOLE_ACC = whole_mix(WHOLE_ACC, shrink, p, v_rows, at, v_row, ok, DV_SIZES)
+        total = total * shrink + tl.sum(p, 1)
     return m, total, WHOLE_ACC
 
 
@@ -211,8 +221,8 @@ def attend_share(
         QUERIES = keys_prepare(q_row, bh * n_rows + tile_row, real, KEYS, K_SIZES)
         m, total, ACC = encoded_share(
             QUERIES, KEYS, VALUES, MASK, mask_row, query, real, first, window_start, end, extent, split, splits,
-            ring_rows, sm_s, scale, capacity, first_token, K_SIZES, V_SIZES, SINKS, ROLLING, KIND, CAUSAL, ALIKE,
-            HALF_MASK, GROUP_N, BLOCK_M, BLOCK_N, PARTS,
+            sm_s, scale, capacity, first_token, K_SIZES, V_SIZES, SINKS, ROLLING, KIND, CAUSAL, ALIKE, HALF_MASK,
+            GROUP_N, BLOCK_M, BLOCK_N, PARTS,
         )  # fmt: skip
         if not VALUES_ARE_WHOLE:
             out = encoded * n_rows + tile_row
@@ -220,11 +230,16 @@ def attend_share(
             store_sums(MOST, TOTAL, out, m, total, real)
     else:  # whole keys
         WHOLE = whole_prepare(q_row, bh * n_rows + row, real, K_RING, D_SIZES)
+        # a side without sinks has all rows whole, by position
+        HAS_K_SINKS: tl.constexpr = K_SINKS is not None
+        HAS_V_SINKS: tl.constexpr = V_SINKS is not None
+        K_FIRST = whole_locate(K_SINKS, bh, SINKS, D_SIZES) if HAS_K_SINKS else KEY_ROWS
+        V_FIRST = whole_locate(V_SINKS, bh, SINKS, DV_SIZES) if HAS_V_SINKS else VALUE_ROWS
         m, total, WHOLE_ACC = whole_share(
-            WHOLE, K_NEW, V_NEW, K_RING, V_RING, K_SINKS, V_SINKS, KEY_ROWS, VALUE_ROWS, MASK, mask_row, query, first,
-            window_start, start, end, split + whole_splits, whole_splits, bh, ring_rows, sm_s, scale, capacity,
-            first_token, D_SIZES, DV_SIZES, SINKS, ROLLING, KIND, CAUSAL, ALIKE, GROUP_N, BLOCK_M, BLOCK_W,
-            HAS_K_RING, HAS_V_RING,
+            WHOLE, K_NEW, V_NEW, K_RING, V_RING, K_FIRST, V_FIRST, MASK, mask_row, query, first, window_start, start,
+            end, split + whole_splits, whole_splits, ring_rows, sm_s, scale, capacity, first_token, D_SIZES,
+            DV_SIZES, SINKS, ROLLING, KIND, CAUSAL, ALIKE, GROUP_N, BLOCK_M, BLOCK_W, HAS_K_RING, HAS_V_RING,
+            HAS_K_SINKS, HAS_V_SINKS,
         )  # fmt: skip
         if not VALUES_ARE_WHOLE:
             out = share * n_rows + row

@@ -118,6 +118,20 @@ def part_of(low, high, i, parts, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def wrapped(row, size, on):
+    """Rows below ``2 * size``, in a ring of ``size`` rows where ``on``."""
+    return tl.where(on & (row >= size), row - size, row)
+
+
+@triton.jit
+def weighed(m, s):
+    """A step of an online softmax: the largest logit with ``s`` [M, N], the weights, and the factor of earlier ones."""
+    new = tl.maximum(m, tl.max(s, 1))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    return new, tl.exp2(s - safe[:, None]), tl.exp2(m - safe)
+
+
+@triton.jit
 def within(position, low, high, group: tl.constexpr):
     """Whether positions are in [low, high); with groups, the first tile may begin below ``low``."""
     ok = position < high

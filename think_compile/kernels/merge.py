@@ -20,22 +20,20 @@ def merged_part(
     ``part``: number of the row, times the parts of a row, plus the number of the part.
     """
     PARTS: tl.constexpr = (DV + COLUMNS - 1) // COLUMNS
-    CHUNK: tl.constexpr = 16 if BLOCK_S <= 128 else BLOCK_S // 8
+    CHUNK: tl.constexpr = BLOCK_S if BLOCK_S < 64 else 64
     row, column = part // PARTS, part % PARTS * COLUMNS + tl.arange(0, COLUMNS)
     split, first = tl.arange(0, BLOCK_S), bh * SPLITS * n_rows + row
-    m = tl.load(MOST + first + split * n_rows, mask=split < SPLITS, other=float("-inf"))
-    sums = tl.load(TOTAL + first + split * n_rows, mask=split < SPLITS, other=0.0)
-    most = tl.max(m, 0)
+    most = tl.max(tl.load(MOST + first + split * n_rows, mask=split < SPLITS, other=float("-inf")), 0)
     most = tl.where(most == float("-inf"), 0.0, most)
-    total = tl.sum(sums * tl.exp2(m - most), 0)
-    result = tl.zeros([COLUMNS], tl.float32)
+    total, result = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK, COLUMNS], tl.float32)
     for begin in tl.static_range(0, SPLITS, CHUNK):
         share = begin + tl.arange(0, CHUNK)
         at, real = first + share * n_rows, share < SPLITS
         weight = tl.load(TOTAL + at, mask=real, other=0.0)
         weight *= tl.exp2(tl.load(MOST + at, mask=real, other=float("-inf")) - most)
         x = tl.load(OUT + at[:, None] * DV + column[None, :], mask=real[:, None] & (column < DV)[None, :], other=0.0)
-        result += tl.sum(x * weight[:, None], 0)
+        total, result = total + weight, result + x * weight[:, None]
+    total, result = tl.sum(total, 0), tl.sum(result, 0)
     result = result / tl.where(total > 0, total, 1.0)
     tl.store(RESULT + (bh * n_rows + row) * DV + column, result.to(RESULT.dtype.element_ty), mask=column < DV)
 

@@ -37,31 +37,20 @@ def kernels_of(keys: str, values: str) -> Kernels:
     name = f"{keys}_{values}"
     groups = {"KEYS": k.pointers("K"), "VALUES": v.pointers("V"), "ACC": v.accumulators}
     own = WHOLE.accumulators if v is WHOLE else ("a0", "a1")
-    rows = {"K_SIZES": WHOLE.constants("D"), "V_SIZES": WHOLE.constants("DV")}
     encoded = {"K_SIZES": k.constants("K"), "V_SIZES": v.constants("V")}
-
-    def walk(kind: str, keys_from: str = "", values_from: str = "") -> Any:
-        """The loop over rows of the codecs, or over whole rows of these tensors."""
-        template, whole = attend_template.walk, bool(keys_from)
-        of_kind = {"QUERIES": ("w0", "w1"), "KEYS": (keys_from,), "VALUES": (values_from,), "ACC": own} if whole else {}
-        scores, mix = (WHOLE, WHOLE) if whole else (k, v)
-        functions = {"scores": scores.functions["scores"], "mix": mix.functions["mix"]}
-        of_codecs = {"QUERIES": k.queries, **groups, **encoded}
-        return specialised(
-            template, f"walk_{kind}_{name}", functions, {**of_codecs, **(rows if whole else {}), **of_kind}
-        )
-
+    coded = {"QUERIES": k.queries, **groups, **encoded}
     whole = {
         "WHOLE": ("w0", "w1"),
         "WHOLE_ACC": own,
         "D_SIZES": WHOLE.constants("D"),
         "DV_SIZES": WHOLE.constants("DV"),
     }
-    coded = {"QUERIES": k.queries, **groups, **encoded}
-    of_window = {"walk_window": walk("window", "K_RING", "V_RING"), "walk_new": walk("new", "K_NEW", "V_NEW")}
-    of_window |= {"walk_sinks": walk("sinks", "K_SINKS", "V_SINKS")}
-    of_window |= {f"whole_{function}": WHOLE.functions[function] for function in ("locate", "zero")}
-    of_codecs = {"walk_encoded": walk("encoded"), "values_zero": v.functions["zero"]}
+    products = {"scores": k.functions["scores"], "mix": v.functions["mix"]}
+    of_codecs = {
+        "walk_encoded": specialised(attend_template.walk, f"walk_{name}", products, coded),
+        "values_zero": v.functions["zero"],
+    }
+    of_window = {f"whole_{function}": WHOLE.functions[function] for function in ("scores", "mix", "zero")}
     functions = {
         **{f"keys_{function}": k.functions[function] for function in ("locate", "prepare")},
         **{f"values_{function}": v.functions[function] for function in ("locate", "finish")},
