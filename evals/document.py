@@ -16,6 +16,7 @@ from rich.console import Console
 from benchmarks.measure import load
 from evals.plots import line_of
 from evals.studies import RESULTS
+from think_compile import ThinkConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "accuracy.md"
 Row = dict[str, Any]
@@ -70,6 +71,46 @@ def option(name: str) -> Callable[[dict[str, Any]], str]:
     return table
 
 
+HEAD_DIM = 64  # of the demonstration's model
+
+
+def bits_of(row: Row) -> str:
+    """Bits per number of keys and values outside the window, with scales and zeros."""
+    plans = {name: row[name] for name in ("keys", "values", "group", "channel_multiple") if name in row}
+    form = ThinkConfig(**plans).format_for(HEAD_DIM, HEAD_DIM)
+    bits = (form.side(of).bits for of in ("keys", "values"))
+    return ", ".join(f"{number:.3g}" for number in bits)
+
+
+def plans(result: dict[str, Any]) -> str:
+    """KL and agreement of each pair of plans."""
+    rows = [
+        [
+            *(f"{row.get(side, 16)}" for side in ("keys", "values")),
+            bits_of(row),
+            "{:.5f} [{:.5f}, {:.5f}]".format(*row["kl"]),
+            f"{100 * row['agreement'][0]:.1f}",
+        ]
+        for row in result["rows"]
+    ]
+    return "\n\n".join([about(result), markdown(["keys", "values", "bits a number", "KL", "agreement, %"], rows)])
+
+
+def option_of_plans(name: str) -> Callable[[dict[str, Any]], str]:
+    """KL with its interval against an option of plans, for each plan of the keys (values have 4 bits)."""
+
+    def table(result: dict[str, Any]) -> str:
+        lines = crossed(
+            result["rows"],
+            lambda row: f"`{name}={row[name]}`",
+            lambda row: f"keys {row['keys']}",
+            lambda row: "{:.5f} [{:.5f}, {:.5f}]".format(*row["kl"]),
+        )
+        return "\n\n".join([about(result), markdown(lines[0], lines[1:])])
+
+    return table
+
+
 def pruned(row: Row) -> str:
     """Method and ratio, and what was really dropped where that is something else."""
     dropped = row["effective_ratio"]
@@ -96,6 +137,8 @@ def tasks(result: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ratio": ratio,
     **{name: option(name) for name in ("recent", "observe", "score_over", "channel_multiple")},
+    "plans": plans,
+    **{name: option_of_plans(name) for name in ("sinks", "group")},
     "tasks": tasks,
 }
 

@@ -106,6 +106,12 @@ class Side:
         return int(getattr(self.codec, "kept", self.width))
 
     @property
+    def bits(self) -> float:
+        """Bits per number of a row outside the window; 16 stand for the model's dtype."""
+        of_codec = getattr(self.codec, "bits", None)
+        return 16 * self.kept / self.width if of_codec is None else float(of_codec(self.width))
+
+    @property
     def has_ring(self) -> bool:
         """Whether the latest rows are stored whole, besides their encoded form."""
         return self.codec.has_window
