@@ -27,7 +27,8 @@ def generated(model, **options):
 
 
 def wrapped(**options):
-    return think_compile(tiny_llama(), 0.5, lowering="eager", **options)
+    ratio = None if "keys" in options else 0.5
+    return think_compile(tiny_llama(), ratio, lowering="eager", **options)
 
 
 def test_a_static_cache_of_a_round_size_on_a_gpu(on_a_gpu):
@@ -130,6 +131,14 @@ def test_a_static_cache_on_a_cpu_keeps_its_size():
 def test_models_that_keep_latents_keep_their_caches(on_a_gpu):
     model = wrapped()
     model.config.kv_lora_rank = 16
+    assert isinstance(generated(model), DynamicCache)
+
+
+def test_latents_in_codes_get_a_static_cache(on_a_gpu):
+    model = wrapped(keys=8, values=8, decode=True)
+    model.config.kv_lora_rank = 16
+    assert isinstance(generated(model), StaticCache)
+    model.config.index_topk = 4
     assert isinstance(generated(model), DynamicCache)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 _wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _static: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that get a static cache if the user chose none
+_stores_latents: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose latents are compressed, too
 
 PREPARE, MAKE_STATIC = "_prepare_cache_for_generation", "_prepare_static_cache"
 COMPILES = "_valid_auto_compile_criteria"
@@ -33,12 +34,14 @@ def called_by_generate(model: nn.Module) -> list[nn.Module]:
     return [part for part in model.modules() if part is model or _owner(type(part), PREPARE) is not None]
 
 
-def on_wrap(model: nn.Module, *, static_cache: bool) -> None:
-    """Change ``generate``; ``static_cache``: also its choice of a cache on a GPU.
+def on_wrap(model: nn.Module, *, static_cache: bool, latents: bool = False) -> None:
+    """Change ``generate``; ``static_cache``: also its choice of a cache on a GPU; ``latents``: for those as well.
 
     The model's own settings do not change: they are saved, copied and pickled with the model.
     """
     _wrapped.add(model)
+    if latents:
+        _stores_latents.add(model)
     _around(type(model), COMPILES, _whether_to_compile)
     _around(type(model), MAKE_STATIC, _make_static)
     if static_cache:
@@ -50,6 +53,7 @@ def on_restore(model: nn.Module) -> None:
     """Undo :func:`on_wrap`."""
     _wrapped.discard(model)
     _static.discard(model)
+    _stores_latents.discard(model)
 
 
 def _around(cls: type, name: str, ours: Callable[..., Any]) -> None:
@@ -89,7 +93,7 @@ def _whether_to_compile(plain: Callable[..., Any], model: nn.Module, *args: Any,
 
 
 def _make_static(plain: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if model in _wrapped and "max_cache_len" in kwargs and _on_gpu(model) and _has_plain_keys(model):
+    if model in _wrapped and "max_cache_len" in kwargs and _on_gpu(model) and _holds_what_is_stored(model):
         kwargs["max_cache_len"] = rounded(kwargs["max_cache_len"])
     return plain(model, *args, **kwargs)
 
@@ -109,7 +113,14 @@ def _is_open(model: Any, settings: Any, model_kwargs: Any, mode: Any) -> bool:
     mode = getattr(mode, "value", mode)
     one_token_a_step = mode in ("greedy_search", "sample") and settings.num_return_sequences == 1
     fits = getattr(model, "_can_compile_fullgraph", False) and not model.config.is_encoder_decoder
-    return _on_gpu(model) and _has_plain_keys(model) and fits and one_token_a_step and not chosen and _is_whole(model)
+    return (
+        _on_gpu(model)
+        and _holds_what_is_stored(model)
+        and fits
+        and one_token_a_step
+        and not chosen
+        and _is_whole(model)
+    )
 
 
 def _on_gpu(model: Any) -> bool:
@@ -128,11 +139,12 @@ def _is_whole(model: Any) -> bool:
     return getattr(model, "_pp_stage", None) is None and not misses_layers
 
 
-def _has_plain_keys(model: Any) -> bool:
-    """Whether the cache holds keys only: no latents, and no index besides the keys.
+def _holds_what_is_stored(model: Any) -> bool:
+    """Whether the cache holds what is compressed: no latents, unless those are, and no index besides the keys.
 
-    Caches of the other kinds are not pruned, so a static cache gains nothing. Also, in transformers 5.24, the results
-    of an index depend on the size of a static cache.
+    For others a static cache gains nothing. Also, in transformers 5.24, the results of an index depend on the size of a
+    static cache.
     """
     config = model.config.get_text_config(decoder=True)
-    return not any(getattr(config, name, None) for name in ("kv_lora_rank", "index_topk"))
+    others = ("index_topk",) if model in _stores_latents else ("kv_lora_rank", "index_topk")
+    return not any(getattr(config, name, None) for name in others)

@@ -113,7 +113,8 @@ def _install(model: nn.Module, backend: Backend) -> Backend:
     model._compiled_call_impl = call
     config = backend.config
     # pruned windows need growing caches: a window in a buffer moves its rows with each token
-    adapter.on_wrap(model, static_cache=config.static_cache and not config.sliding)
+    static = config.static_cache and not config.sliding
+    adapter.on_wrap(model, static_cache=static, latents=config.decode)
     return backend
 
 
