@@ -137,23 +137,18 @@ def in_order(side: Side, stored: Stored, new: Tensor | None, span: Span) -> Tens
             )
         skipped = span.oldest - read.first
         base = base[:, :, skipped : skipped + span.columns]
-    base = base if new is None else base.to(new.dtype)
-    later, counts, rows = [], [], []
+    base = base.clone() if new is None else base.to(new.dtype)
+    at = span.oldest + torch.arange(span.columns, device=device)
     if side.has_ring:
         assert stored.window_start is not None
         ring = stored.state["ring"]
-        positions = span.start - ring.shape[2] + torch.arange(ring.shape[2], device=device)
-        later.append(positions)
-        counts.append((positions >= stored.window_start) & (positions >= span.oldest))
-        rows.append(ring.index_select(2, positions % ring.shape[2]).to(base.dtype))
+        is_whole = (at >= stored.window_start) & (at >= span.start - ring.shape[2]) & (at < span.start)
+        base = torch.where(is_whole[:, None], ring.index_select(2, at % ring.shape[2]).to(base.dtype), base)
     if new is not None:
-        later.append(span.start + torch.arange(new.shape[2], device=device))
-        counts.append(later[-1] >= span.oldest)
-        rows.append(new)
-    if not later:
-        return base.clone()
-    columns = torch.where(torch.cat(counts), torch.cat(later) - span.oldest, span.columns)
-    return F.pad(base, (0, 0, 0, 1)).index_copy(2, columns, torch.cat(rows, 2))[:, :, : span.columns]
+        index = at - span.start
+        is_new = (index >= 0) & (index < new.shape[2])
+        base = torch.where(is_new[:, None], new.index_select(2, index.clamp(min=0, max=new.shape[2] - 1)), base)
+    return base
 
 
 def dense(side: Side, stored: Stored, oldest: Length, length: Length, columns: int, *, rolling: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from think_compile.cache.state import BATCH_SIZE, CAPACITY, HEADS, Part, State
-from think_compile.formats.codes import Block, blocks_of, packed, unpacked
+from think_compile.formats.codes import Block, blocks_of, packed, runs_of, unpacked
 from think_compile.formats.seen import Seen
 from think_compile.formats.think import dealt_channels, narrow_rows, score_channels, score_values
 
@@ -143,13 +143,15 @@ class _Bits(ABC):
         """[B, H, S, kept]: the decoded rows in the order of the plan."""
         parts = [state["rows"]] if self.whole else []
         at = 0
-        for index, block in enumerate(self.blocks):
+        for index, count in runs_of(self.blocks):
+            block = self.blocks[index]
             size = block.size(self.group)
-            code = unpacked(state["codes"][..., at : at + size], block, self.group, tokens_last=self.tokens_last)
-            at += size
-            scale, zero = self._scale_and_zero(state["ranges"].float(), index, block)
-            parts.append(code * scale + zero)
-        return torch.cat(parts, -1).flatten(2, 3)
+            stored = state["codes"][..., at : at + count * size].unflatten(-1, (count, size))
+            at += count * size
+            code = unpacked(stored, block, self.group, tokens_last=self.tokens_last)  # [B, H, records, count, group, w]
+            scale, zero = self._scale_and_zero(state["ranges"].float(), index, count)
+            parts.append((code * scale + zero).transpose(-3, -2).flatten(-2))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).flatten(2, 3)
 
     @property
     @abstractmethod
@@ -159,7 +161,8 @@ class _Bits(ABC):
     def _joined(self, scales: list[Tensor]) -> Tensor: ...
 
     @abstractmethod
-    def _scale_and_zero(self, scales: Tensor, index: int, block: Block) -> tuple[Tensor, Tensor]: ...
+    def _scale_and_zero(self, scales: Tensor, index: int, count: int) -> tuple[Tensor, Tensor]:
+        """Of ``count`` blocks of one width from ``index`` on, to broadcast to [B, H, records, count, group, width]."""
 
     def bits(self, width: int) -> float:
         """Bits per number of a row of ``width`` numbers, with scales and zeros."""
@@ -221,8 +224,9 @@ class KeyBits(_Bits):
     def _joined(self, scales: list[Tensor]) -> Tensor:
         return torch.cat(scales, -1)
 
-    def _scale_and_zero(self, scales: Tensor, index: int, block: Block) -> tuple[Tensor, Tensor]:
-        scale, zero = scales[..., None, block.first : block.first + block.width].unbind(-3)
+    def _scale_and_zero(self, scales: Tensor, index: int, count: int) -> tuple[Tensor, Tensor]:
+        first, width = self.blocks[index].first, self.blocks[index].width
+        scale, zero = scales[..., first : first + count * width].unflatten(-1, (count, 1, width)).unbind(3)
         return scale, zero
 
 
@@ -246,6 +250,6 @@ class ValueBits(_Bits):
     def _joined(self, scales: list[Tensor]) -> Tensor:
         return torch.stack(scales, -3)
 
-    def _scale_and_zero(self, scales: Tensor, index: int, block: Block) -> tuple[Tensor, Tensor]:
-        scale, zero = scales[..., index, :, :, None].unbind(-3)
+    def _scale_and_zero(self, scales: Tensor, index: int, count: int) -> tuple[Tensor, Tensor]:
+        scale, zero = scales[..., index : index + count, :, :, None].unbind(4)
         return scale, zero

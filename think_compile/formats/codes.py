@@ -7,6 +7,8 @@ nothing between threads. 8-bit codes are stored as signed numbers, code - 128, f
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -50,6 +52,15 @@ def blocks_of(tiers: tuple[tuple[int, int], ...]) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
+def runs_of(blocks: tuple[Block, ...]) -> Iterator[tuple[int, int]]:
+    """(index of the first, count) of adjacent blocks that differ in their place alone."""
+    begin = 0
+    for _, run in itertools.groupby(blocks, key=lambda block: (block.bits, block.width)):
+        count = len(list(run))
+        yield begin, count
+        begin += count
+
+
 def packed(codes: Tensor, bits: int, *, tokens_last: bool = False) -> Tensor:
     """[..., bytes] uint8, from ``codes`` [..., tokens, channels]; ``tokens_last``: transposed, as values are stored."""
     codes = codes.to(torch.uint8)
@@ -68,19 +79,21 @@ def packed(codes: Tensor, bits: int, *, tokens_last: bool = False) -> Tensor:
 
 
 def unpacked(stored: Tensor, block: Block, group: int, *, tokens_last: bool = False) -> Tensor:
-    """[..., tokens, channels]: the codes in fp32, from bytes [..., :]; the inverse of :func:`packed`."""
-    half = -(-block.width // 2)
-    channels = block.width if block.bits != 2 else half
+    """[..., tokens, channels]: the codes in fp32, from bytes [..., :]; the inverse of :func:`packed`.
+
+    Only views and elementwise operations, so that a compiler fuses all of it with what reads the rows.
+    """
+    channels = block.width if block.bits != 2 else -(-block.width // 2)
+    planes = (2,) if block.bits == 8 else ()
     shape = (channels, group // 2) if tokens_last else (group // 2, channels)
+    x = stored.unflatten(-1, (*planes, *shape))
+    x = x.mT if tokens_last else x  # [..., pairs of tokens, channels]
     if block.bits == 8:
-        even, odd = (stored.unflatten(-1, (2, *shape)) ^ 128).unbind(-3)
+        return (x.transpose(-3, -2).flatten(-3, -2) ^ 128).float()
+    shift = torch.arange(2, dtype=torch.uint8, device=x.device)[:, None] * block.bits  # of both tokens of a pair
+    if block.bits == 4:
+        x = (x[..., None, :] >> shift) & 15
     else:
-        pairs = stored.unflatten(-1, shape)
-        if block.bits == 2:
-            pairs = pairs.mT if tokens_last else pairs
-            pairs = torch.cat([pairs & 15, pairs >> 4], -1)[..., : block.width]
-            pairs = pairs.mT if tokens_last else pairs
-        even, odd = pairs & block.levels, pairs >> block.bits
-    if tokens_last:
-        even, odd = even.mT, odd.mT
-    return torch.stack([even, odd], -2).flatten(-3, -2).float()
+        halves = torch.arange(2, dtype=torch.uint8, device=x.device)[:, None] * 4  # of the block's channels
+        x = ((x[..., None, None, :] >> (shift[:, None] + halves)) & 3).flatten(-2)[..., : block.width]
+    return x.flatten(-3, -2).float()
