@@ -4,17 +4,21 @@ The oracle is the plain model, given the caches that the wrapped model would hav
 """
 
 import copy
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_refused import HEADS, WIDTH, Attending, CachesLatents, D, Rounds
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_map
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, StaticCache
 
 from think_compile import ThinkConfig, explain, report, think_compile
 from think_compile.cache.handle import Handle
+from think_compile.cache.state import COUNTERS, Prompt, Span, Stored
+from think_compile.formats.base import window_start_of
 from think_compile.passes.refusal import READ_OTHERWISE, Reason
 
 RULES = {"keys": 8, "values": 4, "recent": 3, "group": 4, "sinks": 1, "decode": True}
@@ -168,6 +172,27 @@ def test_inductor_lowers_it(kind):
     plain, ours = pair(kind, lowering="inductor")
     errors, _, _ = run(plain, ours, (7, 1, 1, 1))
     assert max(errors) < 5e-6
+
+
+@torch.no_grad()
+def test_one_kernel_decodes_a_tensor():
+    """Codes, scales, sinks, the ring and the call's own row are read by one kernel; a product reads its result."""
+    form, rows = ThinkConfig(keys=4, values=4, decode=True, group=16).format_for(128, 16), torch.randn(2, 1, 64, 128)
+    state = form.keep("keys", rows[:, :, :8], rows, None, Prompt(torch.tensor(40), capacity=64))
+    state = {name: x.contiguous() for name, x in state.items()}
+
+    def read(new, state, start, weight):
+        stored = Stored(state, window_start_of(state[COUNTERS]))
+        return form.join("keys", new, stored, Span(start, 0, 64))[0] @ weight
+
+    given = rows[:, :, :1], torch.tensor(48), torch.randn(128, 8)
+    copies = [{name: x.clone() for name, x in state.items()} for _ in range(2)]
+    want = read(given[0], copies[0], *given[1:])
+    torch._dynamo.reset()
+    got, code = run_and_get_code(torch.compile(read), given[0], copies[1], *given[1:])
+    assert torch.allclose(got, want, atol=1e-5)
+    before, *_ = "".join(code).partition("def call(")[2].partition("extern_kernels.")
+    assert len(re.findall(r"(?m)^ +cpp_fused\w*\(", before)) == 1
 
 
 def test_plans_of_16_bits_for_one_side():
