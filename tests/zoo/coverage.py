@@ -158,6 +158,8 @@ same.
 
 "Layers" are those of the plain model's own cache that keep a key for every token; a sliding window, a recurrent state,
 a compressed memory and an encoder's output are none, and a latent (multi-head latent attention) is counted apart.
+With `decode=True` every latent is stored in codes, and the logits are those of the plain model on the decoded cache
+(`tests/zoo/test_latents.py`).
 "Dynamic" and "static" tell how many of them were rewritten with that cache; "-": plain transformers fails with a
 static cache there. The reasons are those of all attention left as it was.
 """
