@@ -237,6 +237,26 @@ def test_a_bounded_window_stays_as_it_is():
     assert max(errors) == lost == 0.0 and not report(ours).rewritten
 
 
+class JoinsInTwoWays(TwoLatents):
+    """One of the two tensors grows in a way that is not understood: on the left."""
+
+    def forward(self, x, past=None):
+        latent, shared = self.down(x)[:, None], self.mix_in(x)[:, None]
+        if past is not None:
+            latent, shared = torch.cat([past[0], latent], 2), torch.cat([shared, past[1]], 2)
+        q, _, _ = self.heads(x)
+        k = self.up(latent)[:, 0].unflatten(-1, (HEADS, D)).transpose(1, 2)
+        k = torch.cat([k[..., : D - 4], shared.expand(-1, HEADS, -1, -1)], -1)
+        return F.scaled_dot_product_attention(q, k, k.sin()), (latent, shared)
+
+
+@pytest.mark.filterwarnings("ignore::think_compile.ThinkWarning")
+def test_a_layer_is_stored_wholly_or_not_at_all():
+    plain, ours = pair(JoinsInTwoWays)
+    errors, lost, _ = run(plain, ours)
+    assert max(errors) == lost == 0.0 and not report(ours).rewritten
+
+
 class Spreads(Attending):
     """The latent is also joined along its channels: it is not told what grows."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch.fx import Node
 
 from think_compile.cache.canonical import BATCH, CHANNEL, HEAD, TOKEN, Layout
@@ -59,7 +60,7 @@ def _alike(a: DecodedCache, b: DecodedCache) -> bool:
 def _joined_tensors(normalized: Normalized, attention: Attention) -> tuple[CacheTensor, ...]:
     """The one or two cache tensors that an attention's keys and values are made of; empty: they are not understood."""
     found = _joined(normalized, attention)
-    if len(found) not in (1, 2):
+    if found is None or len(found) not in (1, 2):
         return ()
     joins = [tensor.join for tensor in found]
     begins = {(join.fixed, join.past is None) for join in joins}
@@ -72,12 +73,13 @@ def _joined_tensors(normalized: Normalized, attention: Attention) -> tuple[Cache
     return tuple(found) if alike else ()
 
 
-def _joined(normalized: Normalized, attention: Attention) -> list[CacheTensor]:
-    """The understood cache tensors before an attention, in the same order in each graph.
+def _joined(normalized: Normalized, attention: Attention) -> list[CacheTensor] | None:
+    """The cache tensors before an attention, in the same order in each graph; None: one is not understood.
 
     Those of the keys come first, of these the widest: a latent before the rotated part.
     """
     found: dict[Node, CacheTensor] = {}
+    kept, unknown = _kept(normalized), []
 
     def sources(node: Node) -> list[Node]:
         if node.op != "call_function" or node.target in readers.ATTENDS or node in found:
@@ -86,6 +88,8 @@ def _joined(normalized: Normalized, attention: Attention) -> list[CacheTensor]:
         if tensor is not None:
             found[node] = tensor
             return []
+        if node.target in JOINS and node in kept:
+            unknown.append(node)
         return node.all_input_nodes[:1] if node.target in readers.PROJECTIONS else node.all_input_nodes
 
     def walk(operand: Node) -> list[CacheTensor]:
@@ -95,7 +99,15 @@ def _joined(normalized: Normalized, attention: Attention) -> list[CacheTensor]:
         return list(found.values())[before:]
 
     of_keys = sorted(walk(attention.k), key=lambda tensor: -int(tensor.size(CHANNEL)))
-    return [*of_keys, *walk(attention.v)]
+    of_values = walk(attention.v)
+    return None if unknown else [*of_keys, *of_values]
+
+
+def _kept(normalized: Normalized) -> set[Node]:
+    """The tensors that leave the graph, whole or a slice of them."""
+    sources = {layout.walk_back(output)[0] for output in normalized.outputs if isinstance(output, Node)}
+    cut = [source.args[0] for source in sources if source.target is torch.ops.aten.slice.Tensor]
+    return sources | {layout.walk_back(node)[0] for node in cut}
 
 
 def _tensor(normalized: Normalized, root: Node) -> CacheTensor | None:
