@@ -250,10 +250,18 @@ def block_zero(block_m: tl.constexpr, bits: tl.constexpr, width: tl.constexpr):
 
 
 @triton.jit
-def block_finish(o, z, total, at, real, channels, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr):
-    """Write a block's accumulators, divided by ``total``, to their channels of the rows at ``at``."""
+def block_finish(
+    o, z, total, at, real, channels, IN_ORDER: tl.constexpr, bits: tl.constexpr, width: tl.constexpr,
+    first: tl.constexpr,
+):  # fmt: skip
+    """Write a block's accumulators, divided by ``total``, to their channels of the rows at ``at``.
+
+    ``IN_ORDER``: the plan has one tier, whose channels keep their order.
+    """
     channel, there = in_block(o.shape[1], bits, width)
-    index = tl.load(channels + first + channel, mask=there, other=0)
+    index = first + channel
+    if not IN_ORDER:
+        index = tl.load(channels + first + channel, mask=there, other=0)
     tl.store(at[:, None] + index[None, :], (o + z[:, None]) / total[:, None], mask=real[:, None] & there[None, :])
 
 
@@ -292,13 +300,13 @@ def value_mix(ACC, shrink, p, VALUES, at, row, ok, SIZES: tl.constexpr):
 
 def value_finish(ACC, total, at, real, VALUES, SIZES: tl.constexpr):
     """Write the accumulators, divided by ``total``, to rows at ``at``; dropped channels are zero."""
-    block_finish(o0, z0, total, at, real, channels, BITS0, WIDTH0, FIRST0)
+    block_finish(o0, z0, total, at, real, channels, END0 == 0, BITS0, WIDTH0, FIRST0)
     if WIDTH1 > 0:
-        block_finish(o1, z1, total, at, real, channels, BITS1, WIDTH1, FIRST1)
+        block_finish(o1, z1, total, at, real, channels, END0 == 0, BITS1, WIDTH1, FIRST1)
     if WIDTH2 > 0:
-        block_finish(o2, z2, total, at, real, channels, BITS2, WIDTH2, FIRST2)
+        block_finish(o2, z2, total, at, real, channels, END0 == 0, BITS2, WIDTH2, FIRST2)
     if WIDTH3 > 0:
-        block_finish(o3, z3, total, at, real, channels, BITS3, WIDTH3, FIRST3)
+        block_finish(o3, z3, total, at, real, channels, END0 == 0, BITS3, WIDTH3, FIRST3)
     for dropped in range(CODED, WIDTH):
         index = tl.load(channels + dropped)
         tl.store(at + index, z0 * 0.0, mask=real)  # NaN if a weight is
