@@ -178,6 +178,6 @@ def test_real_model_stores_half_of_its_keys(real_model):
     out = ours.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     found = report(ours)
     assert len(found.rewritten) == model.config.num_hidden_layers
-    assert found.stored_key_bytes <= 0.55 * found.dense_key_bytes
+    assert found.stored_key_bytes <= 0.6 * found.dense_key_bytes  # the window, and spare rows to grow into
     layer = out[CACHE].layers[0]
     assert found.dense_key_bytes == len(found.rewritten) * layer.keys.numel() * layer.keys.element_size()
