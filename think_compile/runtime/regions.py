@@ -264,7 +264,7 @@ class _Regional:
         outputs = _left(layers)
         inputs = [slot[0] for slot in slots]
         graph = part_of(layers[0], inputs, [layers[0][i] for i in outputs])
-        fakes = [self.values[node] for node in inputs]
+        fakes = [_settled(self.values[node]) for node in inputs]
         run = self.compile_graph(GraphModule(self.graph_module, graph), fakes)
         takes = [[self.place[slot[k]] for slot in slots] for k in range(len(layers))]
         leaves = [[self.place[layer[i]] for i in outputs] for layer in layers]
@@ -276,6 +276,17 @@ class _Regional:
         for step in reversed(self.steps):
             step.done = [i for i in dict.fromkeys((*step.takes, *step.leaves)) if i not in needed]
             needed.update(step.takes)
+
+
+def _settled(value: Any) -> Any:
+    """A symbolic number under the symbol that stands for it now.
+
+    Two symbols may have been found equal. Inductor calls an input by its first symbol, and uses the other, which is a
+    size of some tensor that this part need not take.
+    """
+    if not isinstance(value, SymInt) or not value.node.expr.is_Symbol:
+        return value
+    return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
 
 
 def _left(layers: list[list[Node]]) -> list[int]:
