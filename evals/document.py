@@ -96,21 +96,6 @@ def plans(result: dict[str, Any]) -> str:
     return "\n\n".join([about(result), markdown(["keys", "values", "bits a number", "KL", "agreement, %"], rows)])
 
 
-def option_of_plans(name: str) -> Callable[[dict[str, Any]], str]:
-    """KL with its interval against an option of plans, for each plan of the keys (values have 4 bits)."""
-
-    def table(result: dict[str, Any]) -> str:
-        lines = crossed(
-            result["rows"],
-            lambda row: f"`{name}={row[name]}`",
-            lambda row: f"keys {row['keys']}",
-            lambda row: "{:.5f} [{:.5f}, {:.5f}]".format(*row["kl"]),
-        )
-        return "\n\n".join([about(result), markdown(lines[0], lines[1:])])
-
-    return table
-
-
 def pruned(row: Row) -> str:
     """Method and ratio, and what was really dropped where that is something else."""
     dropped = row["effective_ratio"]
@@ -138,7 +123,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ratio": ratio,
     **{name: option(name) for name in ("recent", "observe", "score_over", "channel_multiple")},
     "plans": plans,
-    **{name: option_of_plans(name) for name in ("sinks", "group")},
     "tasks": tasks,
 }
 
