@@ -57,14 +57,6 @@ def test_plans_with_their_bits():
     # 6 bits, and 32 for the range of a channel in a group; 4 bits, and 32 for that of a token's block
     assert "| 8:0.5+4:0.5 | 16 | 6.5, 16 | 0.01000 [0.00500, 0.02000] | 90.0 |" in table
     assert "| 8:0.5+4:0.5 | 4 | 6.5, 4.5 | 0.02000" in table
-    groups = [
-        a_row(0.0, 0.01, **plan),
-        a_row(0.0, 0.02, **plan | {"group": 32}),
-        a_row(0.0, 0.03, **plan | {"keys": "4"}),
-    ]
-    table = document.option_of_plans("group")(HEAD | {"rows": groups})
-    assert "|  | keys 8:0.5+4:0.5 | keys 4 |" in table
-    assert "| `group=32` | 0.02000 [0.01000, 0.04000] |  |" in table
 
 
 def test_tasks_with_their_differences():
