@@ -6,7 +6,6 @@ ThinK's papers, a prompt of 160 tokens and an output of 338.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import models
-from benchmarks.decode import THINK, check, formats_of, name_of
+from benchmarks.decode import THINK, check, formats_of, name_of, release
 from think_compile import ThinkConfig, restore, think_compile
 
 STEPS, HEADROOM = 8, 3 * 2**30
@@ -60,7 +59,7 @@ def run(workloads: Sequence[Workload] = WORKLOADS, layers: int = 32) -> Iterator
     """The check of ``decode``, then a row for each workload and way of storing: the largest batch."""
     yield {"check": "error over the plain model's in bf16", "ratio": check(THINK)}
     for workload in workloads:
-        _release()
+        release()
         model = models.llama(layers, **SHAPES[workload.model])
         common = None  # the batch that also fits without compression
         for config in workload.configs:
@@ -77,15 +76,9 @@ def run(workloads: Sequence[Workload] = WORKLOADS, layers: int = 32) -> Iterator
         del model
 
 
-def _release() -> None:
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def _largest(model: Any, workload: Workload, config: ThinkConfig | None) -> tuple[int, dict[str, float]]:
     """The largest batch that decodes, and its row."""
-    _release()
+    release()
     free = torch.cuda.mem_get_info()[0] - HEADROOM
     batch = int(free // _bytes_of_one(model, workload, config))
     while batch:
@@ -104,7 +97,7 @@ def _bytes_of_one(model: Any, workload: Workload, config: ThinkConfig | None) ->
 
 @torch.no_grad()
 def _steps(model: Any, batch: int, workload: Workload, config: ThinkConfig | None) -> dict[str, float]:
-    _release()
+    release()
     undo: Callable[[Any], Any] = restore
     if config is None:
         model.compile(mode="reduce-overhead")

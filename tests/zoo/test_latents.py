@@ -5,16 +5,14 @@ have read: only rounding may differ.
 """
 
 import copy
-import functools
 import warnings
-from contextlib import contextmanager
 
 import architectures
 import pytest
 import torch
 from coverage import cannot_run
-from oracle import CACHE, worst
-from trial import Run, cache_layers, generate, runs
+from oracle import worst
+from trial import Run, before_each_call, cache_layers, generate, runs
 
 from think_compile import Report, ThinkWarning, report, think_compile
 from think_compile.cache.handle import Handle
@@ -28,25 +26,9 @@ LATENT = [
 FEW = LATENT[:1]
 
 
-@contextmanager
-def before_each_call(model, do):
-    """``do`` gets the layers of the cache before each call of a generation."""
-    plain = model.prepare_inputs_for_generation
-
-    @functools.wraps(plain)
-    def prepare(*args, **kwargs):
-        do(cache_layers(kwargs.get(CACHE)))
-        return plain(*args, **kwargs)
-
-    model.prepare_inputs_for_generation = prepare
-    try:
-        yield
-    finally:
-        del model.prepare_inputs_for_generation
-
-
-def decoded(layers) -> dict:
+def decoded(cache) -> dict:
     """Copies of the compressed tensors, dense."""
+    layers = cache_layers(cache)
     sides = [(i, name, getattr(layer, name, None)) for i, layer in enumerate(layers) for name in ("keys", "values")]
     return {(i, name): x.dense().clone() for i, name, x in sides if isinstance(x, Handle) and not x.is_dense}
 
@@ -55,13 +37,13 @@ def compare(model, static: bool) -> tuple[Run, Run, Report]:
     """Generations: compiled, and plain on the same caches."""
     torch._dynamo.reset()
     ours, seen = think_compile(copy.deepcopy(model), **RULES), []
-    with before_each_call(ours, lambda layers: seen.append(decoded(layers))):
+    with before_each_call(ours, lambda cache: seen.append(decoded(cache))):
         got = generate(ours, static)
     calls = iter(seen)
 
-    def put(layers):
+    def put(cache):
         for (i, name), x in next(calls).items():
-            getattr(layers[i], name).copy_(x)
+            getattr(cache_layers(cache)[i], name).copy_(x)
 
     with before_each_call(model, put):
         same = generate(model, static)

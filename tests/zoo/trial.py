@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -164,35 +164,13 @@ def kept_channels(cache: object) -> Kept:
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[list[Kept]]:
-    """The packed layers before each call of a generation."""
-    seen: list[Kept] = []
+def before_each_call(model: nn.Module, do: Callable[[object], None]) -> Iterator[None]:
+    """``do`` gets the cache before each call of a generation."""
     plain = model.prepare_inputs_for_generation
 
     @functools.wraps(plain)
     def prepare(*args, **kwargs):
-        seen.append(kept_channels(kwargs.get(CACHE)))
-        return plain(*args, **kwargs)
-
-    model.prepare_inputs_for_generation = prepare
-    try:
-        yield seen
-    finally:
-        del model.prepare_inputs_for_generation
-
-
-@contextmanager
-def zero_filled(model: nn.Module, kept_before: list[Kept]) -> Iterator[None]:
-    """The plain model; before each call, keys that have left the window lose their dropped channels."""
-    plain, calls = model.prepare_inputs_for_generation, iter(kept_before)
-
-    @functools.wraps(plain)
-    def prepare(*args, **kwargs):
-        layers = cache_layers(kwargs.get(CACHE))
-        for i, mask in next(calls).items():
-            count = min(int(layers[i].get_seq_length()), layers[i].keys.shape[2])  # a window holds the last of them
-            old = max(0, count - RULES["recent"])
-            layers[i].keys[:, :, :old].masked_fill_(~mask[:, :, None], 0)
+        do(kwargs.get(CACHE))
         return plain(*args, **kwargs)
 
     model.prepare_inputs_for_generation = prepare
@@ -200,6 +178,30 @@ def zero_filled(model: nn.Module, kept_before: list[Kept]) -> Iterator[None]:
         yield
     finally:
         del model.prepare_inputs_for_generation
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[list[Kept]]:
+    """The packed layers before each call of a generation."""
+    seen: list[Kept] = []
+    with before_each_call(model, lambda cache: seen.append(kept_channels(cache))):
+        yield seen
+
+
+@contextmanager
+def zero_filled(model: nn.Module, kept_before: list[Kept]) -> Iterator[None]:
+    """The plain model; before each call, keys that have left the window lose their dropped channels."""
+    calls = iter(kept_before)
+
+    def zero_fill(cache: object) -> None:
+        layers = cache_layers(cache)
+        for i, mask in next(calls).items():
+            count = min(int(layers[i].get_seq_length()), layers[i].keys.shape[2])  # a window holds the last of them
+            old = max(0, count - RULES["recent"])
+            layers[i].keys[:, :, :old].masked_fill_(~mask[:, :, None], 0)
+
+    with before_each_call(model, zero_fill):
+        yield
 
 
 def compiled(model: nn.Module, *, sliding: bool = False) -> nn.Module:

@@ -104,6 +104,7 @@ def launch_for(pair: str, shape: tuple[int, int, int, int], extent: int, device:
     return _fitting(Launch(block_m, block_n, warps, stages, splits), whole, FILLED * device.shared_bytes)
 
 
+@functools.lru_cache(maxsize=256)  # op by op, each layer of each step asks
 def launch_for_codes(
     rows: int, heads: int, tokens: tuple[int, int, int], n_bytes: int, device: Device = H100
 ) -> Launch:
