@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,22 +34,27 @@ class Workload:
     spare: int = models.SPARE
 
 
-def _plans(*plans: tuple[Any, Any], **options: Any) -> tuple[ThinkConfig | None, ...]:
-    chosen = (ThinkConfig(keys=keys, values=values, **options) for keys, values in plans)
-    return (None, ThinkConfig(0.0), *chosen)
+def _plans(*plans: tuple[Any, Any], **options: Any) -> tuple[ThinkConfig, ...]:
+    return tuple(ThinkConfig(keys=keys, values=values, **options) for keys, values in plans)
 
 
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3.1-8B": {},
     "Llama-2-7B": {"inner": 11008, "vocabulary": 32000, "kv_heads": 32},
 }
+WHOLE = (None, ThinkConfig(0.0))
+THINK_KIVI: tuple[Any, Any] = ({2: 0.6}, 2)
 WORKLOADS = (
-    Workload("Llama-3.1-8B", 32768, _plans(({4: 0.5}, 4), (4, 4), ({4: 0.6}, 4), (2, 2), ({2: 0.6}, 2))),
+    Workload("Llama-3.1-8B", 32768, WHOLE + _plans(({4: 0.5}, 4), (4, 4), ({4: 0.6}, 4), (2, 2), THINK_KIVI)),
     Workload(
         "Llama-2-7B",
         498 - STEPS,
-        _plans(({2: 0.6}, 2), group=64, recent=0)
-        + _plans(({2: 0.6}, 2), (2, 2), ({4: 0.6}, 4), group=64, recent=16)[2:],
+        (
+            None,
+            *_plans(THINK_KIVI, group=64, recent=0),
+            *_plans(THINK_KIVI, (2, 2), ({4: 0.6}, 4), (4, 4), group=64, recent=16),
+            ThinkConfig(0.0),
+        ),
         STEPS,
     ),
 )
@@ -66,12 +71,12 @@ def run(workloads: Sequence[Workload] = WORKLOADS, layers: int = 32) -> Iterator
             batch, row = _largest(model, workload, config)
             common = batch if config is None else common
             assert common is not None
-            equal = row if batch == common else _steps(model, common, workload, config)
+            equal = row if batch == common else _steps(model, common, workload, config) if batch > common else {}
             name = "HF StaticCache, torch.compile" if config is None else f"think_compile, {name_of(config)}"
             window = {} if config is None else {"recent": config.recent, "group": config.group}
             yield {
                 **{"model": workload.model, "context": workload.context, "way": name, **window, "batch": batch, **row},
-                **{"at_batch": common, "peak_gib_at_batch": equal["peak_gib"]},
+                **{"at_batch": common, "peak_gib_at_batch": equal.get("peak_gib")},
             }
         del model
 
@@ -98,14 +103,12 @@ def _bytes_of_one(model: Any, workload: Workload, config: ThinkConfig | None) ->
 @torch.no_grad()
 def _steps(model: Any, batch: int, workload: Workload, config: ThinkConfig | None) -> dict[str, float]:
     release()
-    undo: Callable[[Any], Any] = restore
     if config is None:
-        model.compile(mode="reduce-overhead")
-        undo = _uncompiled
         cache = models.fixed_past(model, batch, workload.context, workload.spare)
+        model.compile(mode="reduce-overhead")
     else:
-        wrapped = think_compile(model, **formats_of(config))
-        cache = models.stored_past(wrapped, batch, workload.context, config, workload.spare)
+        cache = models.stored_past(model, batch, workload.context, config, workload.spare)
+        think_compile(model, **formats_of(config))
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     tokens, times = torch.zeros(batch, 1, dtype=torch.long, device="cuda"), []
@@ -116,13 +119,12 @@ def _steps(model: Any, batch: int, workload: Workload, config: ThinkConfig | Non
             torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
     finally:
-        undo(model)
+        if config is None:
+            model._compiled_call_impl = None
+        else:
+            restore(model)
     peak, ms = torch.cuda.max_memory_allocated(), statistics.median(times[STEPS // 2 :]) * 1e3
     return {
         **{"weights_and_cache_gib": round(before / 2**30, 2), "peak_gib": round(peak / 2**30, 2)},
         **{"ms": round(ms, 2), "tokens_per_s": round(batch / ms * 1e3, 1)},
     }
-
-
-def _uncompiled(model: Any) -> None:
-    model._compiled_call_impl = None

@@ -156,7 +156,9 @@ def stored_past(model: Any, batch: int, tokens: int, config: ThinkConfig, spare:
     _, *widths = widths_of(model.config)
     form, capacity = config.format_for(*widths), tokens + spare
     for layer in cache.layers:
+        layer.max_cache_len = 1  # its own buffers are replaced, and may not fit
         _begun(layer, model, batch, tokens)
+        layer.max_cache_len = capacity
         for of, written in (("keys", tokens), ("values", None)):
             side = form.side(of)
             state = {part.name: _part(part, side, model, batch, (tokens, capacity)) for part in side.parts(fixed=True)}
@@ -182,7 +184,7 @@ def _part(part: Part, side: Side, model: Any, batch: int, rows: tuple[int, int])
         return kept.sort().values if in_order else kept
     if part.dtype is None or part.dtype.is_floating_point:
         scale = 1.0 if part.dtype is None else 0.01  # steps of codes
-        return (torch.randn(*shape, device=device, dtype=part.dtype or model.dtype) * scale).abs_()
+        return torch.empty(shape, device=device, dtype=part.dtype or model.dtype).normal_(std=scale).abs_()
     if part.dtype == torch.uint8:
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     return torch.zeros(shape, dtype=part.dtype, device=device)

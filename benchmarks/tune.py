@@ -164,7 +164,7 @@ def tune(shapes: list[Shape] = SHAPES) -> list[dict[str, Any]]:
             "blocks": shape.batch * shape.heads * -(-shape.rows // best.block_m),
             "tokens": shape.tokens,
             "mask": shape.mask,
-            "launch": list(best)[1:],
+            "launch": list(best[1:5]),
             "us": round(ms * 1e3, 1),
             "tb_s": round(shape.n_bytes / ms / 1e9, 2),
         }

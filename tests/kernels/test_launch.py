@@ -23,7 +23,7 @@ PAIR = "channels+whole"
 @pytest.mark.parametrize("row", table(PAIR), ids=str)
 def test_a_shape_of_the_table_is_launched_as_measured(row):
     launch = launch_for(PAIR, (row["rows"], row["bytes"], 512, row["blocks"] // -(-row["rows"] // 64)), row["tokens"])
-    assert launch == (query_tile(row["rows"]), *row["launch"])
+    assert launch == (query_tile(row["rows"]), *row["launch"], 0)
 
 
 @given(
@@ -60,12 +60,14 @@ def test_what_interprets_passes_for_the_device_of_the_table():
 def test_programs_for_codes_end_at_the_same_time():
     """As measured for 8 heads and groups of 4: a program of 128 tokens more than another costs as much as all have."""
 
-    def splits(batch, tokens):
-        return launch_for_codes(4, 8 * batch, (tokens + 64, 193, 128), 13_824).splits
+    def shares(batch, tokens):
+        launch = launch_for_codes(4, 8 * batch, (tokens + 64, 193, 128), 13_824)
+        return launch.splits, launch.whole
 
-    assert splits(8, 32768) == 15  # 17 of 256 records for each, and every processor is full
-    assert splits(1, 32768) == 86  # 3 for each; 125 shares would have 3 as well, and 8 fewer would have 4
-    assert splits(32, 32768) == 4  # more than fit at once: the programs for whole rows are short
+    assert shares(8, 32768) == (15, 1)  # 17 of 255 records for each, and every processor is full
+    assert shares(1, 32768) == (128, 4)  # 2 for each; whole rows take the room that is left, so that all start at once
+    assert shares(32, 32768) == (4, 1)  # more than fit at once: the programs for whole rows are short
+    assert shares(256, 512) == (1, 1)  # the heads alone fill the processors twice
 
 
 @given(
@@ -79,3 +81,4 @@ def test_programs_for_codes_end_at_the_same_time():
 def test_any_shape_of_codes_gets_a_launch(rows, heads, extent, ring, group, n_bytes):
     launch = launch_for_codes(rows, heads, (extent, ring, group), n_bytes)
     assert 1 <= launch.splits <= -(-extent // group) and launch.block_n == group
+    assert 1 <= launch.whole <= ring

@@ -17,6 +17,7 @@ import torch
 
 TABLE = Path(__file__).parent / "launches.json"
 SMALLEST_SHARE = 64  # rows; the fewest assumed to be worth a program, not measured
+WHOLE_SHARE = 128  # positions with whole rows for a program, about
 FILLED = 0.86  # share of a program's shared memory to use, since the estimate here omits small items
 CODE_PROGRAMS = 8  # of one warp on a processor
 FILLED_BY_CODES = 0.95  # share of the shared memory
@@ -26,13 +27,21 @@ LONG = 16384  # assumed rows of a cache whose length is unknown when its graph i
 
 
 class Launch(NamedTuple):
-    """Query rows and key rows per tile, warps, pipeline stages, shares of a head's rows."""
+    """Query rows and key rows per tile, warps, pipeline stages, shares of a head's encoded rows and of its whole rows.
+
+    ``whole``: 0 takes a share for every ``WHOLE_SHARE`` whole rows.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
     splits: int
+    whole: int = 0
+
+    def shares_of(self, rows: int) -> int:
+        """Shares of this many whole rows."""
+        return self.whole or min(self.splits, -(-rows // WHOLE_SHARE))
 
 
 class Device(NamedTuple):
@@ -118,23 +127,22 @@ def launch_for_codes(
     """
     block_m = 8 if rows <= 8 else query_tile(rows)
     extent, ring, group = tokens
-    tiles, records = max(1, heads * -(-rows // block_m)), max(1, -(-extent // group))
+    tiles, records = max(1, heads * -(-rows // block_m)), max(1, -(-(extent - ring) // group))
     resident = max(1, min(CODE_PROGRAMS, int(FILLED_BY_CODES * device.shared_bytes / max(1, n_bytes))))
-    slots = resident * device.processors
+    slots = resident * device.processors // tiles  # for the programs of a head
+
+    def whole(splits: int) -> int:
+        """Shares of whole rows: as long as a share in codes, or up to twice as long to start with the others."""
+        wanted = -(-ring // max(WHOLE_TILE, extent // splits // CODES_PER_ROW)) if slots else 1
+        return max(slots - splits, -(-wanted // 2)) if splits < slots < splits + wanted else wanted
 
     def records_in_turn(splits: int) -> int:
         """Records that a slot reads one after another; programs in excess start when those of whole rows have ended."""
-        whole = whole_shares(extent, ring, splits)
-        waits = tiles * (splits + whole) > slots
-        return -(-records // splits) + (-(-ring * CODES_PER_ROW // (whole * group)) if waits else 0)
+        waits = splits + whole(splits) > slots
+        return -(-records // splits) + (-(-ring * CODES_PER_ROW // (whole(splits) * group)) if waits else 0)
 
-    most = max(1, min(slots // tiles, records))
-    return Launch(block_m, group, 1, 2, min(range(1, most + 1), key=records_in_turn))
-
-
-def whole_shares(extent: int, ring: int, splits: int) -> int:
-    """Shares of the rows of a ring beside ``splits`` shares of ``extent`` tokens in codes."""
-    return -(-ring // max(WHOLE_TILE, extent // splits // CODES_PER_ROW))
+    splits = min(range(1, max(1, min(slots, records)) + 1), key=records_in_turn)
+    return Launch(block_m, group, 1, 2, splits, whole(splits))
 
 
 def _fitting(launch: Launch, whole: int, room: float) -> Launch:

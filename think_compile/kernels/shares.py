@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from think_compile.kernels.codecs import DeviceCodec, parts_of
-from think_compile.kernels.launch import WHOLE_TILE, Launch, whole_shares
+from think_compile.kernels.launch import WHOLE_TILE, Launch
 from think_compile.kernels.merge import COLUMNS
 from think_compile.kernels.whole import WHOLE
 
 _LOG2E = 1.4426950408889634
-WHOLE_SHARE = 128  # positions with whole rows per program, about
 
 
 class Kernels(NamedTuple):
@@ -117,10 +116,7 @@ def launch_shares(kernels: Kernels, given: Given) -> Shares:
     ring = v_ring if k_ring is None else k_ring
     assert ring is not None
     block_w = how.block_n if records == 1 else min(how.block_n, WHOLE_TILE)
-    whole_rows = hint(ring.shape[2]) + hint(queries)
-    whole_splits = min(how.splits, -(-whole_rows // WHOLE_SHARE))
-    if records > 1:
-        whole_splits = whole_shares(hint(given.numbers[3]), whole_rows, how.splits)
+    whole_splits = how.shares_of(hint(ring.shape[2]) + hint(queries))
     splits = parts * how.splits + whole_splits
     out = q.new_empty((all_heads, splits, rows, dv), dtype=torch.float32)
     most, total = (q.new_empty((all_heads, splits, rows), dtype=torch.float32) for _ in range(2))
