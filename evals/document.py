@@ -96,6 +96,35 @@ def plans(result: dict[str, Any]) -> str:
     return "\n\n".join([about(result), markdown(["keys", "values", "bits a number", "KL", "agreement, %"], rows)])
 
 
+def option_of_plans(name: str) -> Callable[[dict[str, Any]], str]:
+    """KL with its interval against an option of plans, for each plan of the keys (values have 4 bits)."""
+
+    def table(result: dict[str, Any]) -> str:
+        lines = crossed(
+            result["rows"],
+            lambda row: f"`{name}={row[name]}`",
+            lambda row: f"keys {row['keys']}",
+            lambda row: "{:.5f} [{:.5f}, {:.5f}]".format(*row["kl"]),
+        )
+        return "\n\n".join([about(result), markdown(lines[0], lines[1:])])
+
+    return table
+
+
+def needles(result: dict[str, Any]) -> str:
+    """The share of needles that each pair of plans finds, and the difference to the dense model."""
+
+    def found(row: Row) -> str:
+        share, less = f"{row['metrics']['acc,none']:.3f}", row["less_dense"].get("acc,none")
+        return share if less is None else "{} ({:+.3f} [{:+.3f}, {:+.3f}])".format(share, *less)
+
+    def plan(row: Row) -> str:
+        return "dense" if row["method"] == "dense" else f"keys {row['keys']}, values {row['values']}"
+
+    lines = crossed(result["rows"], plan, lambda row: f"`{row['task']}`, n = {row['n']}", found)
+    return "\n\n".join([about(result), markdown(lines[0], lines[1:])])
+
+
 def pruned(row: Row) -> str:
     """Method and ratio, and what was really dropped where that is something else."""
     dropped = row["effective_ratio"]
@@ -123,6 +152,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ratio": ratio,
     **{name: option(name) for name in ("recent", "observe", "score_over", "channel_multiple")},
     "plans": plans,
+    "group": option_of_plans("group"),
+    "needles": needles,
     "tasks": tasks,
 }
 

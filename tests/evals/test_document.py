@@ -59,6 +59,26 @@ def test_plans_with_their_bits():
     assert "| 8:0.5+4:0.5 | 4 | 6.5, 4.5 | 0.02000" in table
 
 
+def test_an_option_of_plans():
+    plan = {"group": 128, "keys": "8:0.5+4:0.5"}
+    rows = [
+        a_row(0.0, 0.01, **plan),
+        a_row(0.0, 0.02, **plan | {"group": 32}),
+        a_row(0.0, 0.03, **plan | {"keys": "4"}),
+    ]
+    table = document.option_of_plans("group")(HEAD | {"rows": rows})
+    assert "|  | keys 8:0.5+4:0.5 | keys 4 |" in table
+    assert "| `group=32` | 0.02000 [0.01000, 0.04000] |  |" in table
+
+
+def test_needles_of_plans():
+    dense = {"task": "needle", "n": 4, "metrics": {"acc,none": 1.0}, "method": "dense", "less_dense": {}}
+    ours = {"metrics": {"acc,none": 0.75}, "method": "think", "less_dense": {"acc,none": [-0.25, -0.5, 0.0]}}
+    table = document.needles(HEAD | {"rows": [dense, dense | ours | {"keys": "4", "values": "8"}]})
+    assert "|  | `needle`, n = 4 |" in table and "| dense | 1.000 |" in table
+    assert "| keys 4, values 8 | 0.750 (-0.250 [-0.500, +0.000]) |" in table
+
+
 def test_tasks_with_their_differences():
     row = {"task": "needle", "n": 4, "metrics": {"acc,none": 0.75}, "method": "dense", "less_dense": {}}
     ours = row | {
