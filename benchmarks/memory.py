@@ -51,6 +51,7 @@ WORKLOADS = (
         498 - STEPS,
         (
             None,
+            *_plans(THINK_KIVI, group=32, recent=0, sinks=0),
             *_plans(THINK_KIVI, group=64, recent=0),
             *_plans(THINK_KIVI, (2, 2), ({4: 0.6}, 4), (4, 4), group=64, recent=16),
             ThinkConfig(0.0),
@@ -73,7 +74,7 @@ def run(workloads: Sequence[Workload] = WORKLOADS, layers: int = 32) -> Iterator
             assert common is not None
             equal = row if batch == common else _steps(model, common, workload, config) if batch > common else {}
             name = "HF StaticCache, torch.compile" if config is None else f"think_compile, {name_of(config)}"
-            window = {} if config is None else {"recent": config.recent, "group": config.group}
+            window = {} if config is None else {of: getattr(config, of) for of in ("recent", "group", "sinks")}
             yield {
                 **{"model": workload.model, "context": workload.context, "way": name, **window, "batch": batch, **row},
                 **{"at_batch": common, "peak_gib_at_batch": equal.get("peak_gib")},

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from think_compile.formats.bits import KeyBits, ValueBits
 from think_compile.kernels.codecs import SIZES, parts_of
+from think_compile.kernels.codes import LEAST_TILE
 from think_compile.kernels.launch import H100, Device, Launch, launch_for, launch_for_codes
 from think_compile.kernels.merge import COLUMNS, merge_shares
 from think_compile.kernels.pair import kernels_of
@@ -135,7 +136,7 @@ def codes(
     """The kernel of a call's shares for bit plans; None: whole rows on this side."""
     names = "whole" if keys is None else "key_bits", "whole" if values is None else "value_bits"
     kernels = kernels_of(*names)
-    launch = launch_for_codes(group * queries, 8, (8192, 160, records), 1 << 14)
+    launch = launch_for_codes(group * queries, 8, (8192, 160, max(records, LEAST_TILE)), 1 << 14)
     constants = {"SINKS": sinks, "GROUP_N": records, "GROUP": group, "ON_DEVICE": on_device, "ROLLING": False}
     constants |= {"CAUSAL": False, "KIND": ["none", "bool", "float"].index(mask), "ALIKE": True, "HALF_MASK": False}
     parts = 2 if None not in (keys, values) and records == 128 and group * queries <= 4 else 1

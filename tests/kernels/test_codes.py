@@ -86,7 +86,7 @@ def bits(keys, values, group=64, sinks=3, d=32, dv=32):
     return CacheFormat(side(keys, d, group, sinks), side(values, dv, group, sinks, ValueBits))
 
 
-@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize(
     ("keys", "values"),
     [(((4, 32),), ((4, 32),)), (((8, 32),), ((8, 32),)), (((2, 32),), ((2, 32),)), (MIXED, UNEVEN)],
@@ -161,7 +161,7 @@ def test_what_kernels_do_not_take():
     """Such plans run as PyTorch operations."""
     for form, why in (
         (bits(((16, 8), (4, 24)), ((4, 32),)), "16 bits"),
-        (bits(((4, 32),), ((4, 32),), group=32), "groups have 32 tokens"),
+        (bits(((4, 32),), ((4, 32),), group=16), "groups have 16 tokens"),
     ):
         assert why in _kernels(form)._obstacle_of_codes(Span(0, 0, 1))
     pruned = CacheFormat(Side(Channels(16, 4), 32, 4), Side(ValueBits(((16, 16),), 4, 1), 32, 4))

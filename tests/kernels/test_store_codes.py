@@ -126,7 +126,9 @@ def test_channels_without_sinks():
     check(form_of(16, EVEN, sinks=0), [*AHEAD, -70, -69])
 
 
-@pytest.mark.parametrize("options", [{"recent": 0}, {"sinks": 0}, {"group": 128}, {"encodes_later": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"recent": 0}, {"sinks": 0}, {"group": 128}, {"group": 32}, {"encodes_later": False}], ids=str
+)
 def test_windows_and_sinks(options):
     check(form_of(**options), [*AHEAD, -70, -69])
 

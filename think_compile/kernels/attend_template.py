@@ -54,7 +54,7 @@ def walk(
         position = at + tl.arange(0, BLOCK_N)
         ok, later = within(position, low, high, GROUP_N), position + BLOCK_N
         row = position % capacity if ROLLING else position
-        s = scores(QUERIES, KEYS, at, row, ok, scale, K_SIZES)
+        s = scores(QUERIES, KEYS, at, high, row, ok, scale, K_SIZES)
         # the mask is read a tile ahead: it is too small for the pipeline that hides the latency of keys and values
         if FLAT:
             shown = within_tile(at, low, high, hidden_from, HIDDEN, BLOCK_N)
@@ -67,7 +67,7 @@ def walk(
             s = hidden(s, value, position - first, query, ok, KIND, CAUSAL)
             value = masked(MASK, mask_row, later - first, later < high, sm_s, KIND, ALIKE)
         m, p, shrink = weighed(m, s)
-        ACC = mix(ACC, shrink, p, VALUES, at, row, ok, V_SIZES)
+        ACC = mix(ACC, shrink, p, VALUES, at, high, row, ok, V_SIZES)
         total = total * shrink + tl.sum(p, 1)
     return m, total, ACC
 
@@ -152,10 +152,10 @@ def whole_share(
         if IN_V_RING or ROLLING:
             v_row = wrapped(v_row, ring_rows if IN_V_RING else capacity, in_window)
         value = masked(MASK, mask_row, position - first, ok, sm_s, KIND, ALIKE)
-        s = whole_scores(WHOLE, k_rows, at, k_row, ok, scale, D_SIZES)
+        s = whole_scores(WHOLE, k_rows, at, last, k_row, ok, scale, D_SIZES)
         s = hidden(s, value, position - first, query, ok, KIND, CAUSAL)
         m, p, shrink = weighed(m, s)
-        WHOLE_ACC = whole_mix(WHOLE_ACC, shrink, p, v_rows, at, v_row, ok, DV_SIZES)
+        WHOLE_ACC = whole_mix(WHOLE_ACC, shrink, p, v_rows, at, last, v_row, ok, DV_SIZES)
         total = total * shrink + tl.sum(p, 1)
     return m, total, WHOLE_ACC
 

@@ -54,11 +54,18 @@ class PairKernels:
         """Tokens of a record."""
         return max((codec.group for codec in self.codecs if codec is not None), default=1)
 
-    def _record_bytes(self, keys: Stored, values: Stored) -> int:
-        """Bytes of a record's key and value."""
+    @property
+    def _tile(self) -> int:
+        """Tokens in codes that a program reads at once."""
+        from think_compile.kernels.codes import LEAST_TILE
+
+        return max(self._records, LEAST_TILE)
+
+    def _tile_bytes(self, keys: Stored, values: Stored) -> int:
+        """Bytes of the keys and values of a tile."""
         both = zip((keys, values), (self.key_parts, self.value_parts), self.codecs, strict=True)
         return sum(
-            _record_size(side.state[name], self._records if codec is None else 1)
+            _bytes_of(side.state[name], self._tile // (1 if codec is None else self._records))
             for side, names, codec in both
             for name in names
             if name != "channels"
@@ -231,14 +238,14 @@ class PairKernels:
         rows, device = query_heads // heads * queries, device_of(call.q.device)
         if self.has_codes:
             ring = max(hint(side.state["ring"].shape[2]) for side in (keys, values) if "ring" in side.state)
-            sizes = tokens, ring + queries, self._records
-            return launch_for_codes(rows, batch * heads, sizes, self._record_bytes(keys, values), device)
+            sizes = tokens, ring + queries, self._tile
+            return launch_for_codes(rows, batch * heads, sizes, self._tile_bytes(keys, values), device)
         encoded = keys.state[self.key_parts[0]].shape[-1]
         narrow, whole = ((width + dv) * call.q.dtype.itemsize for width in (encoded, d))
         return launch_for(f"{self.keys}+{self.values}", (rows, narrow, whole, batch * heads), tokens, device)
 
 
-def _record_size(part: Tensor, times: int) -> int:
+def _bytes_of(part: Tensor, times: int) -> int:
     return times * math.prod(part.shape[3:]) * part.dtype.itemsize
 
 

@@ -26,10 +26,10 @@ def channels_prepare(q_row, index, real, rows, channels, width: tl.constexpr, pa
 
 @triton.jit
 def channels_scores(
-    q0, q1, rows, channels, at, row, ok, scale, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr
+    q0, q1, rows, channels, at, end, row, ok, scale, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr
 ):  # fmt: skip
     """Products [M, N] of the gathered queries with narrow rows, times ``scale``."""
-    return whole_scores(q0, q1, rows, at, row, ok, scale, width, part0, part1)
+    return whole_scores(q0, q1, rows, at, end, row, ok, scale, width, part0, part1)
 
 
 @triton.jit

@@ -35,7 +35,20 @@ from think_compile.kernels.products import (
 from think_compile.kernels.specialise import specialised
 
 MOST_BLOCKS = 4
-GROUPS = (64, 128)  # tokens in a record for which there are kernels
+GROUPS = (32, 64, 128)  # tokens in a record for which there are kernels
+LEAST_TILE = 64  # tokens; smaller records stand in one tile
+
+
+@triton.jit
+def pair_at(pair, stride: tl.constexpr, PAIRS: tl.constexpr, RECORDS: tl.constexpr, following):
+    """Where the pairs of a tile's tokens are, ``stride`` bytes apart in a record of ``PAIRS`` pairs.
+
+    ``following``: bytes from the tile's first record to its second.
+    """
+    at = pair * stride
+    if RECORDS > 1:
+        at = pair % PAIRS * stride + pair // PAIRS * following
+    return at
 
 
 # ------------------------------------------------------------------------------------------------------------ keys
@@ -99,29 +112,34 @@ def block_scaled(
 
 @triton.jit
 def block_scores(
-    even, odd, x, inverse, codes, PAIRS: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr, bits: tl.constexpr,
-    width: tl.constexpr,
+    even, odd, x, inverse, codes, following, TOKENS: tl.constexpr, RECORDS: tl.constexpr, PARTS: tl.constexpr,
+    ASM: tl.constexpr, bits: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """The products of scaled queries with a record's codes, added to those of even and of odd tokens; rows dealt."""
+    """The products of scaled queries with a tile's codes, added to those of even and of odd tokens; rows dealt."""
+    COLUMNS: tl.constexpr = RECORDS * TOKENS // 2 // PARTS
     high, low = terms(x, inverse[:, None], ASM)
     for part in tl.static_range(PARTS):
         both = below(high, low, part, PARTS, ASM)
-        pair = part * (PAIRS // PARTS) + dealt(tl.arange(0, PAIRS // PARTS))
-        even, odd = part_scores(even, odd, both, codes, pair[:, None], PAIRS, ASM, bits, width)
+        pair = part * COLUMNS + dealt(tl.arange(0, COLUMNS))
+        even, odd = part_scores(
+            even, odd, both, codes, pair[:, None], following, TOKENS // 2, RECORDS, ASM, bits, width
+        )
     return even, odd
 
 
 @triton.jit
 def part_scores(
-    even, odd, both, codes, pair, PAIRS: tl.constexpr, ASM: tl.constexpr, bits: tl.constexpr, width: tl.constexpr
-):
+    even, odd, both, codes, pair, following, PAIRS: tl.constexpr, RECORDS: tl.constexpr, ASM: tl.constexpr,
+    bits: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
     """:func:`block_scores` for the pairs of tokens in one part."""
     TILE: tl.constexpr = 64 if width > 32 else 32
     if bits == 2:
         HALF: tl.constexpr = (width + 1) // 2  # two channels share a byte
         column = tl.arange(0, 32)
         low, high = halves(both)
-        byte = tl.load(codes + pair * HALF + column[None, :], mask=(column < HALF)[None, :], other=0)
+        at = codes + pair_at(pair, HALF, PAIRS, RECORDS, following) + column[None, :]
+        byte = tl.load(at, mask=(column < HALF)[None, :], other=0)
         a, b, c, d = crumbs(byte, ASM)
         even = tl.dot(low, tl.trans(a), even, out_dtype=tl.int32)
         even = tl.dot(high, tl.trans(c), even, out_dtype=tl.int32)
@@ -129,7 +147,7 @@ def part_scores(
         odd = tl.dot(high, tl.trans(d), odd, out_dtype=tl.int32)
     else:
         column = tl.arange(0, TILE)
-        at = codes + pair * width + column[None, :]
+        at = codes + pair_at(pair, width, PAIRS, RECORDS, following) + column[None, :]
         if bits == 8:
             a = tl.load(at, mask=(column < width)[None, :], other=0).to(tl.int8, bitcast=True)
             b = tl.load(at + PAIRS * width, mask=(column < width)[None, :], other=0).to(tl.int8, bitcast=True)
@@ -159,35 +177,49 @@ def key_prepare(q_row, index, real, KEYS, SIZES: tl.constexpr):
     return q0, q1, q2, q3
 
 
-def key_scores(QUERIES, KEYS, at, row, ok, scale, SIZES: tl.constexpr):
-    """Products [M, N] of the queries with the record that begins at position ``at``, times ``scale``."""
+def key_scores(QUERIES, KEYS, at, end, row, ok, scale, SIZES: tl.constexpr):
+    """Products [M, N] of the queries with the records from position ``at`` on, times ``scale``.
+
+    Of two records in a tile each has its own range, so the queries meet the codes of both once for each.
+    """
     record = tl.cast(at // TOKENS, tl.int64)
     ranges += record * (2 * CODED)
     codes += record * BYTES
-    PAIRS: tl.constexpr = TOKENS // 2
-    x0, zero = block_scaled(q0, ranges, CODED, BITS0, BITS0, WIDTH0, FIRST0)
-    most = tl.max(tl.abs(x0), 1)
-    if WIDTH1 > 0:
-        x1, more = block_scaled(q1, ranges, CODED, BITS0, BITS1, WIDTH1, FIRST1)
-        zero, most = zero + more, tl.maximum(most, tl.max(tl.abs(x1), 1))
-    if WIDTH2 > 0:
-        x2, more = block_scaled(q2, ranges, CODED, BITS0, BITS2, WIDTH2, FIRST2)
-        zero, most = zero + more, tl.maximum(most, tl.max(tl.abs(x2), 1))
-    if WIDTH3 > 0:
-        x3, more = block_scaled(q3, ranges, CODED, BITS0, BITS3, WIDTH3, FIRST3)
-        zero, most = zero + more, tl.maximum(most, tl.max(tl.abs(x3), 1))
-    inverse = 127.0 / tl.maximum(most, 1e-20)
-    even, odd = start_of(2 * q0.shape[0], PAIRS // PARTS), start_of(2 * q0.shape[0], PAIRS // PARTS)
-    even, odd = block_scores(even, odd, x0, inverse, codes, PAIRS, PARTS, ASM, BITS0, WIDTH0)
-    if WIDTH1 > 0:
-        even, odd = block_scores(even, odd, x1, inverse, codes + AT1, PAIRS, PARTS, ASM, BITS1, WIDTH1)
-    if WIDTH2 > 0:
-        even, odd = block_scores(even, odd, x2, inverse, codes + AT2, PAIRS, PARTS, ASM, BITS2, WIDTH2)
-    if WIDTH3 > 0:
-        even, odd = block_scores(even, odd, x3, inverse, codes + AT3, PAIRS, PARTS, ASM, BITS3, WIDTH3)
-    s = tl.reshape(tl.join(undealt(joined(even)), undealt(joined(odd))), (q0.shape[0], TOKENS // PARTS))
-    zero += most * 0.0  # NaN if a step is infinite
-    return s * code_step(most * scale, BITS0)[:, None] + (zero * scale)[:, None]
+    following = tl.where(at + TOKENS < end, BYTES, 0)  # beyond the end the first record stands twice
+    TILE: tl.constexpr = RECORDS * TOKENS
+    for i in tl.static_range(RECORDS):
+        of_record = ranges if i == 0 else ranges + tl.where(at + TOKENS < end, 2 * CODED, 0)
+        x0, zero = block_scaled(q0, of_record, CODED, BITS0, BITS0, WIDTH0, FIRST0)
+        most = tl.max(tl.abs(x0), 1)
+        if WIDTH1 > 0:
+            x1, more = block_scaled(q1, of_record, CODED, BITS0, BITS1, WIDTH1, FIRST1)
+            zero, most = zero + more, tl.maximum(most, tl.max(tl.abs(x1), 1))
+        if WIDTH2 > 0:
+            x2, more = block_scaled(q2, of_record, CODED, BITS0, BITS2, WIDTH2, FIRST2)
+            zero, most = zero + more, tl.maximum(most, tl.max(tl.abs(x2), 1))
+        if WIDTH3 > 0:
+            x3, more = block_scaled(q3, of_record, CODED, BITS0, BITS3, WIDTH3, FIRST3)
+            zero, most = zero + more, tl.maximum(most, tl.max(tl.abs(x3), 1))
+        inverse = 127.0 / tl.maximum(most, 1e-20)
+        even, odd = start_of(2 * q0.shape[0], TILE // 2 // PARTS), start_of(2 * q0.shape[0], TILE // 2 // PARTS)
+        even, odd = block_scores(even, odd, x0, inverse, codes, following, TOKENS, RECORDS, PARTS, ASM, BITS0, WIDTH0)
+        if WIDTH1 > 0:
+            even, odd = block_scores(
+                even, odd, x1, inverse, codes + AT1, following, TOKENS, RECORDS, PARTS, ASM, BITS1, WIDTH1
+            )
+        if WIDTH2 > 0:
+            even, odd = block_scores(
+                even, odd, x2, inverse, codes + AT2, following, TOKENS, RECORDS, PARTS, ASM, BITS2, WIDTH2
+            )
+        if WIDTH3 > 0:
+            even, odd = block_scores(
+                even, odd, x3, inverse, codes + AT3, following, TOKENS, RECORDS, PARTS, ASM, BITS3, WIDTH3
+            )
+        found = tl.reshape(tl.join(undealt(joined(even)), undealt(joined(odd))), (q0.shape[0], TILE // PARTS))
+        zero += most * 0.0  # NaN if a step is infinite
+        found = found * code_step(most * scale, BITS0)[:, None] + (zero * scale)[:, None]
+        s = found if i == 0 else tl.where((tl.arange(0, TILE) < TOKENS)[None, :], s, found)
+    return s
 
 
 # ---------------------------------------------------------------------------------------------------------- values
@@ -195,29 +227,33 @@ def key_scores(QUERIES, KEYS, at, row, ok, scale, SIZES: tl.constexpr):
 
 @triton.jit
 def block_mix(
-    o, z, shrink, p, ranges, codes, TOKENS: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr, bits: tl.constexpr,
-    width: tl.constexpr,
+    o, z, shrink, p, ranges, codes, second, RANGES: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr,
+    RECORDS: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr, bits: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """A block's accumulators times ``shrink``, plus the weights ``p`` [M, TOKENS / PARTS] times a record's values.
+    """A block's accumulators times ``shrink``, plus the weights ``p`` [M, tokens / PARTS] times a tile's values.
 
-    ``o`` [M, channels] holds the part of the codes, ``z`` [M] that of the zeros.
+    ``o`` [M, channels] holds the part of the codes, ``z`` [M] that of the zeros. ``second``: whether there is a second
+    record, ``BYTES`` further, with ranges ``RANGES`` further.
     """
+    COLUMNS: tl.constexpr = RECORDS * TOKENS
     # one load for both: Triton reads ahead only what a product needs
-    both = tl.load(ranges + tl.arange(0, 2 * TOKENS))
-    step, zero = tl.split(tl.permute(tl.reshape(both, (2, TOKENS)), (1, 0)))
+    number = tl.arange(0, 2 * COLUMNS)
+    if RECORDS > 1:
+        number = number // COLUMNS * TOKENS + number % TOKENS + number // TOKENS % RECORDS * tl.where(second, RANGES, 0)
+    step, zero = tl.split(tl.permute(tl.reshape(tl.load(ranges + number), (2, COLUMNS)), (1, 0)))
     step = step.to(tl.float32)
     zero = middle(step, zero.to(tl.float32), bits)
-    x = p * by_part(step, PARTS, TOKENS, p.shape[0])
+    x = p * by_part(step, PARTS, COLUMNS, p.shape[0])
     most = tl.max(tl.abs(x), 1)
     PAIRS: tl.constexpr = TOKENS // 2
-    even, odd = tl.split(tl.reshape(x, (x.shape[0], PAIRS // PARTS, 2)))
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], COLUMNS // 2 // PARTS, 2)))
     # split as the weights are: from the rows' own layout, Triton would move the weights instead
     factor = tl.broadcast_to((127.0 / tl.maximum(most, 1e-20))[:, None], x.shape)
-    factor, _ = tl.split(tl.reshape(factor, (x.shape[0], PAIRS // PARTS, 2)))
+    factor, _ = tl.split(tl.reshape(factor, (x.shape[0], COLUMNS // 2 // PARTS, 2)))
     even, odd = weights(even, factor, PARTS, ASM), weights(odd, factor, PARTS, ASM)
     TILE: tl.constexpr = 64 if width > 32 else 32
     HALF: tl.constexpr = (width + 1) // 2
-    pair = tl.arange(0, PAIRS)[None, :]
+    pair = pair_at(tl.arange(0, COLUMNS // 2)[None, :], 1, PAIRS, RECORDS, tl.where(second, BYTES, 0))
     if bits == 2:
         channel = tl.arange(0, 32)
         byte = tl.load(codes + channel[:, None] * PAIRS + pair, mask=(channel < HALF)[:, None], other=0)
@@ -239,7 +275,7 @@ def block_mix(
         mixed = joined(tl.dot(odd, tl.trans(b), product, out_dtype=tl.int32))
     o = o * shrink[:, None] + mixed * code_step(most, bits)[:, None]
     z += most * 0.0  # NaN if a step is infinite
-    return o, z * shrink + tl.sum(p * by_part(zero, PARTS, TOKENS, p.shape[0]), 1)
+    return o, z * shrink + tl.sum(p * by_part(zero, PARTS, COLUMNS, p.shape[0]), 1)
 
 
 @triton.jit
@@ -283,18 +319,31 @@ def value_zero(block_m: tl.constexpr, SIZES: tl.constexpr):
     return o0, z0, o1, z1, o2, z2, o3, z3
 
 
-def value_mix(ACC, shrink, p, VALUES, at, row, ok, SIZES: tl.constexpr):
-    """The accumulators times ``shrink``, plus ``p`` times the record that begins at position ``at``."""
+def value_mix(ACC, shrink, p, VALUES, at, end, row, ok, SIZES: tl.constexpr):
+    """The accumulators times ``shrink``, plus ``p`` times the records from position ``at`` on."""
     record = tl.cast(at // TOKENS, tl.int64)
     ranges += record * (BLOCKS * 2 * TOKENS)
     codes += record * BYTES
-    o0, z0 = block_mix(o0, z0, shrink, p, ranges, codes, TOKENS, PARTS, ASM, BITS0, WIDTH0)
+    second = at + TOKENS < end  # beyond the end the first record stands twice, without weight
+    RANGES: tl.constexpr = BLOCKS * 2 * TOKENS
+    o0, z0 = block_mix(
+        o0, z0, shrink, p, ranges, codes, second, RANGES, BYTES, TOKENS, RECORDS, PARTS, ASM, BITS0, WIDTH0
+    )
     if WIDTH1 > 0:
-        o1, z1 = block_mix(o1, z1, shrink, p, ranges + 2 * TOKENS, codes + AT1, TOKENS, PARTS, ASM, BITS1, WIDTH1)
+        o1, z1 = block_mix(
+            o1, z1, shrink, p, ranges + 2 * TOKENS, codes + AT1, second, RANGES, BYTES, TOKENS, RECORDS, PARTS, ASM,
+            BITS1, WIDTH1,
+        )  # fmt: skip
     if WIDTH2 > 0:
-        o2, z2 = block_mix(o2, z2, shrink, p, ranges + 4 * TOKENS, codes + AT2, TOKENS, PARTS, ASM, BITS2, WIDTH2)
+        o2, z2 = block_mix(
+            o2, z2, shrink, p, ranges + 4 * TOKENS, codes + AT2, second, RANGES, BYTES, TOKENS, RECORDS, PARTS, ASM,
+            BITS2, WIDTH2,
+        )  # fmt: skip
     if WIDTH3 > 0:
-        o3, z3 = block_mix(o3, z3, shrink, p, ranges + 6 * TOKENS, codes + AT3, TOKENS, PARTS, ASM, BITS3, WIDTH3)
+        o3, z3 = block_mix(
+            o3, z3, shrink, p, ranges + 6 * TOKENS, codes + AT3, second, RANGES, BYTES, TOKENS, RECORDS, PARTS, ASM,
+            BITS3, WIDTH3,
+        )  # fmt: skip
     return o0, z0, o1, z1, o2, z2, o3, z3
 
 
@@ -314,7 +363,7 @@ def value_finish(ACC, total, at, real, VALUES, SIZES: tl.constexpr):
 
 # ------------------------------------------------------------------------------------------------------------ codecs
 
-SIZES = ("TOKENS", "BYTES", "CODED", "WIDTH", "BLOCKS", "ASM", "PARTS")
+SIZES = ("TOKENS", "RECORDS", "BYTES", "CODED", "WIDTH", "BLOCKS", "ASM", "PARTS")
 SIZES += ("END0", "END1", "END2")  # channels in the first tiers, in all
 SIZES += tuple(f"{name}{i}" for i in range(MOST_BLOCKS) for name in ("BITS", "WIDTH", "FIRST", "AT"))
 
@@ -335,7 +384,9 @@ def sizes(codec, rows, width: int, asm: bool, parts: int) -> tuple[int, ...]:
         found += [block.bits, block.width, block.first, at]
         at += block.size(codec.group)
     found += [0] * (4 * MOST_BLOCKS - len(found))
-    return codec.group, at, codec.coded, width, len(codec.blocks), int(asm), parts, *_ends(codec, width), *found
+    records = max(1, LEAST_TILE // codec.group)  # of a tile
+    plan = codec.group, records, at, codec.coded, width, len(codec.blocks)
+    return *plan, int(asm), parts, *_ends(codec, width), *found
 
 
 def _ends(codec, width: int) -> list[int]:

@@ -117,13 +117,13 @@ def launch_for(pair: str, shape: tuple[int, int, int, int], extent: int, device:
 def launch_for_codes(
     rows: int, heads: int, tokens: tuple[int, int, int], n_bytes: int, device: Device = H100
 ) -> Launch:
-    """The launch for rows in integer codes: one warp for a record, and as many programs as processors hold at once.
+    """The launch for rows in integer codes: one warp for a tile, and as many programs as processors hold at once.
 
     Args:
         rows: query rows of each KV head.
         heads: KV heads of all sequences.
-        tokens: in the cache, in the ring, in a record.
-        n_bytes: of a record's key and value.
+        tokens: in the cache, in the ring, in a tile of codes.
+        n_bytes: of the keys and values of a tile.
     """
     block_m = 8 if rows <= 8 else query_tile(rows)
     extent, ring, group = tokens

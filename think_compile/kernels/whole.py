@@ -53,7 +53,7 @@ def whole_prepare(q_row, index, real, rows, width: tl.constexpr, part0: tl.const
 
 
 @triton.jit
-def whole_scores(q0, q1, base, at, rows, ok, scale, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+def whole_scores(q0, q1, base, at, end, rows, ok, scale, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
     """Products [M, N] of queries with key rows ``rows`` of ``width`` columns at ``base``, times ``scale``."""
     c0, c1 = columns(part0, part1)
     row = base + rows.to(tl.int64)[:, None] * width
@@ -72,7 +72,9 @@ def whole_zero(block_m: tl.constexpr, width: tl.constexpr, part0: tl.constexpr, 
 
 
 @triton.jit
-def whole_mix(o0, o1, shrink, p, base, at, rows, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
+def whole_mix(
+    o0, o1, shrink, p, base, at, end, rows, ok, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr
+):
     """The accumulators times ``shrink``, plus ``p`` times the value rows ``rows`` of ``width`` columns at ``base``."""
     c0, c1 = columns(part0, part1)
     row = base + rows.to(tl.int64)[:, None] * width
