@@ -95,6 +95,18 @@ class TwoReaders(Attending):
         return F.scaled_dot_product_attention(q, k, v) + F.scaled_dot_product_attention(q * 2, v, k), latent
 
 
+class SharesOneOfTwo(Attending):
+    """Two attentions share the first of two tensors, and each has a second of its own."""
+
+    def forward(self, x, past=None):
+        new = self.down(x)[:, None], self.down(x)[:, None, :, :4].sin(), self.down(x)[:, None, :, :4].cos()
+        latent, *others = new if past is None else (torch.cat([old, y], 2) for old, y in zip(past, new, strict=True))
+        q, _, _ = self.heads(x)
+        k = self.up(latent)[:, 0].unflatten(-1, (HEADS, D)).transpose(1, 2)
+        joined = (torch.cat([k[..., : D - 4], y.expand(-1, HEADS, -1, -1)], -1) for y in others)
+        return sum(F.scaled_dot_product_attention(q, y, k) for y in joined), (latent, *others)
+
+
 class KeysEscape(Attending):
     """The keys are read by something else, too."""
 
@@ -215,6 +227,15 @@ def test_without_it_the_refusal_names_it(kind):
 def test_a_first_call_waits_for_the_join():
     found = explain(TwoLatents(), (torch.randn(2, 7, WIDTH),), **RULES, lowering="eager", strict=True)
     assert {record.reason for record in found.refused} == {Reason.AWAITS_JOIN} and not found.problems
+
+
+@pytest.mark.filterwarnings("ignore::think_compile.ThinkWarning")
+def test_part_of_a_shared_cache_is_not_decoded():
+    plain, ours = pair(SharesOneOfTwo)
+    errors, lost, past = run(plain, ours)
+    assert max(errors) < 2e-6 and lost < 2e-6
+    assert not any(isinstance(x, Handle) for x in past)
+    assert {record.reason for record in report(ours).refused} == {Reason.NOT_DECODED}
 
 
 def test_strict_is_satisfied():

@@ -58,6 +58,10 @@ class Reason(enum.Enum):
         "part of a larger one"
     )
     AWAITS_JOIN = "its cache stays whole until the next call, in which it is seen how the cache grows (decode=True)"
+    NOT_DECODED = (
+        "the attention does not read the cache as it is stored, and decode=True cannot decode it: how it is joined is "
+        "not understood, or another attention reads a part of it"
+    )
     GIVEN_UP = "a later call could not read the packed cache, so new caches are left dense"
     HIGHER_ORDER = "the graph holds a control-flow operation or a vmap, and torch cannot export it to ATen operations"
     NOT_FUNCTIONAL = (

@@ -42,12 +42,15 @@ def decoded_caches(
             others.append((attention, Refused(Reason.BOUNDED, where(tensors[0].root))))
         elif tensors and claimed.isdisjoint(tensor.root for tensor in tensors):
             found.append(DecodedCache(attention, tensors))
-        elif why.reason in READ_OTHERWISE and _is_first_call(normalized, attention):
-            others.append((attention, Refused(Reason.AWAITS_JOIN)))
+        elif why.reason in READ_OTHERWISE:
+            waits = not tensors and _is_first_call(normalized, attention)
+            others.append(
+                (attention, Refused(Reason.AWAITS_JOIN) if waits else Refused(Reason.NOT_DECODED, why.detail))
+            )
         else:
             others.append((attention, why))
     torn = [site for site in found if not all(_alike(site, other) for other in found)]
-    others += [(site.attention, Refused(Reason.SHARED)) for site in torn]
+    others += [(site.attention, Refused(Reason.NOT_DECODED, where(site.tensors[0].root))) for site in torn]
     return [site for site in found if site not in torn], others
 
 
