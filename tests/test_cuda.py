@@ -9,7 +9,7 @@ import torch
 from oracle import CACHE
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from think_compile import report, think_compile
+from think_compile import SnapKV, report, think_compile
 from think_compile.api import _backend_of
 from think_compile.runtime import capture
 from think_compile.runtime.capture import NotCaptured
@@ -161,6 +161,39 @@ def test_steps_on_codes_replay_one_graph():
     model(ids[:, :prompt], **{CACHE: cache})
     code = generated_code(lambda: model(ids[:, prompt : prompt + 1].contiguous(), **{CACHE: cache}))
     assert "attend_key_bits_value_bits" in code and "finish_key_bits_value_bits" in code
+
+
+@pytest.mark.parametrize("plan", [{}, {"keys": {4: 0.5}, "values": 4, "recent": 32}], ids=str)
+@torch.no_grad()
+def test_steps_on_the_kept_tokens_replay_one_graph(plan):
+    """Prompts of two lengths: stores of two sizes."""
+    plain, rule = llama(2), SnapKV(96)
+    ids = torch.randint(0, 1024, (2, 340), device="cuda")
+    for prompt in (170, 200):
+        runs = []
+        for options in ({}, {"cuda_graphs": False}, {"lowering": "eager", "cuda_graphs": False}):
+            torch._dynamo.reset()
+            model = think_compile(copy.deepcopy(plain), tokens=rule, **plan, **options)
+            cache = StaticCache(config=model.config, max_cache_len=384)
+            runs.append(steps_of(model, ids, cache, prompt, strictly=not options))
+            assert not report(model).refused and report(model).selected == ((96, prompt),)
+        assert torch.equal(runs[0], runs[1])
+        assert (runs[0] - runs[2]).norm() <= 0.05 * runs[2].norm()
+
+
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+@torch.no_grad()
+def test_the_kernel_attends_to_the_kept_tokens(kind):
+    """As PyTorch's operations on a CPU do, in fp32."""
+    plain, prompt = llama(2).float(), 100
+    ids = torch.randint(0, 1024, (2, prompt + 8), device="cuda")
+    runs = []
+    for device in ("cuda", "cpu"):
+        torch._dynamo.reset()
+        lowering = "inductor" if device == "cuda" else "eager"
+        model = think_compile(copy.deepcopy(plain).to(device), tokens=SnapKV(48), lowering=lowering)
+        runs.append(steps_of(model, ids.to(device), cache_of(kind, model.config), prompt).cpu())
+    assert (runs[0] - runs[1]).abs().max() <= 1e-3 * runs[1].abs().max()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

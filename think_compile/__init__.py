@@ -2,17 +2,28 @@
 
 from think_compile.api import explain, report, restore, think_compile
 from think_compile.backend import NothingRewritten, ThinkWarning
+from think_compile.cache.packed import NoDenseForm
 from think_compile.config import ThinkConfig
+from think_compile.formats.h2o import H2O
+from think_compile.formats.kvcrush import KVCrush
+from think_compile.formats.snapkv import SnapKV
+from think_compile.formats.tokens import RuleError, TokenRule
 from think_compile.report import LayerRecord, Report
 from think_compile.runtime.program import CacheFull
 
 __all__ = [
+    "H2O",
     "CacheFull",
+    "KVCrush",
     "LayerRecord",
+    "NoDenseForm",
     "NothingRewritten",
     "Report",
+    "RuleError",
+    "SnapKV",
     "ThinkConfig",
     "ThinkWarning",
+    "TokenRule",
     "explain",
     "report",
     "restore",

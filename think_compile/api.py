@@ -33,6 +33,7 @@ def think_compile(
     observe: int = ThinkConfig.observe,
     channel_multiple: int = ThinkConfig.channel_multiple,
     prune_generated: bool = ThinkConfig.prune_generated,
+    tokens: Any = None,
     decode: bool = ThinkConfig.decode,
     sliding: bool = ThinkConfig.sliding,
     strict: bool = ThinkConfig.strict,
@@ -45,7 +46,8 @@ def think_compile(
 
     Args:
         model: any ``nn.Module`` decoder that keeps a key/value cache, or a module around one (of peft, for example).
-        ratio: share of the key channels to drop, in [0, 1); 0 keeps all. None: 0.5, or 0 if ``keys`` is given.
+        ratio: share of the key channels to drop, in [0, 1); 0 keeps all. None: 0.5, or 0 if ``keys`` or ``tokens`` is
+            given.
         keys, values: how keys and values are stored: a bit plan (``{8: 0.25, 4: 0.75}``, ``4``, ``"8:0.25+4:0.75"``,
             ``"balanced"``) or a codec (docs/formats.md). None: keys pruned by ``ratio``, values whole.
         group: number of tokens that are encoded together in plans with codes (fewer than 16 bits).
@@ -54,6 +56,8 @@ def think_compile(
         observe: number of latest queries that score the channels.
         channel_multiple: kept channels are rounded up to a multiple of this.
         prune_generated: also prune generated tokens when they leave the window.
+        tokens: which tokens of a first call are stored: a rule, such as ``SnapKV(1024)`` or ``KVCrush(0.25)``, its text
+            (``"snapkv:1024"``), or a rule of your own. None: all.
         decode: also store caches that attention does not read as they are stored, such as latents, in codes. Each
             step decodes them, which takes time. Needs ``keys`` and ``values`` with one number of bits for all channels.
         sliding: also prune layers with a bounded window of tokens, if it is larger than ``recent``.
@@ -79,6 +83,7 @@ def think_compile(
         observe=observe,
         channel_multiple=channel_multiple,
         prune_generated=prune_generated,
+        tokens=tokens,
         decode=decode,
         sliding=sliding,
         strict=strict,

@@ -105,6 +105,7 @@ class Backend:
             self._find_attention,
             self._find_caches,
             self._refuse_unswappable,
+            self._refuse_in_order,
             self._refuse_given_up,
             self._record_findings,
             self._give_up_what_is_read_densely,
@@ -193,6 +194,17 @@ class Backend:
             return not all(self._is_swappable(work.example_inputs[i]) for i in held)
 
         work.findings.refuse(is_unswappable, Refused(Reason.HELD_OUTSIDE))
+
+    def _refuse_in_order(self, work: _Work) -> None:
+        """Refuse attentions whose logits or values are read in order of position, if some tokens are not stored."""
+        if self.config.tokens is None:
+            return
+        work.findings.pending.clear()
+
+        def is_in_order(site: CacheSite) -> bool:
+            return site.attention.region is not None or any(tensor.read_elsewhere for tensor in site.tensors)
+
+        work.findings.refuse(is_in_order, Refused(Reason.IN_ORDER))
 
     def _is_swappable(self, tensor: Tensor) -> bool:
         return isinstance(tensor, Handle) or (owns_its_storage(tensor) and bool(self._holders(tensor)))

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from think_compile.formats.base import CacheFormat, Codec, Side
 from think_compile.formats.plan import Plan
+from think_compile.formats.rules import rule_of
 from think_compile.formats.think import Channels
 from think_compile.formats.whole import Whole
 
@@ -108,7 +109,8 @@ class ThinkConfig:
     """The arguments of :func:`think_compile.think_compile`, frozen.
 
     Attributes:
-        ratio: share of the key channels to drop, in [0, 1) (the paper's lambda); None: 0.5, or 0 if ``keys`` is given.
+        ratio: share of the key channels to drop, in [0, 1) (the paper's lambda); None: 0.5, or 0 if ``keys`` or
+            ``tokens`` is given.
         keys, values: bit plans (``{8: 0.25, 4: 0.75}``, ``4``, ``"8:0.25+4:0.75"``, ``"balanced"``; a share of the
             channels by number of bits, 16 for the model's own dtype) or codecs (docs/formats.md); None: keys pruned by
             ``ratio``, values whole.
@@ -119,6 +121,8 @@ class ThinkConfig:
         channel_multiple: kept channels are rounded up to a multiple of this; 1 is exactly the paper.
         prune_generated: also prune tokens after the first call, when they leave the window. False is as in the paper's
             own code: only the first call's tokens are pruned.
+        tokens: which tokens of a first call are stored: a rule (``SnapKV(1024)``, ``H2O(0.25)``, ``KVCrush(0.25)``, or
+            one of the user's own) or its text (``"snapkv:1024"``); None: all.
         decode: also store the caches that attention does not read as they are stored, such as latents, if ``keys`` and
             ``values`` are plans of one tier. A step then decodes each of them, which takes time.
         sliding: also prune the caches of layers with a bounded window, if it is larger than ``recent``.
@@ -139,6 +143,7 @@ class ThinkConfig:
     observe: int = 32
     channel_multiple: int = 16
     prune_generated: bool = True
+    tokens: Any = None  # TokenRule | None from __post_init__ on
     decode: bool = False
     sliding: bool = False
     strict: bool = False
@@ -151,7 +156,7 @@ class ThinkConfig:
         for side in ("keys", "values"):
             object.__setattr__(self, side, _stored(side, getattr(self, side)))
         if self.ratio is None:
-            object.__setattr__(self, "ratio", DEFAULT_RATIO if self.keys is None else 0.0)
+            object.__setattr__(self, "ratio", DEFAULT_RATIO if self.keys is None and self.tokens is None else 0.0)
         _check_ratio(self.ratio)
         if self.keys is not None and self.ratio != 0:
             raise ValueError(
@@ -166,6 +171,12 @@ class ThinkConfig:
         _check_int("sinks", self.sinks, 0)
         _check_int("recent", self.recent, 0)
         _check_int("observe", self.observe, 1)
+        object.__setattr__(self, "tokens", rule_of(self.tokens))
+        if self.tokens is not None and (self.decode or self.sliding):
+            other = "decode" if self.decode else "sliding"
+            raise ValueError(
+                f"tokens= selects what attention reads, and {other}=True stores caches otherwise: give one."
+            )
         _check_int("channel_multiple", self.channel_multiple, 1)
         _check_bool("prune_generated", self.prune_generated)
         _check_bool("decode", self.decode)
@@ -221,7 +232,8 @@ class ThinkConfig:
         if isinstance(values, Plan):
             values = values.codec("values", value_dim, **how)
         window = self.recent, self.prune_generated, math.lcm(keys.group, values.group), self.sinks
-        return CacheFormat(Side(keys, head_dim, *window), Side(values, value_dim, *window))
+        sides = Side(keys, head_dim, *window), Side(values, value_dim, *window)
+        return CacheFormat(*sides) if self.tokens is None else CacheFormat(*sides, self.tokens)
 
     @property
     def _has_codes(self) -> bool:

@@ -10,6 +10,7 @@ from torch import distributed
 
 from think_compile.cache.canonical import CHANNEL, HEAD, describe
 from think_compile.cache.cell import Cell
+from think_compile.cache.packed import Packed
 from think_compile.cache.store import Store
 from think_compile.config import ThinkConfig
 from think_compile.passes.as_written import plain_parts
@@ -194,6 +195,8 @@ class Report:
         graphs: number of compiled graphs.
         key_parts, value_parts: bytes of the tensors of the live caches, by part: rows, codes, the window's ring, ...
         dense_key_bytes, dense_value_bytes: bytes of plain caches of the same tokens.
+        selected: of the live caches made by a token rule, the different pairs (stored tokens of the first call, all
+            its tokens).
         rank: (rank, group size) of a process in a group; the fields above are this rank's.
     """
 
@@ -205,6 +208,7 @@ class Report:
     dense_key_bytes: int
     value_parts: Mapping[str, int]
     dense_value_bytes: int
+    selected: tuple[tuple[int, int], ...] = ()
     rank: tuple[int, int] | None = None
 
     @classmethod
@@ -216,7 +220,9 @@ class Report:
         sizes = _stored(keys), _dense(keys), _stored(values), _dense(values)
         rewritten = tuple(r for r in ledger.layers.values() if r.reason is None)
         refused = tuple(r for r in ledger.layers.values() if r.reason is not None)
-        return cls(config, rewritten, refused, ledger.graphs, *sizes, _rank())
+        pairs = {store.selected for store in keys if isinstance(store, Packed)} - {None}
+        selected = tuple(sorted(pair for pair in pairs if pair is not None))
+        return cls(config, rewritten, refused, ledger.graphs, *sizes, selected, _rank())
 
     @property
     def stored_key_bytes(self) -> int:
@@ -250,6 +256,7 @@ class Report:
         lines += [_line(record) for record in (*self.rewritten, *self.refused)]
         if len(lines) == 1:
             lines.append("  no attention with a cache was found" if self.graphs else "  the model was not called yet")
+        lines += [f"  first calls: {kept:,} of {tokens:,} tokens stored" for kept, tokens in self.selected]
         if self.dense_bytes:
             lines.append(_bytes_line("keys", self.key_parts, self.dense_key_bytes))
             lines.append(_bytes_line("values", self.value_parts, self.dense_value_bytes))

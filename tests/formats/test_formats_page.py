@@ -3,6 +3,7 @@
 import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,18 +14,24 @@ from tiny import tiny_llama
 from transformers import DynamicCache, StaticCache
 
 from think_compile import report, think_compile
+from think_compile.formats import Seen
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 
 
-@pytest.fixture(scope="module")
-def half():
-    """The codec on the page."""
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "class Half" in block)
-    module = types.ModuleType("of_the_page")
+def on_the_page(name):
+    """An object of a class on the page."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    (code,) = (block for block in blocks if f"class {name}" in block)
+    module = types.ModuleType(f"page_{name}")
     sys.modules[module.__name__] = module
     exec(compile(code, str(PAGE), "exec"), module.__dict__)
-    return module.Half()
+    return getattr(module, name)()
+
+
+@pytest.fixture(scope="module")
+def half():
+    return on_the_page("Half")
 
 
 def rounded(rows):
@@ -62,6 +69,17 @@ def test_the_format_of_the_page(kind, sides, half):
     for layer, plain in zip(caches[0].layers, caches[1].layers, strict=True):
         torch.testing.assert_close(layer.keys.dense()[:, :, :begin], plain.keys[:, :, :begin], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(layer.values.dense()[:, :, :begin], plain.values[:, :, :begin], atol=1e-4, rtol=1e-4)
+
+
+def test_the_rule_of_the_page():
+    """The first tokens of each sequence, and the last."""
+    rule = replace(on_the_page("Ends"), first=2, last=3)
+    seen = Seen(torch.zeros(2, 4, 9, 8), *torch.zeros(2, 2, 2, 9, 8), torch.arange(9) >= torch.tensor([[0], [4]]))
+    assert rule.positions(seen).sort(-1).values.tolist() == [[[0, 1, 6, 7, 8]] * 2, [[4, 5, 6, 7, 8]] * 2]
+    ours = think_compile(tiny_llama().float(), tokens=rule, lowering="eager")
+    with torch.no_grad():
+        out = ours(torch.arange(2, 22)[None], use_cache=True)
+    assert [x.keys.store.length for x in out[CACHE].layers] == [5, 5] and "the last 3" in str(report(ours))
 
 
 def test_what_is_no_codec_is_told():

@@ -9,7 +9,8 @@ a copy; a write to it is detected and raises.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from think_compile.cache import operations
 from think_compile.cache.canonical import BATCH, CANONICAL, TOKEN, Layout, from_canonical, shape_of, token_axis
 from think_compile.cache.cell import Cell, Tally
-from think_compile.cache.packed import Packed, join_batches
+from think_compile.cache.packed import NoDenseForm, Packed, join_batches
 from think_compile.cache.rows import allocating
 from think_compile.cache.store import Dense, Store
 from think_compile.runtime.running import RUNNING, Running
@@ -268,10 +269,19 @@ def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
         _refuse_slices(target, func)
     _warn_if_just_encoded(func, named)
     log.debug("%s on a packed cache runs on the dense tensor", func)
-    with allocating():  # a handle is no inference tensor, so its views must be none
+    with allocating(), _named(func):  # a handle is no inference tensor, so its views must be none
         plain = {name: _dense_argument(a, name in written) for name, a in named.items()}
         result = func(*[plain[s.name] for s, _ in zip(schema, args, strict=False)], **{k: plain[k] for k in kwargs})
     return targets[0] if len(targets) == 1 else result
+
+
+@contextmanager
+def _named(func: Any) -> Iterator[None]:
+    """Name the operation that has no result on a cache without a dense form."""
+    try:
+        yield
+    except NoDenseForm as error:
+        raise NoDenseForm(f"{func}: {error}") from None
 
 
 def _warn_if_just_encoded(func: Any, arguments: dict[str, Any]) -> None:
@@ -336,7 +346,10 @@ def _slice(handle: Handle, *args: Any, **kwargs: Any) -> Handle | None:
 def _zero_(handle: Handle) -> Handle | None:
     if handle.sliced or not isinstance(handle.store, Packed) or handle.store.grows:
         return None
-    handle.store.clear()
+    if handle.store.side.evicts:  # the next call is a first call again, and selects
+        handle.store = Dense.of(torch.zeros(handle.store.logical_shape, dtype=handle.dtype, device=handle.device))
+    else:
+        handle.store.clear()
     handle.tally.writes += 1  # autograd counts this write too
     return handle
 

@@ -16,11 +16,26 @@ import torch
 from torch import Tensor
 
 from think_compile.cache.rows import Rows
-from think_compile.cache.state import COUNTERS, LENGTH, OLDEST, WINDOW_START, Span, State, Stored, capacity_for
+from think_compile.cache.state import (
+    COUNTERS,
+    EVICTED,
+    LENGTH,
+    OLDEST,
+    POSITIONS,
+    WINDOW_START,
+    Span,
+    State,
+    Stored,
+    capacity_for,
+)
 from think_compile.cache.store import Store
 from think_compile.formats import attention, segments, sinks
 from think_compile.formats.ring import advanced, ring_of, ring_positions
 from think_compile.formats.side import Side
+
+
+class NoDenseForm(RuntimeError):
+    """An operation needs the dense tensor of a cache whose first call is not stored completely."""
 
 
 class Counters(NamedTuple):
@@ -45,6 +60,7 @@ class Packed(Store):
         size: of a store of fixed size: its tokens.
         written: at fixed size, the host's upper bound of the rows with tokens; None: the host does not know.
         rolling: whether position p is in row p % C.
+        evicted: number of tokens of the first call that are not stored; lengths and counters count stored tokens.
     """
 
     of: str
@@ -56,6 +72,7 @@ class Packed(Store):
     size: int = 0
     written: int | None = None
     rolling: bool = False
+    evicted: int = 0
 
     @classmethod
     def made(cls, of: str, side: Side, state: State, dtype: torch.dtype, length: int, *, fixed: bool = False) -> Packed:
@@ -69,7 +86,10 @@ class Packed(Store):
         own = {name: x for name, x in state.items() if name not in side.row_parts}
         if fixed:
             return cls(of, side, rows, own, dtype, size=length)
-        return cls(of, side, rows, own, dtype, Counters(0, side.window_start(length) if side.has_ring else 0, length))
+        evicted = length - state[POSITIONS].shape[2] if side.evicts else 0
+        length -= evicted
+        counters = Counters(0, side.window_start(length) if side.has_ring else 0, length)
+        return cls(of, side, rows, own, dtype, counters, evicted=evicted)
 
     @property
     def state(self) -> State:
@@ -98,7 +118,7 @@ class Packed(Store):
 
     @property
     def capacity(self) -> int:
-        """Tokens for which there is room."""
+        """Stored tokens for which there is room."""
         return self.size if self.counters is None else self.rows.capacity * self._group
 
     @property
@@ -131,11 +151,46 @@ class Packed(Store):
     def stored(self) -> Stored:
         """The side at the start of a later call."""
         if not self.side.has_ring:
-            return Stored(self.state)
+            return Stored(self.state, None, self.evicted)
         start = self.own[COUNTERS][WINDOW_START] if self.counters is None else self.counters.window_start
-        return Stored(self.state, start)
+        return Stored(self.state, start, self.evicted)
+
+    @property
+    def logical_shape(self) -> tuple[int, int, int, int]:
+        batch, heads, length, width = super().logical_shape
+        return batch, heads, length + self.evicted, width
+
+    def counter(self, name: str) -> int:
+        """A counter of a growing store by name; the length is that of the tensor that the model sees."""
+        if name == "evicted":
+            return self.evicted
+        value: int = getattr(self._counters, name)
+        return value + self.evicted if name == "length" else value
+
+    @property
+    def selected(self) -> tuple[int, int] | None:
+        """Stored tokens of the first call, and all of its tokens; None: no rule selects. May wait for the device."""
+        if not self.side.evicts:
+            return None
+        evicted = int(self.own[EVICTED]) if EVICTED in self.own else self.evicted
+        kept = self.own[POSITIONS].shape[2]
+        return kept, kept + evicted
 
     def dense(self) -> Tensor:
+        kept, first = self.selected or (0, 0)
+        if kept < first:
+            raise NoDenseForm(
+                f"{first - kept} tokens of this cache's first call are not stored, and no number stands for them"
+            )
+        rows = self._dense_rows()
+        if not self.side.evicts:
+            return rows
+        at = self.own[POSITIONS].to(torch.int64)
+        at = torch.cat([at, torch.arange(at.shape[2], rows.shape[2], device=at.device).expand(*at.shape[:2], -1)], -1)
+        return torch.empty_like(rows).scatter_(2, at[..., None].expand_as(rows), rows)
+
+    def _dense_rows(self) -> Tensor:
+        """[B, H, length, W]: the stored tokens, in the order of their rows."""
         if self.counters is not None:
             return attention.dense(self.side, self.stored(), self.counters.oldest, self.end, self.length).to(self.dtype)
         counters = self.own.get(COUNTERS)
@@ -169,7 +224,10 @@ class Packed(Store):
     @property
     def is_full(self) -> bool:
         """Whether all rows hold tokens; waits for the device."""
-        return COUNTERS in self.own and bool(self.own[COUNTERS][LENGTH] == self.size)
+        if COUNTERS not in self.own:
+            return False
+        evicted = self.own[EVICTED][0] if EVICTED in self.own else 0
+        return bool(self.own[COUNTERS][LENGTH] + evicted == self.size)
 
     def clear(self) -> None:
         """Drop all tokens; the next call writes from position 0 and chooses again, like a first call."""
@@ -213,7 +271,12 @@ class Packed(Store):
 
     def crop(self, length: int) -> Packed:
         """The first ``length`` tokens, sharing the rows; tokens that have left the window stay encoded."""
-        counters = self._counters
+        counters, length = self._counters, length - self.evicted
+        if self.side.evicts and length < self.own[POSITIONS].shape[2]:
+            raise NoDenseForm(
+                f"a crop to {length + self.evicted} tokens cuts the first call, of which "
+                f"{self.own[POSITIONS].shape[2]} tokens are stored, not all of them the first ones"
+            )
         end = counters.oldest + length
         if end >= counters.window_start:
             return replace(self, counters=counters._replace(length=length))
@@ -232,6 +295,8 @@ class Packed(Store):
 
     def tail(self, length: int) -> Packed:
         """The last ``length`` tokens, sharing the rows unless far too many are unused."""
+        if self.side.evicts:
+            raise NoDenseForm(f"the last {length} tokens of a cache without some of its tokens cannot be told")
         oldest, start = self.end - length, self._counters.window_start
         kept = replace(
             self, counters=Counters(oldest, start if self.side.window_group > 1 else max(start, oldest), length)
@@ -374,7 +439,7 @@ def join_batches(stores: Sequence[Store]) -> Store | None:
     if len(packed) != len(stores):
         return None
     packed = [s.from_zero(s.length) if s._counters.oldest else s for s in packed]
-    if len({(s.of, s.side, s.dtype, s.counters, s._ring_rows) for s in packed}) != 1:
+    if len({(s.of, s.side, s.dtype, s.counters, s._ring_rows, s.evicted) for s in packed}) != 1:
         return None
     first = packed[0]
     records = -(-first.end // first._group)

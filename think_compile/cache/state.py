@@ -3,6 +3,7 @@
 A side is the keys or the values of a layer. Shapes, throughout the package:
 
     B batch, Hq query heads, H KV heads, G = Hq // H, D key channels, Dv value channels, W channels of either,
+    K stored tokens of a first call,
     S tokens, N new tokens of a call, C capacity in rows, R rows of a ring.
 
 Positions count the tokens of a cache from 0. ``start`` is the position of a call's first new token. ``window_start`` is
@@ -21,8 +22,10 @@ from torch import Tensor
 Length = int | Tensor
 State = dict[str, Tensor]
 
-BATCH_SIZE, HEADS, CAPACITY, RING = "BHCR"  # letters in a part's shape
+BATCH_SIZE, HEADS, CAPACITY, RING, KEPT = "BHCRK"  # letters in a part's shape
 
+POSITIONS = "positions"  # the part with the positions of a first call's stored tokens
+EVICTED = "evicted"  # the part with the number of its other tokens, of a cache of fixed size
 COUNTERS = "counters"  # the part with the counters of a cache of fixed size
 WINDOW_START, LENGTH, OLDEST = range(3)  # index of each counter in it
 
@@ -34,7 +37,8 @@ class Part(NamedTuple):
 
     Attributes:
         name: its name in a :data:`State`.
-        shape: sizes; a letter stands for the batch, the KV heads, the capacity, or a ring that may grow. The capacity
+        shape: sizes; a letter stands for the batch, the KV heads, the capacity, a ring that may grow, or the stored
+            tokens of a first call. The capacity
             counts records: rows, or groups of tokens that are encoded together.
         dtype: None: the dtype of the cache.
         replaced: whether each call makes a new tensor (a ring). Parts with the capacity in their shape are rows, which
@@ -113,10 +117,18 @@ class Span(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A side at the start of a later call: its tensors, and its window's start (None: it has no ring)."""
+    """A side at the start of a later call.
+
+    Attributes:
+        state: its tensors.
+        window_start: None: it has no ring.
+        evicted: number of tokens of the first call that are not stored, of a growing cache. A position less this is a
+            row.
+    """
 
     state: State
     window_start: Length | None = None
+    evicted: Length = 0
 
 
 def capacity_for(length: int) -> int:

@@ -7,14 +7,16 @@ rings, so that older handles keep their own. They write caches of fixed size ent
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from think_compile.cache.state import (
+    EVICTED,
     OLDEST,
+    POSITIONS,
     WINDOW_START,
     Call,
     Length,
@@ -23,30 +25,26 @@ from think_compile.cache.state import (
     State,
     Stored,
 )
-from think_compile.formats import attention
+from think_compile.formats import attention, evicted
 from think_compile.formats.seen import seen, seen_again
 from think_compile.formats.side import Codec, Side
 from think_compile.formats.sinks import BEGIN
+from think_compile.formats.tokens import AllTokens, RuleError, TokenRule, check, selected
 from think_compile.kernels.calls import MAX_QUERIES, PairKernels
 
-__all__ = ["AllTokens", "CacheFormat", "Codec", "EveryPage", "Side", "rolled", "window_start_of"]
+__all__ = [
+    "AllTokens",
+    "CacheFormat",
+    "Codec",
+    "EveryPage",
+    "RuleError",
+    "Side",
+    "TokenRule",
+    "rolled",
+    "window_start_of",
+]
 
 MAX_STEP_QUERIES = MAX_QUERIES  # a call of more tokens is a chunk of a prompt
-
-
-class TokenRule(Protocol):
-    """Selects the tokens of a first call that are stored."""
-
-    @property
-    def positional(self) -> bool:
-        """Whether all tokens are stored, in rows by position: only then is there a dense form."""
-
-
-@dataclass(frozen=True)
-class AllTokens:
-    """Every token is stored."""
-
-    positional: bool = field(default=True, init=False)
 
 
 class PageRule(Protocol):
@@ -83,8 +81,17 @@ class CacheFormat:
 
     keys: Side
     values: Side
-    tokens: TokenRule = AllTokens()
+    tokens: TokenRule = field(default_factory=AllTokens)
     pages: PageRule = EveryPage()
+
+    def __post_init__(self) -> None:
+        for of in ("keys", "values"):
+            object.__setattr__(self, of, replace(self.side(of), evicts=self.evicts))
+
+    @property
+    def evicts(self) -> bool:
+        """Whether a rule selects the tokens of a first call that are stored: then there is no dense form."""
+        return not isinstance(self.tokens, AllTokens)
 
     def side(self, of: str) -> Side:
         """The side called "keys" or "values"."""
@@ -98,7 +105,8 @@ class CacheFormat:
     def describe(self) -> str:
         """A phrase for the report."""
         keys, values = (side.codec.describe(side.width) for side in (self.keys, self.values))
-        return f"{keys}; values: {values}" if self.values.is_lossy else keys
+        sides = f"{keys}; values: {values}" if self.values.is_lossy else keys
+        return f"{self.tokens.describe()}; {sides}" if self.evicts else sides
 
     # ------------------------------------------------------------------------------------------- first calls
 
@@ -112,6 +120,8 @@ class CacheFormat:
 
     def first_call(self, call: Call, prompt: Prompt) -> tuple[State, State]:
         """The stored form of a first call's keys and values, ``call.k`` and ``call.v`` [B, H, S, *]."""
+        if self.evicts:
+            return self._first_call_of_some(call, prompt)
         chosen = self.choose(call, prompt)
         if prompt.kept is not None:
             read = call.k.shape[2] if prompt.read is None else prompt.read
@@ -122,6 +132,29 @@ class CacheFormat:
             length = torch.full((), length, device=call.q.device) if not isinstance(length, Tensor) else length
         keys, values = ((self.keys, call.k, chosen[0]), (self.values, call.v, chosen[1]))
         return _packed(*keys, length, prompt), _packed(*values, length, prompt)
+
+    def _first_call_of_some(self, call: Call, prompt: Prompt) -> tuple[State, State]:
+        """As :meth:`first_call`, of the tokens that the rule selects. Channels are scored on these."""
+        shown = seen(call, prompt.start, self._length(call, prompt))
+        length, n_new = self._length(call, prompt), call.q.shape[2]
+        capacity, fixed = prompt.capacity, prompt.capacity is not None
+        rows = selected(self.tokens, shown._replace(written=n_new) if fixed else shown)
+        kept = shown.only(rows.clamp(min=0, max=call.k.shape[2] - 1))  # checked when the call is over
+        count, extra = rows.shape[2], {POSITIONS: rows.to(torch.int32)}
+        stored: Length = count
+        if capacity is not None:
+            prompt = prompt._replace(capacity=capacity - n_new + count)
+            stored = torch.full((), count, device=rows.device)
+            extra[EVICTED] = (stored * 0 + length - count)[None]
+        sides = ((self.keys, kept.k), (self.values, kept.v))
+        keys, values = (_packed(side, x, side.choose(kept) | extra, stored, prompt) for side, x in sides)
+        return keys, values
+
+    def check(self, parts: State, tokens: int) -> None:
+        """Raise if the rule has selected what is not among the ``tokens`` of a first call, or of a fixed cache."""
+        if self.evicts:
+            written = int(parts[EVICTED]) + parts[POSITIONS].shape[2] if EVICTED in parts else tokens
+            check(self.tokens, parts[POSITIONS], written)
 
     def keep(self, of: str, new: Tensor, rows: Tensor, mask: Tensor | None, prompt: Prompt) -> State:
         """The stored form of one tensor [B, H, S, W] that is decoded on read; ``new`` [B, H, N, W] are the last rows.
@@ -142,12 +175,13 @@ class CacheFormat:
 
     def step(self, call: Call, keys: Stored, values: Stored, span: Span) -> tuple[Tensor, tuple[State, State]]:
         """:meth:`attend`, then :meth:`append`."""
+        call, span = evicted.in_rows(call, keys, span, self.keys)
         kernels = self._kernels()
         if kernels is not None and kernels.step_fits(call, keys, values, span):
             side, stored = (self.keys, keys) if self.keys.has_ring else (self.values, values)
             return kernels.step(call, keys, values, span, side.windows(stored.state)), ({}, {})
-        out = self.attend(call, keys, values, span)
-        return out, self.append(call, keys, values, span)
+        out = self._attend(call, keys, values, span)
+        return out, self._append(call, keys, values, span)
 
     def attend(self, call: Call, keys: Stored, values: Stored, span: Span) -> Tensor:
         """Attention of the new tokens to past and new ones, [B, Hq, N, Dv] in q's dtype.
@@ -155,6 +189,10 @@ class CacheFormat:
         Uses the Triton kernel if one fits. Otherwise, calls of up to :data:`.attention.MAX_NARROW_QUERIES` tokens
         multiply with the stored rows. Longer calls are bound by arithmetic, and use stock attention over decoded rows.
         """
+        call, span = evicted.in_rows(call, keys, span, self.keys)
+        return self._attend(call, keys, values, span)
+
+    def _attend(self, call: Call, keys: Stored, values: Stored, span: Span) -> Tensor:
         kernels = self._kernels()
         if kernels is not None and kernels.attend_fits(call, keys, values, span):
             return kernels.attend(call, keys, values, span)
@@ -166,12 +204,16 @@ class CacheFormat:
 
         Returns the tensors that replace older ones; none for caches of fixed size.
         """
+        call, span = evicted.in_rows(call, keys, span, self.keys)
+        return self._append(call, keys, values, span)
+
+    def _append(self, call: Call, keys: Stored, values: Stored | None, span: Span) -> tuple[State, State]:
         kernels = self._kernels()
         if kernels is not None and kernels.append_fits(call, keys, span):
             kernels.append(call, keys, span, self.keys.windows(keys.state))
             return {}, {} if values is None else self.values.append(call.v, {}, values, span)
         fresh: tuple[State, State] = ({}, {})
-        if isinstance(span.start, Tensor) and not span.rolling:
+        if isinstance(span.start, Tensor) and not span.rolling and not self.evicts:
             shown = seen_again(call, span.start, span.columns)
             fresh = self.keys.choose(shown), self.values.choose(shown)
         left = self.keys.append(call.k, fresh[0], keys, span)

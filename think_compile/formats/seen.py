@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ class Seen(NamedTuple):
         key_valid: [B, S] bool, false for padding; None: all rows are tokens.
         query_valid: [B, N] bool; None: all queries are.
         scale: of the logits; None is 1 / sqrt(D).
-        query_start: the row of the first query; None: the queries are at the last rows.
+        query_start: the position of the first query; None: the queries are at the last rows.
+        key_positions: [B, H, S], the positions of the rows; None: they are in order.
+        written: this many of the first rows hold tokens; None: all.
     """
 
     q: Tensor
@@ -29,6 +31,23 @@ class Seen(NamedTuple):
     query_valid: Tensor | None = None
     scale: float | None = None
     query_start: Length | None = None
+    key_positions: Tensor | None = None
+    written: Any = None
+
+    @property
+    def tokens(self) -> Any:
+        """Number of tokens with rows, padding included."""
+        return self.k.shape[2] if self.written is None else self.written
+
+    def only(self, rows: Tensor) -> Seen:
+        """The same with the ``rows`` [B, H, K] alone, padding first."""
+        k, v = (x.gather(2, rows[..., None].expand(-1, -1, -1, x.shape[3])) for x in (self.k, self.v))
+        count, valid = rows.shape[2], self.key_valid
+        if valid is not None:
+            padding = (count - valid.sum(1, keepdim=True)).clamp(min=0)
+            valid = torch.arange(count, device=k.device) >= padding
+        first = self.k.shape[2] - self.q.shape[2] if self.query_start is None else self.query_start
+        return self._replace(k=k, v=v, key_valid=valid, query_start=first, key_positions=rows)
 
     @property
     def first_valid(self) -> Tensor:

@@ -13,8 +13,11 @@ from think_compile.cache.state import (
     BATCH_SIZE,
     COUNTERS,
     COUNTERS_PART,
+    EVICTED,
     GROWTH_ROWS,
     HEADS,
+    KEPT,
+    POSITIONS,
     RING,
     WINDOW_START,
     Length,
@@ -82,6 +85,7 @@ class Side:
             grows.
         window_group: the window begins at a multiple of this, itself a multiple of the codec's group.
         sinks: number of first tokens of each sequence whose rows stay whole, if the codec is lossy.
+        evicts: whether a token rule selects the tokens of a first call that are stored.
     """
 
     codec: Codec
@@ -90,6 +94,7 @@ class Side:
     encodes_later: bool = True
     window_group: int = 1
     sinks: int = 0
+    evicts: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window_group", max(self.window_group, self.codec.group))
@@ -135,6 +140,9 @@ class Side:
         if self.has_ring:
             rows = self.ring_rows(0) if self.encodes_later and not self.flushes else RING
             parts += (Part("ring", (BATCH_SIZE, HEADS, rows, self.width), replaced=True),)
+        if self.evicts:
+            parts += (Part(POSITIONS, (BATCH_SIZE, HEADS, KEPT), torch.int32),)
+            parts += (Part(EVICTED, (1,), torch.int64),) if fixed else ()
         return (*parts, COUNTERS_PART) if fixed and (self.has_ring or rolling) else parts
 
     @property

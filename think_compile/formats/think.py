@@ -107,18 +107,19 @@ def score_values(seen: Seen, observe: int) -> Tensor:
     keys up to its own position.
     """
     k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (seen.k, seen.v))
-    q, positions, counts = _last_queries(seen, min(observe, seen.q.shape[2]))
+    q, positions, counts = last_queries(seen, min(observe, seen.q.shape[2]))
     grouped = q.to(k.dtype).unflatten(1, (k.shape[1], -1))  # [B, H, G, n, D]
     logits = grouped @ k[:, :, None].mT * (k.shape[3] ** -0.5 if seen.scale is None else seen.scale)
-    visible = torch.arange(k.shape[2], device=k.device) <= positions[:, :, None]  # [B, n, S]
+    at = torch.arange(k.shape[2], device=k.device) if seen.key_positions is None else seen.key_positions[:, :, None]
+    visible = at <= positions[:, None, :, None]  # [B, H or 1, n, S]
     if seen.key_valid is not None:
-        visible = visible & seen.key_valid[:, None]
-    probabilities = torch._safe_softmax(logits.masked_fill(~visible[:, None, None], float("-inf")), -1)
+        visible = visible & seen.key_valid[:, None, None]
+    probabilities = torch._safe_softmax(logits.masked_fill(~visible[:, :, None], float("-inf")), -1)
     mixed = (probabilities @ v[:, :, None]).square()
     return torch.where(counts[:, None, None, :, None], mixed, 0).sum(dim=(2, 3))
 
 
-def _last_queries(seen: Seen, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def last_queries(seen: Seen, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The last ``count`` valid queries [B, Hq, count, D], their rows [B, count], and which of them are valid."""
     batch, _, n_new, width = seen.q.shape
     first = seen.k.shape[2] - n_new if seen.query_start is None else seen.query_start

@@ -62,6 +62,9 @@ class Reason(enum.Enum):
         "the attention does not read the cache as it is stored, and decode=True cannot decode it: how it is joined is "
         "not understood, or another attention reads a part of it"
     )
+    IN_ORDER = (
+        "the attention is written out in separate operations on logits in order of position, which tokens= cannot keep"
+    )
     GIVEN_UP = "a later call could not read the packed cache, so new caches are left dense"
     HIGHER_ORDER = "the graph holds a control-flow operation or a vmap, and torch cannot export it to ATen operations"
     NOT_FUNCTIONAL = (

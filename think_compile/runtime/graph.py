@@ -13,6 +13,8 @@ import torch
 from torch.fx import GraphModule
 
 from think_compile.cache.handle import Handle, LostWrite
+from think_compile.cache.packed import NoDenseForm
+from think_compile.formats.base import RuleError
 from think_compile.passes.find.attention import Attention
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.prove.kv_cache import Findings
@@ -43,7 +45,10 @@ class _Graph:
         Otherwise the failure is ours, and the graph stays plain.
         """
         with _restored_on_error(args):
-            outputs = self.gm.forward(*args)
+            try:
+                outputs = self.gm.forward(*args)
+            except NoDenseForm:  # the plain graph cannot stand in
+                raise error from None
             self.backend.excuse(error, "graph", layers)
         self.is_plain = True
         return outputs
@@ -129,7 +134,7 @@ class CompiledGraph(_Graph):
             raise
         except Exception as error:
             failure = error.error if isinstance(error, CompilationFailed) else error
-        if _is_out_of_memory(failure):
+        if _is_out_of_memory(failure) or isinstance(failure, RuleError):
             raise failure
         return self._plain_instead(failure, args, [site.attention for site in self.sites])
 

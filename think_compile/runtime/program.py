@@ -189,7 +189,7 @@ class Program:
             number = self._number(what.size)
             return lambda args, stores: number(args)
         index, name = what.indices[0], what.name
-        return lambda args, stores: getattr(stores[index].counters, name)
+        return lambda args, stores: stores[index].counter(name)
 
     def _number(self, size: Any) -> Callable[[Sequence[Any]], int]:
         """A function from the caller's inputs to the value of a size of the caller's graph."""
@@ -269,6 +269,7 @@ class _Made:
         parts = {name: self.values[position].contiguous() for name, position in what.positions}
         if isinstance(what, plan.NewStore):
             length = self.number(what.length)
+            what.format.check(parts, length)
             store = Packed.made(what.of, what.format.side(what.of), parts, what.dtype, length, fixed=what.fixed)
             store.written = None if what.written is None else self.number(what.written)
             return store

@@ -12,7 +12,18 @@ import torch
 from torch.fx import Graph, Node
 
 from think_compile.cache.canonical import BATCH, CANONICAL, CHANNEL, HEAD, TOKEN, to_canonical, token_axis
-from think_compile.cache.state import BATCH_SIZE, CAPACITY, COUNTERS, COUNTERS_PART, HEADS, RING, Part, Span, Stored
+from think_compile.cache.state import (
+    BATCH_SIZE,
+    CAPACITY,
+    COUNTERS,
+    COUNTERS_PART,
+    HEADS,
+    KEPT,
+    RING,
+    Part,
+    Span,
+    Stored,
+)
 from think_compile.formats.base import CacheFormat, Side, rolled, window_start_of
 from think_compile.kernels import arrange, written_out
 from think_compile.passes.find.region import Masking, Order
@@ -38,7 +49,7 @@ class Draft:
         self.caller_inputs = self.graph.find_nodes(op="placeholder")
         self.inputs: dict[Node, Input] = {n: Passed(i) for i, n in enumerate(self.caller_inputs)}
         self.parts: dict[tuple[int, str], Node] = {}  # (input index, part's name) -> the new graph's input
-        self.window_starts: dict[Any, Node] = {}  # (start, window's rule) -> the input with the window's start
+        self.counters: dict[Any, Node] = {}  # (name, what layers share it) -> the input with a counter
         self.starts: dict[tuple[int, ...], tuple[Any, Any]] = {}  # past -> (first row, next free row)
         self.sizes: dict[Any, Node] = {}  # size expression -> its input
         self.firsts: dict[Any, tuple[Node, Node]] = {}  # length of a bounded past -> (first row, next free row)
@@ -147,11 +158,10 @@ class Draft:
         index, side = site.past[of == "values"], self.format(site).side(of)
         parts = side.parts(fixed=site.in_buffer, rolling=site.in_rolling_buffer)
         state: dict[str, Any] = {part.name: self._part(site, index, part) for part in parts}
-        if not side.has_ring:
-            return Stored(state)
         if site.in_buffer:
-            return Stored(state, self.call(window_start_of, state[COUNTERS]))
-        return Stored(state, self._window_start(start, index, side))
+            return Stored(state, self.call(window_start_of, state[COUNTERS]) if side.has_ring else None)
+        evicted = self._counter("evicted", start, index) if side.evicts else 0
+        return Stored(state, self._window_start(start, index, side) if side.has_ring else None, evicted)
 
     def _part(self, site: CacheSite, index: int, part: Part) -> Node:
         if (index, part.name) not in self.parts:
@@ -162,11 +172,13 @@ class Draft:
     def _varying(self, site: CacheSite, part: Part) -> tuple[int, ...]:
         """The axes of dynamic size of a part: batch and heads if dynamic in the caller's graph, and growing axes."""
         rows = self._past_rows(site) if site.in_rolling_buffer else site.keys.size(TOKEN)
+        evicts = self.format(site).evicts
         varying = {
             BATCH_SIZE: isinstance(site.keys.size(BATCH), torch.SymInt),
             HEADS: isinstance(site.keys.size(HEAD), torch.SymInt),
-            CAPACITY: not site.in_buffer or isinstance(rows, torch.SymInt),
+            CAPACITY: not site.in_buffer or evicts or isinstance(rows, torch.SymInt),
             RING: not site.in_buffer,
+            KEPT: evicts,
         }
         return tuple(axis for axis, size in enumerate(part.shape) if isinstance(size, str) and varying[size])
 
@@ -175,11 +187,13 @@ class Draft:
 
         Layers of equal length share this input, unless their histories differ.
         """
-        key = start, side.window_rule
-        if key not in self.window_starts or self.windows_apart:
-            self.window_starts[key] = self.input(f"window_start_{index}", Counter((), "window_start"))
-        node = self.window_starts[key]
-        self.inputs[node] = Counter((*self.inputs[node].indices, index), "window_start")
+        return self._counter("window_start", (start, side.window_rule), index)
+
+    def _counter(self, name: str, key: Any, index: int) -> Node:
+        if (name, key) not in self.counters or self.windows_apart:
+            self.counters[name, key] = self.input(f"{name}_{index}", Counter((), name))
+        node = self.counters[name, key]
+        self.inputs[node] = Counter((*self.inputs[node].indices, index), name)
         return node
 
     def span(self, site: CacheSite, new: Node, *, joined: bool = False) -> Span:

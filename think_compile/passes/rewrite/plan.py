@@ -32,7 +32,10 @@ class FromStore:
 
 @dataclass(frozen=True)
 class Counter:
-    """A counter of the growing stores at these inputs, the same in all: "length", "oldest" or "window_start"."""
+    """A counter of the growing stores at these inputs, the same in all.
+
+    ``name``: "length", "oldest", "window_start" or "evicted".
+    """
 
     indices: tuple[int, ...]
     name: str
