@@ -19,6 +19,7 @@ from think_compile.formats.bits import KeyBits, ValueBits
 from think_compile.kernels.codecs import SIZES, parts_of
 from think_compile.kernels.codes import LEAST_TILE
 from think_compile.kernels.launch import H100, Device, Launch, launch_for, launch_for_codes
+from think_compile.kernels.mass import KEYS, QUERIES, sum_keys, sum_queries
 from think_compile.kernels.merge import COLUMNS, merge_shares
 from think_compile.kernels.pair import kernels_of
 
@@ -180,6 +181,18 @@ def merge() -> dict[str, object]:
     return compiled(merge_shares, types, {"DV": 80, "COLUMNS": COLUMNS, "SPLITS": 33, "BLOCK_S": 64})
 
 
+def mass(kernel=sum_keys) -> dict[str, object]:
+    """The kernels of H2O's scores."""
+    types = {"Q": "*bf16", "K": "*bf16", "SUMS": "*fp32", "MASS": "*fp32", "START": "*i64", "scale": "fp32"}
+    types |= {"KEY_VALID": "*i1", "QUERY_VALID": "*i1"}
+    sizes = {"GROUP": 4, "HEADS": 8, "D": 96, "BLOCK_D": 128, "BLOCK_M": QUERIES, "BLOCK_N": KEYS}
+    return compiled(kernel, types, sizes, num_warps=4)
+
+
+def sums() -> dict[str, object]:
+    return mass(sum_queries)
+
+
 STORED = dict.fromkeys(("Q", "K", "V", "K_ROWS", "RING", "V_ROWS", "RESULT"), "*bf16")
 STORED |= dict.fromkeys(("K_CHANNELS", "COUNTERS", "START"), "*i64") | dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32")
 OF_KEYS = {"GROUP": 4, "D": 96, "K_WIDTH": 48, "BLOCK_D": 128, "BLOCK_K": 64}
@@ -230,4 +243,5 @@ def coded(*, keys=((8, 32), (4, 64), (2, 32)), values=((4, 128),), d=128, sinks=
 
 if __name__ == "__main__":
     kernels = {"share": share, "codes": codes, "coded": coded, "merge": merge, "append": appended, "finish": finished}
+    kernels |= {"mass": mass, "sums": sums}
     print(json.dumps([kernels[name](**options) for name, options in json.loads(sys.argv[1])]))

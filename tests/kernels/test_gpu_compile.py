@@ -30,6 +30,7 @@ CODES = [
     ("codes", {"keys": [[8, 128]], "values": [[8, 128]], "records": 64, "queries": 4}),
 ]
 KERNELS = [*SHARES, ("share", {"mask": "bool", "rolling": True}), ("merge", {}), ("append", {}), ("finish", {})]
+KERNELS += [("mass", {}), ("sums", {})]
 
 
 CODED = [

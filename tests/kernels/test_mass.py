@@ -1,0 +1,30 @@
+"""The kernels of H2O against its blocks of PyTorch operations."""
+
+import pytest
+import torch
+
+from think_compile.formats.h2o import attention_mass
+from think_compile.kernels.mass import key_mass
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("n_new", "size", "start"), [(150, 150, 0), (70, 200, 130), (70, 200, 40), (1, 65, 64)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_mass_of_each_key(n_new, size, start, padded, dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 6, n_new, 24), (2, 2, size, 24)
+    q, k = (torch.randn(*shape, generator=generator).to(DEVICE, dtype) * 2 for shape in shapes)
+    valid = []
+    if padded:
+        pads = torch.tensor([[0], [start + n_new // 3]], device=DEVICE)
+        rows = torch.arange(size, device=DEVICE)
+        keys = (rows >= pads) & (rows < start + n_new)
+        valid = [keys, keys[:, start : start + n_new]]
+    at = torch.tensor(start, device=DEVICE)
+    rows = at + torch.arange(n_new, device=DEVICE)
+    want = attention_mass(q.cpu(), k.cpu(), rows.cpu(), [x.cpu() for x in valid], None, 0.2)
+    got = key_mass(q, k, at, valid, 0.2).cpu()
+    torch.testing.assert_close(got, want, atol=1e-5 * n_new, rtol=1e-4)
+    assert not padded or (got[1, :, : start + n_new // 3] == 0).all()
