@@ -49,6 +49,15 @@ Multiple = Annotated[int, typer.Option(help="Kept channels are rounded up to a m
 NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; auto is the checkpoint's own.")]
+Tokens = Annotated[
+    str | None,
+    typer.Option(
+        help="Which tokens of the prompt are stored: snapkv, h2o or kvcrush, and how many, or what share of them "
+        "(snapkv:1024, h2o:0.25); by default all.",
+        metavar="RULE:BUDGET",
+        show_default=False,
+    ),
+]
 Decode = Annotated[
     bool, typer.Option("--decode", help="Also store caches that are not read as they are stored (latents), in codes.")
 ]
@@ -66,6 +75,7 @@ def demo(
     ratio: Ratio = None,
     keys: Keys = None,
     values: Values = None,
+    tokens: Tokens = None,
     device: Device = "cpu",
     max_new_tokens: NewTokens = 64,
     lowering: Lowering = None,
@@ -77,7 +87,7 @@ def demo(
     with one_line_errors() as console:
         from think_compile.demo import run_demo
 
-        options = _think_options(console, lowering, ratio=ratio, keys=keys, values=values)
+        options = _think_options(console, lowering, ratio=ratio, keys=keys, values=values, tokens=tokens)
         run_demo(console, options, device=_device(device), max_new_tokens=max_new_tokens, source=model)
 
 
@@ -96,6 +106,7 @@ def generate(
     recent: Recent = DEFAULTS.recent,
     observe: Observe = DEFAULTS.observe,
     channel_multiple: Multiple = DEFAULTS.channel_multiple,
+    tokens: Tokens = None,
     decode: Decode = DEFAULTS.decode,
     sliding: Sliding = DEFAULTS.sliding,
     max_new_tokens: NewTokens = 128,
@@ -123,6 +134,7 @@ def generate(
             recent=recent,
             observe=observe,
             channel_multiple=channel_multiple,
+            tokens=tokens,
             decode=decode,
             sliding=sliding,
             strict=strict,
@@ -153,6 +165,7 @@ def explain(
     recent: Recent = DEFAULTS.recent,
     observe: Observe = DEFAULTS.observe,
     channel_multiple: Multiple = DEFAULTS.channel_multiple,
+    tokens: Tokens = None,
     decode: Decode = DEFAULTS.decode,
     sliding: Sliding = DEFAULTS.sliding,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt that is traced.")] = 128,
@@ -176,6 +189,7 @@ def explain(
             recent=recent,
             observe=observe,
             channel_multiple=channel_multiple,
+            tokens=tokens,
             decode=decode,
             sliding=sliding,
             strict=strict,
@@ -205,6 +219,7 @@ def evaluate(
     recent: Recent = DEFAULTS.recent,
     observe: Observe = DEFAULTS.observe,
     channel_multiple: Multiple = DEFAULTS.channel_multiple,
+    tokens: Tokens = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Samples of a task.", show_default=False)] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before a question.", show_default=False)
@@ -225,7 +240,7 @@ def evaluate(
         from think_compile.evals import command
         from think_compile.evals.runner import Protocol
 
-        plans = {"keys": keys, "values": values, "group": group, "sinks": sinks}
+        plans = {"keys": keys, "values": values, "group": group, "sinks": sinks, "tokens": tokens}
         options = _think_options(
             console, lowering, **plans, recent=recent, observe=observe, channel_multiple=channel_multiple
         )

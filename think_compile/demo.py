@@ -71,6 +71,7 @@ def run_demo(
     plain = stream_generation(model, tokenizer, inputs, max_new_tokens, console)
     model = tc.think_compile(model, **options)
     plans = [f"{side} {options[side]}" for side in ("keys", "values") if options.get(side) is not None]
+    plans += [f"tokens {options['tokens']}"] if options.get("tokens") is not None else []
     ratio = [] if options.get("keys") is not None else [f"ratio {tc.ThinkConfig(**options).ratio}"]
     console.rule(f"pruned, {', '.join(ratio + plans)}: {QUESTION}")
     if options["lowering"] == "inductor":

@@ -41,7 +41,7 @@ def settings_from(methods: str, ratios: str | None, **options: Any) -> list[Sett
     Raises:
         ValueError, TypeError: as :meth:`Settings.of`; a ratio is not a number.
     """
-    if ratios is None and options.get("keys") is not None:
+    if ratios is None and (options.get("keys") is not None or options.get("tokens") is not None):
         return grid(listed(methods, "--methods"), [None], **options)
     numbers: list[float | None] = []
     for item in listed(ratios or f"0,{DEFAULT_RATIO}", "--ratio"):

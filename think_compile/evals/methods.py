@@ -77,7 +77,11 @@ class Compiled(Dense):
     def prunes(self, cache: DynamicCache) -> bool:
         """As of :class:`Dense`; judged by the stored caches."""
         stores = [layer.keys.store for layer in cache.layers if isinstance(layer.keys, Handle)]
-        return any(isinstance(store, Packed) and store.is_lossy for store in stores)
+        return any(isinstance(store, Packed) and (store.is_lossy or store.evicted) for store in stores)
+
+    def narrow_tokens(self, first: int, past: int) -> int:
+        """As of :class:`Dense`; with a token rule, all that a call reads depends on it."""
+        return past if self.settings.config.tokens is not None else super().narrow_tokens(first, past)
 
     def effective_ratio(self) -> float:
         """As of :class:`Dense`; layers left alone count as 0 if they keep a cache."""

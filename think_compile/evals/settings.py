@@ -22,6 +22,7 @@ SIMULATED = tuple(name for name in METHODS if name not in ("think", "dense"))
 SCORED_KEYS = ("all", "old")
 PLANS = ("keys", "values")
 OF_PLANS = ("group", "sinks", "decode")
+AS_TEXT = (*PLANS, "tokens")
 THINK_OPTIONS = (
     "ratio",
     *PLANS,
@@ -30,6 +31,7 @@ THINK_OPTIONS = (
     "recent",
     "observe",
     "channel_multiple",
+    "tokens",
     "prune_generated",
     "decode",
     "sliding",
@@ -67,8 +69,8 @@ class Settings:
         _require(fits, "split", "a number in (0, 1), the share of a rolling window that is prefilled", self.split)
         _require(self.score_over in SCORED_KEYS, "score_over", f"one of {', '.join(SCORED_KEYS)}", self.score_over)
         _require(isinstance(self.seed, int), "seed", "an int", self.seed)
-        if self.has_plans and self.method in SIMULATED:
-            raise ValueError(f"keys and values are for method 'think'; got method {self.method!r}.")
+        if self.method in SIMULATED and (self.has_plans or self.config.tokens is not None):
+            raise ValueError(f"keys, values and tokens are for method 'think'; got method {self.method!r}.")
         if self.score_over != "all" and self.method not in SIMULATED:
             raise ValueError(
                 f"score_over={self.score_over!r} is for the simulated methods ({', '.join(SIMULATED)}); "
@@ -111,16 +113,18 @@ class Settings:
     @property
     def prunes(self) -> bool:
         """Whether the cache is to be compressed at all."""
-        return self.method != "dense" and (self.config.ratio > 0 or self.has_plans)
+        stored = self.config.ratio > 0 or self.has_plans or self.config.tokens is not None
+        return self.method != "dense" and stored
 
     @property
     def label(self) -> str:
-        """For example ``think-0.5``, or ``think-k8x0.25+4x0.75-v4``."""
+        """For example ``think-0.5``, ``think-k8x0.25+4x0.75-v4``, or ``think-0-snapkvx1024``."""
         if self.method == "dense":
             return "dense"
         ratio = "" if self.config.keys is not None else f"-{self.config.ratio:g}"
         plans = "".join(f"-{side[0]}{plan}" for side in PLANS if (plan := getattr(self.config, side)) is not None)
-        return f"{self.method}{ratio}{plans}".replace(":", "x")
+        tokens = "" if self.config.tokens is None else f"-{self.config.tokens}"
+        return f"{self.method}{ratio}{plans}{tokens}".replace(":", "x")
 
     def described(self) -> dict[str, Any]:
         """Everything with an influence on the numbers, for JSON, without options unused by the method."""
@@ -128,7 +132,8 @@ class Settings:
         if self.method == "dense":
             return told
         options = [name for name in THINK_OPTIONS if name != "lowering" or self.method == "think"]
-        told |= {name: getattr(self.config, name) for name in options if name not in (*PLANS, *OF_PLANS)}
+        told |= {name: getattr(self.config, name) for name in options if name not in (*AS_TEXT, *OF_PLANS)}
+        told |= {} if self.config.tokens is None else {"tokens": str(self.config.tokens)}
         if self.has_plans:
             plans = {side: plan for side in PLANS if (plan := getattr(self.config, side)) is not None}
             told |= {side: str(plan) for side, plan in plans.items()}
