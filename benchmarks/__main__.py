@@ -90,11 +90,27 @@ def latent(out: Out = RESULTS, setting: Annotated[str, typer.Argument(help="BATC
 
 
 @app.command()
-def prefill(out: Out = RESULTS, context: int = 32768) -> None:
+def tokens(out: Out = RESULTS, setting: Settings = None) -> None:
+    """A decode step on some of a prompt's tokens, beside a step on a context of as many."""
+    from benchmarks import decode, tokens
+
+    for text in setting or ["1x32768", "8x32768"]:
+        _keep(f"tokens_{text}", tokens.run(decode.Setting(*_sizes(text))), out)
+
+
+@app.command()
+def prefill(
+    out: Out = RESULTS,
+    context: int = 32768,
+    rules: Annotated[
+        bool, typer.Option("--tokens", help="token rules instead of the forms of keys and values")
+    ] = False,
+) -> None:
     """The first token of a long prompt, beside the plain model under torch.compile."""
     from benchmarks import prefill
 
-    _keep("prefill", prefill.run(context=context), out)
+    configs = prefill.RULES if rules else prefill.CONFIGS
+    _keep("prefill_tokens" if rules else "prefill", prefill.run(context=context, configs=configs), out)
 
 
 @app.command()

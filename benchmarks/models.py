@@ -25,8 +25,9 @@ from think_compile.cache.canonical import CANONICAL
 from think_compile.cache.cell import Cell
 from think_compile.cache.handle import Handle, handle_for
 from think_compile.cache.packed import Packed
-from think_compile.cache.state import COUNTERS, Part
+from think_compile.cache.state import COUNTERS, EVICTED, POSITIONS, Part
 from think_compile.formats.side import Side
+from think_compile.formats.tokens import Budget
 
 SPARE = 256  # rows of a fixed cache after its past
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
@@ -155,28 +156,42 @@ def stored_past(model: Any, batch: int, tokens: int, config: ThinkConfig, spare:
     cache = StaticCache(config=model.config, max_cache_len=tokens + spare)
     _, *widths = widths_of(model.config)
     form, capacity = config.format_for(*widths), tokens + spare
+    kept = form.tokens.count(tokens) if isinstance(form.tokens, Budget) else tokens
     for layer in cache.layers:
         layer.max_cache_len = 1  # its own buffers are replaced, and may not fit
         _begun(layer, model, batch, tokens)
         layer.max_cache_len = capacity
         for of, written in (("keys", tokens), ("values", None)):
             side = form.side(of)
-            state = {part.name: _part(part, side, model, batch, (tokens, capacity)) for part in side.parts(fixed=True)}
+            rows = _Rows(kept, capacity - tokens + kept, tokens)
+            state = {part.name: _part(part, side, model, batch, rows) for part in side.parts(fixed=True)}
             store = Packed.made(of, side, state, model.dtype, capacity, fixed=True)
             setattr(layer, of, _handle(store, written))
     return cache
 
 
-def _part(part: Part, side: Side, model: Any, batch: int, rows: tuple[int, int]) -> Tensor:
-    """A part of a side of random content, for a cache of fixed size; ``rows``: written ones, and all."""
-    (tokens, capacity), group, device = rows, side.codec.group, model.device
+class _Rows(NamedTuple):
+    """Rows with a token, all rows, and tokens of the first call."""
+
+    written: int
+    all: int
+    prompt: int
+
+
+def _part(part: Part, side: Side, model: Any, batch: int, rows: _Rows) -> Tensor:
+    """A part of a side of random content, for a cache of fixed size."""
+    (tokens, capacity, prompt), group, device = rows, side.codec.group, model.device
     records = -(-capacity // side.window_group) * side.window_group // group
     heads, ring = widths_of(model.config).heads, side.ring_rows(capacity)
-    letters: dict[str, int] = {"B": batch, "H": heads, "C": records, "R": ring}
+    letters: dict[str, int] = {"B": batch, "H": heads, "C": records, "R": ring, "K": tokens}
     shape = [letters[size] if isinstance(size, str) else size for size in part.shape]
     if part.name == COUNTERS:
         window_start = side.window_start(tokens) if side.has_ring else tokens
         return torch.tensor([window_start, tokens, 0], device=device)
+    if part.name == EVICTED:
+        return torch.tensor([prompt - tokens], device=device)
+    if part.name == POSITIONS:
+        return torch.rand(batch, heads, prompt, device=device).topk(tokens).indices.sort().values.to(part.dtype)
     if part.name == "channels":
         kept = torch.rand(*shape[:2], side.width, device=device).topk(shape[2]).indices
         tiers = getattr(side.codec, "tiers", ())

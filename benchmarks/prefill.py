@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import StaticCache
 
 from benchmarks import models
-from benchmarks.decode import formats_of, name_of
-from think_compile import ThinkConfig, restore, think_compile
+from benchmarks.decode import formats_of, name_of, release
+from think_compile import H2O, KVCrush, SnapKV, ThinkConfig, restore, think_compile
 
 RUNS, WARM = 5, 2
 CONFIGS: tuple[ThinkConfig | None, ...] = (  # None: the plain model
@@ -24,15 +24,24 @@ CONFIGS: tuple[ThinkConfig | None, ...] = (  # None: the plain model
     ThinkConfig(keys={8: 0.25, 4: 0.75}, values=4),
 )
 
+RULES: tuple[ThinkConfig | None, ...] = (
+    None,
+    ThinkConfig(0.0),
+    *(ThinkConfig(tokens=rule(0.25)) for rule in (SnapKV, KVCrush, H2O)),
+)
+
 
 @torch.no_grad()
-def run(batch: int = 1, context: int = 32768, layers: int = 32) -> Iterator[dict[str, Any]]:
+def run(
+    batch: int = 1, context: int = 32768, layers: int = 32, configs: Sequence[ThinkConfig | None] = CONFIGS
+) -> Iterator[dict[str, Any]]:
     """The check, then a row for each way."""
     model = models.llama(layers)
     yield {"check": "error over the plain model's in bf16", "ratio": check(model)}
     ids = torch.randint(0, model.config.vocab_size, (batch, context), device="cuda")
-    for config in CONFIGS:
-        torch._dynamo.reset()
+    for config in configs:
+        release()
+        torch.cuda.reset_peak_memory_stats()
         if config is None:
             model.compile()
         else:
@@ -43,7 +52,9 @@ def run(batch: int = 1, context: int = 32768, layers: int = 32) -> Iterator[dict
         else:
             restore(model)
         way = "torch.compile" if config is None else f"think_compile, {name_of(config)}"
-        yield {"way": way, "batch": batch, "context": context, "ms": round(statistics.median(ms), 1)}
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        told = {"ms": round(statistics.median(ms), 1), "peak_gib": round(peak, 2)}
+        yield {"way": way, "batch": batch, "context": context, **told}
 
 
 @torch.no_grad()
