@@ -61,7 +61,8 @@ class ThinkLM(HFLM):
 
     Args:
         pretrained: a hub id, a folder, a ``.gguf`` file or a model object (then with ``tokenizer``).
-        ratio, recent, observe, channel_multiple, prune_generated, decode, sliding, lowering: as of ``think_compile``.
+        ratio, keys, values, group, sinks, recent, observe, channel_multiple, tokens, prune_generated, decode, sliding,
+            lowering: as of ``think_compile``.
         method: a key of :data:`think_compile.evals.settings.METHODS`.
         dense: the same protocol without pruning; short for method "dense".
         held_back: number of last tokens of a context that read the pruned cache with the continuation, so that even a
