@@ -27,7 +27,7 @@ from think_compile.cache.handle import Handle, handle_for
 from think_compile.cache.packed import Packed
 from think_compile.cache.state import COUNTERS, EVICTED, POSITIONS, Part
 from think_compile.formats.side import Side
-from think_compile.formats.tokens import Budget
+from think_compile.formats.tokens.rule import Budget
 
 SPARE = 256  # rows of a fixed cache after its past
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"

@@ -14,9 +14,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from think_compile import NoDenseForm, RuleError, ThinkConfig, ThinkWarning, report, think_compile
 from think_compile.evals.command import settings_from
 from think_compile.evals.settings import Settings
-from think_compile.formats.h2o import H2O
-from think_compile.formats.kvcrush import KVCrush
-from think_compile.formats.snapkv import SnapKV
+from think_compile.formats.tokens.h2o import H2O
+from think_compile.formats.tokens.kvcrush import KVCrush
+from think_compile.formats.tokens.snapkv import SnapKV
 from think_compile.passes.refusal import Reason
 
 HEADS, GROUP, D, VOCABULARY = 3, 2, 16, 97

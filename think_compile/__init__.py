@@ -2,12 +2,12 @@
 
 from think_compile.api import explain, report, restore, think_compile
 from think_compile.backend import NothingRewritten, ThinkWarning
-from think_compile.cache.packed import NoDenseForm
+from think_compile.cache.store import NoDenseForm
 from think_compile.config import ThinkConfig
-from think_compile.formats.h2o import H2O
-from think_compile.formats.kvcrush import KVCrush
-from think_compile.formats.snapkv import SnapKV
-from think_compile.formats.tokens import RuleError, TokenRule
+from think_compile.formats.tokens.h2o import H2O
+from think_compile.formats.tokens.kvcrush import KVCrush
+from think_compile.formats.tokens.rule import RuleError, TokenRule
+from think_compile.formats.tokens.snapkv import SnapKV
 from think_compile.report import LayerRecord, Report
 from think_compile.runtime.program import CacheFull
 

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 from think_compile.formats.base import CacheFormat, Codec, Side
 from think_compile.formats.plan import Plan
-from think_compile.formats.rules import rule_of
 from think_compile.formats.think import Channels
+from think_compile.formats.tokens.named import rule_of
 from think_compile.formats.whole import Whole
 
 LOWERINGS = ("inductor", "eager")

@@ -9,9 +9,9 @@ from contract import FORMATS, HQ, B, D, H, draw
 from think_compile.cache.packed import Packed
 from think_compile.cache.state import POSITIONS, Call, Prompt, Span
 from think_compile.formats.evicted import in_rows
-from think_compile.formats.h2o import H2O
-from think_compile.formats.kvcrush import KVCrush
-from think_compile.formats.snapkv import SnapKV
+from think_compile.formats.tokens.h2o import H2O
+from think_compile.formats.tokens.kvcrush import KVCrush
+from think_compile.formats.tokens.snapkv import SnapKV
 
 PROMPT, SIZE = 17, 48
 RULES = [SnapKV(9, observe=3, pool=3), H2O(0.5), KVCrush(7, observe=2), SnapKV(40, observe=3)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from think_compile.formats.h2o import attention_mass
+from think_compile.formats.tokens.h2o import attention_mass
 from think_compile.kernels.mass import key_mass
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,9 +20,9 @@ from torch import Tensor
 from think_compile.cache import operations
 from think_compile.cache.canonical import BATCH, CANONICAL, TOKEN, Layout, from_canonical, shape_of, token_axis
 from think_compile.cache.cell import Cell, Tally
-from think_compile.cache.packed import NoDenseForm, Packed, join_batches
+from think_compile.cache.packed import Packed
 from think_compile.cache.rows import allocating
-from think_compile.cache.store import Dense, Store
+from think_compile.cache.store import Dense, NoDenseForm, Store
 from think_compile.runtime.running import RUNNING, Running
 
 aten = torch.ops.aten
@@ -364,7 +364,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Handle | None:
     if first.axes[dim] == (TOKEN,) and not any(isinstance(t, Handle) for t in others):
         store = operations.append(first.store, first.axes, others)
     elif first.axes[dim] == (BATCH,) and all(_is_alike(t, first) for t in others):
-        store = join_batches([t.store for t in tensors])  # type: ignore[attr-defined]
+        store = operations.join_batches([t.store for t in tensors])  # type: ignore[attr-defined]
     return None if store is None else first.with_store(store)
 
 

@@ -7,6 +7,7 @@ the result has no packed form and the dense tensor is needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from think_compile.cache.canonical import BATCH, TOKEN, Layout, shape_of, to_canonical, token_axis
 from think_compile.cache.packed import Packed
+from think_compile.cache.rows import Rows
 from think_compile.cache.store import Dense, Store
 
 aten = torch.ops.aten
@@ -108,6 +110,21 @@ def append(store: Store, layout: Layout, new: Sequence[Tensor]) -> Store | None:
             return None
         store = store.append(canonical(rows, store, layout))
     return store
+
+
+def join_batches(stores: Sequence[Store]) -> Store | None:
+    """Join the batches of growing stores with the same history; None: not all grow, or their histories differ."""
+    packed = [s for s in stores if isinstance(s, Packed) and s.grows]
+    if len(packed) != len(stores):
+        return None
+    packed = [s.from_zero(s.length) if s._counters.oldest else s for s in packed]
+    if len({(s.of, s.side, s.dtype, s.counters, s._ring_rows, s.evicted) for s in packed}) != 1:
+        return None
+    first = packed[0]
+    records = -(-first.end // first._group)
+    rows = {name: torch.cat([s.rows.parts[name][:, :, :records] for s in packed]) for name in first.rows.parts}
+    own = {name: torch.cat([s.own[name] for s in packed]) for name in first.own}
+    return replace(first, rows=Rows(rows), own=own)
 
 
 # Operations whose first argument is the cache and whose result is a new one.

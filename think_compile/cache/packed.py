@@ -8,7 +8,7 @@ like the buffer that it replaces. The side's list of parts names the tensors and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -28,14 +28,10 @@ from think_compile.cache.state import (
     Stored,
     capacity_for,
 )
-from think_compile.cache.store import Store
+from think_compile.cache.store import NoDenseForm, Store
 from think_compile.formats import attention, segments, sinks
 from think_compile.formats.ring import advanced, ring_of, ring_positions
 from think_compile.formats.side import Side
-
-
-class NoDenseForm(RuntimeError):
-    """An operation needs the dense tensor of a cache whose first call is not stored completely."""
 
 
 class Counters(NamedTuple):
@@ -431,18 +427,3 @@ class Packed(Store):
     def _counters(self) -> Counters:
         assert self.counters is not None
         return self.counters
-
-
-def join_batches(stores: Sequence[Store]) -> Store | None:
-    """Join the batches of growing stores with the same history; None: not all grow, or their histories differ."""
-    packed = [s for s in stores if isinstance(s, Packed) and s.grows]
-    if len(packed) != len(stores):
-        return None
-    packed = [s.from_zero(s.length) if s._counters.oldest else s for s in packed]
-    if len({(s.of, s.side, s.dtype, s.counters, s._ring_rows, s.evicted) for s in packed}) != 1:
-        return None
-    first = packed[0]
-    records = -(-first.end // first._group)
-    rows = {name: torch.cat([s.rows.parts[name][:, :, :records] for s in packed]) for name in first.rows.parts}
-    own = {name: torch.cat([s.own[name] for s in packed]) for name in first.own}
-    return replace(first, rows=Rows(rows), own=own)

@@ -13,6 +13,10 @@ from torch import Tensor
 from think_compile.cache.rows import Rows
 
 
+class NoDenseForm(RuntimeError):
+    """An operation needs the dense tensor of a cache whose first call is not stored completely."""
+
+
 class Store(ABC):
     """The interface of all stores. ``length`` is the number of readable rows: tokens, or the size of a buffer."""
 

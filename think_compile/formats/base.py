@@ -29,7 +29,7 @@ from think_compile.formats import attention, evicted
 from think_compile.formats.seen import seen, seen_again
 from think_compile.formats.side import Codec, Side
 from think_compile.formats.sinks import BEGIN
-from think_compile.formats.tokens import AllTokens, RuleError, TokenRule, check, selected
+from think_compile.formats.tokens.rule import AllTokens, RuleError, TokenRule, check, selected
 from think_compile.kernels.calls import MAX_QUERIES, PairKernels
 
 __all__ = [

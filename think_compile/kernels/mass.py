@@ -80,7 +80,10 @@ def sum_keys(
 
 
 def key_mass(q: Tensor, k: Tensor, start: Tensor, valid: list[Tensor], scale: float) -> Tensor:
-    """[B, H, S] fp32: as :func:`think_compile.formats.h2o.attention_mass`; ``start``: 0-d int64, the first query's."""
+    """[B, H, S] fp32: as :func:`think_compile.formats.tokens.h2o.attention_mass`.
+
+    ``start``: 0-d int64, the row of the first query.
+    """
     (batch, heads, size, d), (query_heads, n_new) = k.shape, q.shape[1:3]
     q, k, key_valid, query_valid = q.contiguous(), k.contiguous(), None, None
     if valid:

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from think_compile.cache.handle import Handle, LostWrite
-from think_compile.cache.packed import NoDenseForm
+from think_compile.cache.store import NoDenseForm
 from think_compile.formats.base import RuleError
 from think_compile.passes.find.attention import Attention
 from think_compile.passes.normalize import Normalized

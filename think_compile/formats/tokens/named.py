@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from think_compile.formats.h2o import H2O
-from think_compile.formats.kvcrush import KVCrush
-from think_compile.formats.snapkv import SnapKV
-from think_compile.formats.tokens import TokenRule
+from think_compile.formats.tokens.h2o import H2O
+from think_compile.formats.tokens.kvcrush import KVCrush
+from think_compile.formats.tokens.rule import TokenRule
+from think_compile.formats.tokens.snapkv import SnapKV
 
 NAMED = {"snapkv": SnapKV, "h2o": H2O, "kvcrush": KVCrush}
 _EXAMPLES = 'for example SnapKV(1024), "snapkv:1024" or "kvcrush:0.25"'

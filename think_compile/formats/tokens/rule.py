@@ -1,4 +1,4 @@
-"""Token rules: which tokens of a first call are stored. What most rules share is here; each rule is a file.
+"""The interface of token rules, and what most rules share; each rule is a file.
 
 A rule's rows are stored in order, but padding comes first: so the tokens of a sequence begin at one row in all heads.
 """

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from think_compile.formats.seen import Seen
-from think_compile.formats.tokens import Budget, highest
+from think_compile.formats.tokens.rule import Budget, highest
 from think_compile.kernels.calls import MAX_WIDTH
 
 BLOCK_NUMBERS = 2**26  # logits that are in memory at once

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from think_compile.formats.seen import Seen
-from think_compile.formats.tokens import Budget, attention_of_last, highest
+from think_compile.formats.tokens.rule import Budget, attention_of_last, highest
 
 
 def pooled_attention(seen: Seen, observe: int, pool: int) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from think_compile.formats.seen import Seen
-from think_compile.formats.snapkv import SnapKV, pooled_attention
-from think_compile.formats.tokens import highest
+from think_compile.formats.tokens.rule import highest
+from think_compile.formats.tokens.snapkv import SnapKV, pooled_attention
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Token rules: which tokens of a first call are stored."""
