@@ -199,7 +199,7 @@ class Backend:
         """Refuse attentions whose logits or values are read in order of position, if some tokens are not stored."""
         if self.config.tokens is None:
             return
-        work.findings.pending.clear()
+        work.findings.pending.clear()  # their rows stay whole, so a choice made now could not evict any
 
         def is_in_order(site: CacheSite) -> bool:
             return site.attention.region is not None or any(tensor.read_elsewhere for tensor in site.tensors)

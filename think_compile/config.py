@@ -233,7 +233,7 @@ class ThinkConfig:
             values = values.codec("values", value_dim, **how)
         window = self.recent, self.prune_generated, math.lcm(keys.group, values.group), self.sinks
         sides = Side(keys, head_dim, *window), Side(values, value_dim, *window)
-        return CacheFormat(*sides) if self.tokens is None else CacheFormat(*sides, self.tokens)
+        return CacheFormat(*sides, self.tokens)
 
     @property
     def _has_codes(self) -> bool:

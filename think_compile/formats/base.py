@@ -29,11 +29,10 @@ from think_compile.formats import attention, evicted
 from think_compile.formats.seen import seen, seen_again
 from think_compile.formats.side import Codec, Side
 from think_compile.formats.sinks import BEGIN
-from think_compile.formats.tokens.rule import AllTokens, RuleError, TokenRule, check, selected
+from think_compile.formats.tokens.rule import RuleError, TokenRule, check, selected
 from think_compile.kernels.calls import MAX_QUERIES, PairKernels
 
 __all__ = [
-    "AllTokens",
     "CacheFormat",
     "Codec",
     "EveryPage",
@@ -81,7 +80,7 @@ class CacheFormat:
 
     keys: Side
     values: Side
-    tokens: TokenRule = field(default_factory=AllTokens)
+    tokens: TokenRule | None = None  # all tokens are stored
     pages: PageRule = EveryPage()
 
     def __post_init__(self) -> None:
@@ -91,7 +90,7 @@ class CacheFormat:
     @property
     def evicts(self) -> bool:
         """Whether a rule selects the tokens of a first call that are stored: then there is no dense form."""
-        return not isinstance(self.tokens, AllTokens)
+        return self.tokens is not None
 
     def side(self, of: str) -> Side:
         """The side called "keys" or "values"."""
@@ -106,7 +105,7 @@ class CacheFormat:
         """A phrase for the report."""
         keys, values = (side.codec.describe(side.width) for side in (self.keys, self.values))
         sides = f"{keys}; values: {values}" if self.values.is_lossy else keys
-        return f"{self.tokens.describe()}; {sides}" if self.evicts else sides
+        return sides if self.tokens is None else f"{self.tokens.describe()}; {sides}"
 
     # ------------------------------------------------------------------------------------------- first calls
 
@@ -120,8 +119,8 @@ class CacheFormat:
 
     def first_call(self, call: Call, prompt: Prompt) -> tuple[State, State]:
         """The stored form of a first call's keys and values, ``call.k`` and ``call.v`` [B, H, S, *]."""
-        if self.evicts:
-            return self._first_call_of_some(call, prompt)
+        if self.tokens is not None:
+            return self._first_call_of_some(call, prompt, self.tokens)
         chosen = self.choose(call, prompt)
         if prompt.kept is not None:
             read = call.k.shape[2] if prompt.read is None else prompt.read
@@ -133,26 +132,26 @@ class CacheFormat:
         keys, values = ((self.keys, call.k, chosen[0]), (self.values, call.v, chosen[1]))
         return _packed(*keys, length, prompt), _packed(*values, length, prompt)
 
-    def _first_call_of_some(self, call: Call, prompt: Prompt) -> tuple[State, State]:
+    def _first_call_of_some(self, call: Call, prompt: Prompt, rule: TokenRule) -> tuple[State, State]:
         """As :meth:`first_call`, of the tokens that the rule selects. Channels are scored on these."""
-        shown = seen(call, prompt.start, self._length(call, prompt))
         length, n_new = self._length(call, prompt), call.q.shape[2]
+        shown = seen(call, prompt.start, length)
         capacity, fixed = prompt.capacity, prompt.capacity is not None
-        rows = selected(self.tokens, shown._replace(written=n_new) if fixed else shown)
+        rows = selected(rule, shown._replace(written=n_new) if fixed else shown)
         kept = shown.only(rows.clamp(min=0, max=call.k.shape[2] - 1))  # checked when the call is over
         count, extra = rows.shape[2], {POSITIONS: rows.to(torch.int32)}
         stored: Length = count
         if capacity is not None:
             prompt = prompt._replace(capacity=capacity - n_new + count)
             stored = torch.full((), count, device=rows.device)
-            extra[EVICTED] = (stored * 0 + length - count)[None]
+            extra[EVICTED] = (length - stored)[None]
         sides = ((self.keys, kept.k), (self.values, kept.v))
         keys, values = (_packed(side, x, side.choose(kept) | extra, stored, prompt) for side, x in sides)
         return keys, values
 
     def check(self, parts: State, tokens: int) -> None:
         """Raise if the rule has selected what is not among the ``tokens`` of a first call, or of a fixed cache."""
-        if self.evicts:
+        if self.tokens is not None:
             written = int(parts[EVICTED]) + parts[POSITIONS].shape[2] if EVICTED in parts else tokens
             check(self.tokens, parts[POSITIONS], written)
 

@@ -106,7 +106,17 @@ def score_values(seen: Seen, observe: int) -> Tensor:
     score[j]^2 = sum over observed queries of the group of (softmax(q K^T / sqrt(D)) V[:, j])^2. A query sees the valid
     keys up to its own position.
     """
-    k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (seen.k, seen.v))
+    probabilities, _, counts = observed_attention(seen, observe)
+    mixed = (probabilities @ seen.v.to(probabilities.dtype)[:, :, None]).square()
+    return torch.where(counts[:, None, None, :, None], mixed, 0).sum(dim=(2, 3))
+
+
+def observed_attention(seen: Seen, observe: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The probabilities [B, H, G, n, S] of the last ``observe`` valid queries, fp32 or wider.
+
+    Also their positions [B, n], and which of them are valid. A query sees the valid keys up to its own position.
+    """
+    k = seen.k.to(torch.promote_types(seen.k.dtype, torch.float32))
     q, positions, counts = last_queries(seen, min(observe, seen.q.shape[2]))
     grouped = q.to(k.dtype).unflatten(1, (k.shape[1], -1))  # [B, H, G, n, D]
     logits = grouped @ k[:, :, None].mT * (k.shape[3] ** -0.5 if seen.scale is None else seen.scale)
@@ -114,9 +124,7 @@ def score_values(seen: Seen, observe: int) -> Tensor:
     visible = at <= positions[:, None, :, None]  # [B, H or 1, n, S]
     if seen.key_valid is not None:
         visible = visible & seen.key_valid[:, None, None]
-    probabilities = torch._safe_softmax(logits.masked_fill(~visible[:, :, None], float("-inf")), -1)
-    mixed = (probabilities @ v[:, :, None]).square()
-    return torch.where(counts[:, None, None, :, None], mixed, 0).sum(dim=(2, 3))
+    return torch._safe_softmax(logits.masked_fill(~visible[:, :, None], float("-inf")), -1), positions, counts
 
 
 def last_queries(seen: Seen, count: int) -> tuple[Tensor, Tensor, Tensor]:

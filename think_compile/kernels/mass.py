@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from think_compile.kernels.shares import device_of_launch
+
 _LOG2E = 1.4426950408889634
 QUERIES, KEYS = 128, 64  # of a tile; not tuned
 
@@ -93,7 +95,7 @@ def key_mass(q: Tensor, k: Tensor, start: Tensor, valid: list[Tensor], scale: fl
     sizes = {"GROUP": query_heads // heads, "HEADS": heads, "D": d, "BLOCK_D": max(16, triton.next_power_of_2(d))}
     sizes |= {"BLOCK_M": QUERIES, "BLOCK_N": KEYS}
     given, scale = (n_new, size), scale * _LOG2E
-    with torch.cuda.device(q.device) if q.is_cuda else torch.no_grad():
+    with device_of_launch(q):
         tiles = (triton.cdiv(n_new, QUERIES), batch * query_heads)
         sum_queries[tiles](q, k, key_valid, start, sums, *given, scale, **sizes, num_warps=4)
         tiles = (triton.cdiv(size, KEYS), batch * heads)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from think_compile.formats.seen import Seen
-from think_compile.formats.think import last_queries
+from think_compile.formats.think import observed_attention
 
 
 class RuleError(ValueError):
@@ -28,20 +28,6 @@ class TokenRule(Protocol):
 
     def describe(self) -> str:
         """A phrase for the report."""
-
-
-@dataclass(frozen=True)
-class AllTokens:
-    """Every token is stored, in rows by position."""
-
-    def positions(self, seen: Seen) -> Tensor:
-        """All rows."""
-        batch, heads, tokens = seen.k.shape[:3]
-        return torch.arange(tokens, device=seen.k.device).expand(batch, heads, -1)
-
-    def describe(self) -> str:
-        """For the report."""
-        return "all tokens"
 
 
 @dataclass(frozen=True)
@@ -133,21 +119,14 @@ def check(rule: TokenRule, positions: Tensor, tokens: int) -> None:
 
 
 def attention_of_last(seen: Seen, observe: int) -> tuple[Tensor, Tensor]:
-    """The probabilities of the keys, [B, H, S], mean over the last ``observe`` queries of a group; their rows [B, S].
+    """[B, H, S]: each key's probability, mean over a group's last ``observe`` queries.
 
-    A query sees the valid keys up to its own position.
+    Then [B, S]: which rows are those queries' own.
     """
-    k = seen.k.to(torch.promote_types(seen.k.dtype, torch.float32))
-    q, rows, counts = last_queries(seen, min(observe, seen.q.shape[2]))
-    grouped = q.to(k.dtype).unflatten(1, (k.shape[1], -1))  # [B, H, G, n, D]
-    logits = grouped @ k[:, :, None].mT * (k.shape[3] ** -0.5 if seen.scale is None else seen.scale)
-    at = torch.arange(k.shape[2], device=k.device)
-    visible = at <= rows[:, :, None]  # [B, n, S]
-    if seen.key_valid is not None:
-        visible = visible & seen.key_valid[:, None]
-    probabilities = torch._safe_softmax(logits.masked_fill(~visible[:, None, None], float("-inf")), -1)
+    probabilities, rows, counts = observed_attention(seen, observe)
     counted = torch.where(counts[:, None, None, :, None], probabilities, 0)
     mean = counted.mean(2).sum(2) / counts.sum(1).clamp(min=1)[:, None, None]
+    at = torch.arange(seen.k.shape[2], device=rows.device)
     return mean, ((at == rows[:, :, None]) & counts[:, :, None]).any(1)
 
 
