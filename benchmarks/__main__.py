@@ -99,6 +99,14 @@ def tokens(out: Out = RESULTS, setting: Settings = None) -> None:
 
 
 @app.command()
+def answers(out: Out = RESULTS) -> None:
+    """A prompt and a hundred steps with token rules."""
+    from benchmarks import tokens
+
+    _keep("answers", tokens.answers(), out)
+
+
+@app.command()
 def prefill(
     out: Out = RESULTS,
     context: int = 32768,

@@ -19,7 +19,7 @@ from think_compile.formats.bits import KeyBits, ValueBits
 from think_compile.kernels.codecs import SIZES, parts_of
 from think_compile.kernels.codes import LEAST_TILE
 from think_compile.kernels.launch import H100, Device, Launch, launch_for, launch_for_codes
-from think_compile.kernels.mass import KEYS, QUERIES, sum_keys, sum_queries
+from think_compile.kernels.mass import STAGES, sum_keys, sum_queries, tile_rows
 from think_compile.kernels.merge import COLUMNS, merge_shares
 from think_compile.kernels.pair import kernels_of
 
@@ -181,16 +181,18 @@ def merge() -> dict[str, object]:
     return compiled(merge_shares, types, {"DV": 80, "COLUMNS": COLUMNS, "SPLITS": 33, "BLOCK_S": 64})
 
 
-def mass(kernel=sum_keys) -> dict[str, object]:
+def mass(*, kernel=sum_keys, dtype="bf16", d=96, device="H100") -> dict[str, object]:
     """The kernels of H2O's scores."""
-    types = {"Q": "*bf16", "K": "*bf16", "SUMS": "*fp32", "MASS": "*fp32", "START": "*i64", "scale": "fp32"}
-    types |= {"KEY_VALID": "*i1", "QUERY_VALID": "*i1"}
-    sizes = {"GROUP": 4, "HEADS": 8, "D": 96, "BLOCK_D": 128, "BLOCK_M": QUERIES, "BLOCK_N": KEYS}
-    return compiled(kernel, types, sizes, num_warps=4)
+    types = {"Q": f"*{dtype}", "K": f"*{dtype}", "SUMS": "*fp32", "MASS": "*fp32", "START": "*i64", "scale": "fp32"}
+    types |= {"KEY_VALID": "*i1", "QUERY_VALID": "*i1", "SPANS": "*i64"}
+    width = max(128, d)
+    rows = tile_rows(width * BYTES[dtype], DEVICES[device][1])
+    sizes = {"GROUP": 4, "HEADS": 8, "D": d, "BLOCK_D": width, "BLOCK_M": rows, "BLOCK_N": rows}
+    return compiled(kernel, types, sizes, device, num_warps=8, num_stages=STAGES)
 
 
-def sums() -> dict[str, object]:
-    return mass(sum_queries)
+def sums(**options) -> dict[str, object]:
+    return mass(kernel=sum_queries, **options)
 
 
 STORED = dict.fromkeys(("Q", "K", "V", "K_ROWS", "RING", "V_ROWS", "RESULT"), "*bf16")

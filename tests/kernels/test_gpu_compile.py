@@ -30,7 +30,8 @@ CODES = [
     ("codes", {"keys": [[8, 128]], "values": [[8, 128]], "records": 64, "queries": 4}),
 ]
 KERNELS = [*SHARES, ("share", {"mask": "bool", "rolling": True}), ("merge", {}), ("append", {}), ("finish", {})]
-KERNELS += [("mass", {}), ("sums", {})]
+MASSES = [(kernel, options) for kernel in ("mass", "sums") for options in ({}, {"dtype": "fp32", "d": 256})]
+KERNELS += MASSES
 
 
 CODED = [
@@ -70,7 +71,7 @@ def test_kernels_that_store_codes_compile_for_a_gpu():
 def test_kernels_compile_for_other_gpus_and_fit_them(device):
     # Triton 3.6 cannot compile the largest for an MI250
     shares = [share for share in SHARES if device != "MI250" or share[1].get("kept") != 240]
-    kernels = [(name, options | {"device": device}) for name, options in shares]
+    kernels = [(name, options | {"device": device}) for name, options in [*shares, *MASSES]]
     made = compiled(kernels)
     assert all(one["shared"] <= one["may"] for one in made), list(zip(kernels, made, strict=True))
 

@@ -4,15 +4,20 @@ import pytest
 import torch
 
 from think_compile.formats.tokens.h2o import attention_mass
+from think_compile.kernels import mass
 from think_compile.kernels.mass import key_mass
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("n_new", "size", "start"), [(150, 150, 0), (70, 200, 130), (70, 200, 40), (1, 65, 64)])
-@pytest.mark.parametrize("padded", [False, True])
-def test_the_mass_of_each_key(n_new, size, start, padded, dtype):
+@pytest.mark.parametrize(
+    ("n_new", "size", "start", "most_rows"),
+    [(150, 150, 0, 128), (150, 150, 0, 32), (70, 200, 130, 128), (70, 200, 40, 16), (1, 65, 64, 128)],
+)
+@pytest.mark.parametrize("padded", ["", "left", "with gaps"])
+def test_the_mass_of_each_key(n_new, size, start, padded, dtype, most_rows, monkeypatch):
+    monkeypatch.setattr(mass, "MOST_ROWS", most_rows)
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 6, n_new, 24), (2, 2, size, 24)
     q, k = (torch.randn(*shape, generator=generator).to(DEVICE, dtype) * 2 for shape in shapes)
@@ -21,6 +26,8 @@ def test_the_mass_of_each_key(n_new, size, start, padded, dtype):
         pads = torch.tensor([[0], [start + n_new // 3]], device=DEVICE)
         rows = torch.arange(size, device=DEVICE)
         keys = (rows >= pads) & (rows < start + n_new)
+        if padded == "with gaps":
+            keys &= (rows % 37 != 5) & ((rows < 10) | (rows > 50))
         valid = [keys, keys[:, start : start + n_new]]
     at = torch.tensor(start, device=DEVICE)
     rows = at + torch.arange(n_new, device=DEVICE)

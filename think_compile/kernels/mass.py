@@ -1,7 +1,8 @@
 """The probability mass of each key over all queries of a prompt, for H2O: two passes, and no [N, S] tensor.
 
 The first kernel gives the log of each query's softmax sum, as attention kernels do. The second has a tile of keys, runs
-over the queries that see it, and adds up the probabilities. Logits are in base 2.
+over the queries that see it, and adds up the probabilities. Logits are in base 2. Tiles without masked logits have a
+loop of their own: almost all tiles of a long prompt are such.
 """
 
 from __future__ import annotations
@@ -11,93 +12,132 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from think_compile.kernels.launch import Device, device_of
 from think_compile.kernels.shares import device_of_launch
 
 _LOG2E = 1.4426950408889634
-QUERIES, KEYS = 128, 64  # of a tile; not tuned
+MOST_ROWS, STAGES = 128, 2  # of a tile; the best of those tried on an H200
+
+
+def tile_rows(row_bytes: int, device: Device) -> int:
+    """Queries and keys of a tile: as many as fit in shared memory, one tile and two that are loaded ahead."""
+    room = device.shared_bytes // (row_bytes * (STAGES + 1))
+    return max(16, min(MOST_ROWS, 1 << room.bit_length() - 1))
 
 
 @triton.jit
-def _logits(x, y, scale, seen):
-    """Products [M, N] of rows and columns in base 2; -inf where not ``seen``."""
-    return tl.where(seen, tl.dot(x, tl.trans(y), input_precision="ieee") * scale, float("-inf"))
+def _tile(X, row, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [M, BLOCK_D] of X [rows, D]; zero where not ``there``."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(X + row[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _more(most, total, s, scale):
+    """The running maximum of the logits and the sum of their powers, with those of further keys."""
+    new = tl.maximum(most, tl.max(s, 1) * scale)
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    return new, total * tl.exp2(most - safe) + tl.sum(tl.exp2(s * scale - safe[:, None]), 1)
 
 
 @triton.jit
 def sum_queries(
-    Q, K, KEY_VALID, START, SUMS, n_new, size, scale,
+    Q, K, KEY_VALID, QUERY_VALID, SPANS, START, SUMS, n_new, size, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The base-2 log of the softmax sum of a tile of queries of one head; infinite if a query sees no key."""
-    head, start, d = tl.program_id(1).to(tl.int64), tl.load(START), tl.arange(0, BLOCK_D)
-    query = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    real = query < n_new
-    q = tl.load(Q + (head * n_new + query)[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-    keys, valid = K + head // GROUP * size * D, head // (GROUP * HEADS) * size
+    """The base-2 log of the softmax sum of a tile of queries of one head; infinite where nothing counts."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries see most keys: they come first
+    head, start = tl.program_id(1).to(tl.int64), tl.load(START)
+    batch, keys = head // (GROUP * HEADS), K + head // GROUP * size * D
+    query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = _tile(Q + head * n_new * D, query, query < n_new, D, BLOCK_D)
+    counts, first, end = query < n_new, 0, size.to(tl.int64)
+    if KEY_VALID is not None:
+        counts = counts & (tl.load(QUERY_VALID + batch * n_new + query, mask=counts, other=0) != 0)
+        first, end = tl.load(SPANS + batch * 2), tl.load(SPANS + batch * 2 + 1)
+    last = tl.minimum(start + tl.minimum((tile + 1) * BLOCK_M, n_new), size)
+    begin = tl.cdiv(first, BLOCK_N) * BLOCK_N  # of the tiles without masked logits
+    end = tl.maximum(tl.minimum(start + tile * BLOCK_M + 1, end) // BLOCK_N * BLOCK_N, begin)
     most, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    last = tl.minimum(start + tl.minimum((tl.program_id(0) + 1) * BLOCK_M, n_new), size)
-    for begin in range(0, last, BLOCK_N):
-        key = begin + tl.arange(0, BLOCK_N)
+    for at in range(begin, end, BLOCK_N):
+        k = _tile(keys, at + tl.arange(0, BLOCK_N), tl.full([BLOCK_N], True, tl.int1), D, BLOCK_D)
+        most, total = _more(most, total, tl.dot(q, tl.trans(k), input_precision="ieee"), scale)
+    before = tl.cdiv(first, BLOCK_N) - first // BLOCK_N  # tiles
+    for i in range(0, before + tl.cdiv(tl.maximum(last - end, 0), BLOCK_N)):
+        key = tl.where(i < before, begin - BLOCK_N, end + (i - before) * BLOCK_N) + tl.arange(0, BLOCK_N)
         there = key < last
-        k = tl.load(keys + key[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+        k = _tile(keys, key, there, D, BLOCK_D)
         if KEY_VALID is not None:
-            there = there & (tl.load(KEY_VALID + valid + key, mask=there, other=0) != 0)
-        s = _logits(q, k, scale, there[None, :] & (key[None, :] <= start + query[:, None]))
-        new = tl.maximum(most, tl.max(s, 1))
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp2(most - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
-        most = new
-    tl.store(SUMS + head * n_new + query, tl.where(total > 0, most + tl.log2(total), float("inf")), mask=real)
+            there = there & (tl.load(KEY_VALID + batch * size + key, mask=there, other=0) != 0)
+        seen = there[None, :] & (key[None, :] <= start + query[:, None])
+        s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
+        most, total = _more(most, total, s, scale)
+    counts = counts & (total > 0)
+    tl.store(SUMS + head * n_new + query, tl.where(counts, most + tl.log2(total), float("inf")), mask=query < n_new)
 
 
 @triton.jit
 def sum_keys(
-    Q, K, KEY_VALID, QUERY_VALID, START, SUMS, MASS, n_new, size, scale,
+    Q, K, KEY_VALID, START, SUMS, MASS, n_new, size, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The probability of a tile of keys of one KV head, summed over the queries, mean over the query heads."""
-    head, start, d = tl.program_id(1).to(tl.int64), tl.load(START), tl.arange(0, BLOCK_D)
-    key, batch = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), head // HEADS
-    there = key < size
-    k = tl.load(K + (head * size + key)[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+    head, start, tile = tl.program_id(1).to(tl.int64), tl.load(START), tl.program_id(0) * BLOCK_N
+    key = tile + tl.arange(0, BLOCK_N)
+    counts = key < size
+    k = tl.trans(_tile(K + head * size * D, key, counts, D, BLOCK_D))
     if KEY_VALID is not None:
-        there = there & (tl.load(KEY_VALID + batch * size + key, mask=there, other=0) != 0)
-    mass = tl.zeros([BLOCK_N], tl.float32)
-    first = tl.maximum(tl.program_id(0) * BLOCK_N - start, 0)  # earlier queries do not see the tile
+        counts = counts & (tl.load(KEY_VALID + head // HEADS * size + key, mask=counts, other=0) != 0)
+    mass = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    first = tl.minimum(tl.maximum(tile - start, 0), n_new)  # earlier queries see no key of the tile
+    whole = tl.minimum(tl.maximum(tile + BLOCK_N - 1 - start, 0), n_new)  # from here on they see each
+    whole = first + tl.cdiv(whole - first, BLOCK_M) * BLOCK_M
+    last = tl.where(tl.max(counts.to(tl.int32), 0) > 0, n_new, 0)
     for of_group in range(GROUP):
         rows = (head * GROUP + of_group) * n_new
-        for begin in range(first, n_new, BLOCK_M):
-            query = begin + tl.arange(0, BLOCK_M)
-            real = query < n_new
-            q = tl.load(Q + (rows + query)[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-            sums = tl.load(SUMS + rows + query, mask=real, other=float("inf"))
-            if QUERY_VALID is not None:
-                counts = tl.load(QUERY_VALID + batch * n_new + query, mask=real, other=0) != 0
-                sums = tl.where(counts, sums, float("inf"))
-            s = _logits(k, q, scale, there[:, None] & (key[:, None] <= start + query[None, :]))
-            mass += tl.sum(tl.exp2(s - sums[None, :]), 1)
-    tl.store(MASS + head * size + key, mass / GROUP, mask=key < size)
+        for at in range(first, tl.minimum(whole, last), BLOCK_M):
+            query = at + tl.arange(0, BLOCK_M)
+            q = _tile(Q + rows * D, query, query < n_new, D, BLOCK_D)
+            sums = tl.load(SUMS + rows + query, mask=query < n_new, other=float("inf"))
+            s = tl.dot(q, k, input_precision="ieee") * scale
+            s = tl.where(key[None, :] <= start + query[:, None], s, float("-inf"))
+            mass += tl.exp2(s - sums[:, None])
+        for at in range(whole, last, BLOCK_M):
+            query = at + tl.arange(0, BLOCK_M)
+            q = _tile(Q + rows * D, query, query < n_new, D, BLOCK_D)
+            sums = tl.load(SUMS + rows + query, mask=query < n_new, other=float("inf"))
+            mass += tl.exp2(tl.dot(q, k, input_precision="ieee") * scale - sums[:, None])
+    tl.store(MASS + head * size + key, tl.where(counts, tl.sum(mass, 0) / GROUP, 0.0), mask=key < size)
 
 
 def key_mass(q: Tensor, k: Tensor, start: Tensor, valid: list[Tensor], scale: float) -> Tensor:
     """[B, H, S] fp32: as :func:`think_compile.formats.tokens.h2o.attention_mass`.
 
-    ``start``: 0-d int64, the row of the first query.
+    ``start``: 0-d int64, the row of the first query. ``scale``: positive.
     """
     (batch, heads, size, d), (query_heads, n_new) = k.shape, q.shape[1:3]
-    q, k, key_valid, query_valid = q.contiguous(), k.contiguous(), None, None
+    q, k, key_valid, query_valid, spans = q.contiguous(), k.contiguous(), None, None, None
     if valid:
         key_valid, query_valid = (x.contiguous() for x in valid)
+        spans = _spans(key_valid)
     sums = q.new_empty(batch, query_heads, n_new, dtype=torch.float32)
     mass = q.new_empty(batch, heads, size, dtype=torch.float32)
     sizes = {"GROUP": query_heads // heads, "HEADS": heads, "D": d, "BLOCK_D": max(16, triton.next_power_of_2(d))}
-    sizes |= {"BLOCK_M": QUERIES, "BLOCK_N": KEYS}
-    given, scale = (n_new, size), scale * _LOG2E
+    rows = tile_rows(sizes["BLOCK_D"] * q.element_size(), device_of(q.device))
+    given = (n_new, size, scale * _LOG2E)
     with device_of_launch(q):
-        tiles = (triton.cdiv(n_new, QUERIES), batch * query_heads)
-        sum_queries[tiles](q, k, key_valid, start, sums, *given, scale, **sizes, num_warps=4)
-        tiles = (triton.cdiv(size, KEYS), batch * heads)
-        sum_keys[tiles](q, k, key_valid, query_valid, start, sums, mass, *given, scale, **sizes, num_warps=4)
+        tiles = (triton.cdiv(n_new, rows), batch * query_heads)
+        sizes |= {"BLOCK_M": rows, "BLOCK_N": rows, "num_warps": 8, "num_stages": STAGES}
+        sum_queries[tiles](q, k, key_valid, query_valid, spans, start, sums, *given, **sizes)
+        tiles = (triton.cdiv(size, rows), batch * heads)
+        sum_keys[tiles](q, k, key_valid, start, sums, mass, *given, **sizes)
     return mass
+
+
+def _spans(valid: Tensor) -> Tensor:
+    """[B, 2]: each sequence's first valid key, and the end of the valid keys; both the first if there are gaps."""
+    counts = valid.to(torch.int32)
+    first, after = counts.argmax(1), counts.shape[1] - counts.flip(1).argmax(1)
+    return torch.stack([first, torch.where(after - first == counts.sum(1), after, first)], 1)

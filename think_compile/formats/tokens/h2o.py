@@ -29,7 +29,7 @@ def attention_mass(q: Tensor, k: Tensor, rows: Tensor, valid: list[Tensor], end:
         end: the row after the last query, if the host knows it.
         scale: of the logits.
     """
-    if q.is_cuda and has_triton() and q.dtype == k.dtype != torch.float64 and q.shape[3] <= MAX_WIDTH:
+    if q.is_cuda and has_triton() and q.dtype == k.dtype != torch.float64 and q.shape[3] <= MAX_WIDTH and scale > 0:
         from think_compile.kernels.mass import key_mass
 
         return key_mass(q, k, rows[0], valid, scale)
