@@ -95,4 +95,4 @@ def test_masks_are_gathered_at_the_stored_positions(dtype, heads):
                 if causal:
                     seen = at <= torch.arange(2)[:, None]
                     want = want & seen if dtype == torch.bool else want.masked_fill(~seen, -torch.inf)
-                assert torch.equal(call.mask[b, head], want)
+                assert torch.equal(call.mask_by_query_head[b, head], want)

@@ -140,7 +140,7 @@ def _part(low, high, i, parts, BLOCK_N: tl.constexpr):
 def attend_share(
     Q, K_NEW, V_NEW, PRUNED, CHANNELS, RECENT, VALUES, MASK, FLOOR, START, OUT, MOST, TOTAL,
     floor, start, first, extent, scale, queries, heads, capacity, value_rows, ring_rows, splits, whole_splits,
-    sm_b, sm_h, sm_n, sm_s,
+    sm_b, sm_h, sm_g, sm_n, sm_s,
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     T: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     ON_DEVICE: tl.constexpr, ROLLING: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr,
@@ -163,9 +163,9 @@ def attend_share(
     real = row < n_rows
     query = row % queries
     q_row = Q + (bh * n_rows + row)[:, None] * D
-    mask_row = bh // heads * sm_b
+    mask_row = bh // heads * sm_b + bh % heads * sm_h
     if not ALIKE:
-        mask_row += ((bh % heads) * GROUP + row // queries) * sm_h + query.to(tl.int64) * sm_n
+        mask_row += row // queries * sm_g + query.to(tl.int64) * sm_n
         mask_row = tl.where(real, mask_row, 0)  # no tile is read past the mask's end
     pruned, values = PRUNED + bh * capacity * T, VALUES + bh * value_rows * DV
     ring, new = RECENT + bh * ring_rows * D, K_NEW + bh * queries * D

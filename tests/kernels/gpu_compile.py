@@ -19,7 +19,7 @@ from think_compile.formats.bits import KeyBits, ValueBits
 from think_compile.kernels.codecs import SIZES, parts_of
 from think_compile.kernels.codes import LEAST_TILE
 from think_compile.kernels.launch import H100, Device, Launch, launch_for, launch_for_codes
-from think_compile.kernels.mass import STAGES, sum_keys, sum_queries, tile_rows
+from think_compile.kernels.mass import options_for, sum_keys, sum_queries, tile_rows
 from think_compile.kernels.merge import COLUMNS, merge_shares
 from think_compile.kernels.pair import kernels_of
 
@@ -188,7 +188,10 @@ def mass(*, kernel=sum_keys, dtype="bf16", d=96, device="H100") -> dict[str, obj
     width = max(128, d)
     rows = tile_rows(width * BYTES[dtype], DEVICES[device][1])
     sizes = {"GROUP": 4, "HEADS": 8, "D": d, "BLOCK_D": width, "BLOCK_M": rows, "BLOCK_N": rows}
-    return compiled(kernel, types, sizes, device, num_warps=8, num_stages=STAGES)
+    options = options_for(rows, BYTES[dtype])
+    if DEVICES[device][0].backend != "cuda":
+        options.pop("maxnreg", None)
+    return compiled(kernel, types, sizes, device, **options)
 
 
 def sums(**options) -> dict[str, object]:

@@ -64,6 +64,8 @@ def check(form, *, n=1, size=300, mask="bool", group_size=4, length=150, dtype=t
     columns = size or length + n
     last = torch.arange(length, length + n, device=DEVICE)[:, None]
     allowed = (torch.arange(columns, device=DEVICE) <= last) & shown(columns, pad)
+    if mask == "of KV heads":
+        allowed = (allowed & (torch.rand(B, H, n, columns, device=DEVICE) < 0.5)).contiguous()
     if mask == "float":
         hidden = torch.finfo(dtype).min
         allowed = torch.zeros(allowed.shape, dtype=dtype, device=DEVICE).masked_fill(~allowed, hidden)
@@ -76,7 +78,7 @@ def check(form, *, n=1, size=300, mask="bool", group_size=4, length=150, dtype=t
     sides = form.keys, form.values
     same = attention.narrow(call, *stored, span, sides)
     wide = [store.to(store.device, torch.float64).stored() for store in stores]
-    exact_mask = allowed if mask == "bool" else allowed.double()
+    exact_mask = allowed.double() if mask == "float" else allowed
     exact = attention.narrow(Call(*(x.double() for x in call[:3]), exact_mask), *wide, span, sides)
     error, natural = ((x.double() - exact).norm() / exact.norm() for x in (got, same))
     assert error <= 1.5 * natural, f"{error:.1e}; {natural:.1e} is natural"
@@ -95,6 +97,7 @@ def bits(keys, values, group=64, sinks=3, d=32, dv=32):
 def test_plans(keys, values, group):
     check(bits(keys, values, group), size=None)
     check(bits(keys, values, group), mask="float")
+    check(bits(keys, values, group), mask="of KV heads")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

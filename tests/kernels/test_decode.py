@@ -96,6 +96,10 @@ def random_mask(case: Case, columns: int) -> torch.Tensor:
     return mask
 
 
+def mask_of_kv_heads(case: Case, columns: int) -> torch.Tensor:
+    return torch.cat([random_mask(case, columns) for _ in range(case.heads)], 1)
+
+
 def random_bias(case: Case, columns: int) -> torch.Tensor:
     bias = torch.randn(case.batch, case.query_heads, case.queries, columns)
     hidden = ~random_mask(case, columns).expand_as(bias)
@@ -107,6 +111,7 @@ def random_bias(case: Case, columns: int) -> torch.Tensor:
 MASKS = {
     "none": lambda case, columns: None,
     "bool": random_mask,
+    "of KV heads": mask_of_kv_heads,
     "float": random_bias,
     "shows all rows": lambda case, columns: torch.ones(1, 1, 1, columns, dtype=torch.bool),
 }
@@ -145,6 +150,8 @@ CASES = [
     Case(first=7, mask="bool", queries=2),
     Case(mask="bool"),
     Case(mask="float", queries=5),
+    Case(mask="of KV heads", on_device=True, spare=30),
+    Case(mask="of KV heads", queries=2),
     Case(mask="bool", queries=2, on_device=True, spare=30),
     Case(mask="float", queries=2, on_device=True, spare=30),
     Case(mask="shows all rows", on_device=True, spare=30),

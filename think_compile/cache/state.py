@@ -70,7 +70,8 @@ class Call(NamedTuple):
     Attributes:
         q: [B, Hq, N, D]; the query heads of a KV head are adjacent.
         k, v: [B, H, N, D] and [B, H, N, Dv], the call's own rows; in a first call all rows, [B, H, S, *].
-        mask: broadcasts to [B, Hq, N, columns]; bool (true attends) or added to the logits; None hides nothing.
+        mask: broadcasts to [B, Hq, N, columns], or [B, H, N, columns] for the query heads of a KV head; bool (true
+            attends) or added to the logits; None hides nothing.
         scale: of the logits; None is 1 / sqrt(D).
         causal: torch's ``is_causal``: query i sees columns 0 to i.
     """
@@ -81,6 +82,14 @@ class Call(NamedTuple):
     mask: Tensor | None = None
     scale: float | None = None
     causal: bool = False
+
+    @property
+    def mask_by_query_head(self) -> Tensor | None:
+        """The mask, with an axis for the query heads if it has one for the KV heads."""
+        heads, query_heads, mask = self.k.shape[1], self.q.shape[1], self.mask
+        if mask is None or mask.dim() < 3 or mask.shape[-3] in (1, query_heads):
+            return mask
+        return mask.repeat_interleave(query_heads // heads, -3)
 
 
 class Prompt(NamedTuple):

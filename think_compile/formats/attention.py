@@ -43,11 +43,12 @@ def _masked(logits: Tensor, call: Call, segment: Segment, read: Reading) -> Tens
     columns, counts = segment.positions - read.span.oldest, segment.counts
     if call.causal:
         counts = counts & (columns <= torch.arange(call.q.shape[2], device=columns.device)[:, None])
-    if call.mask is not None:
+    mask = call.mask_by_query_head
+    if mask is not None:
         if segment.name == "body" and not read.span.rolling:
-            mask = _widened(call.mask, read.span.oldest - read.first, segment.size)
+            mask = _widened(mask, read.span.oldest - read.first, segment.size)
         else:
-            mask = _columns_of(call.mask, columns)
+            mask = _columns_of(mask, columns)
         if mask.dtype == torch.bool:
             counts = counts & mask
         else:
@@ -164,5 +165,12 @@ def decoded(call: Call, keys: Stored, values: Stored, span: Span, sides: tuple[S
     if group > 1 and call.mask is not None:  # fused kernels accept a mask or grouped heads, not both
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     return F.scaled_dot_product_attention(
-        call.q, k, v, call.mask, 0.0, call.causal, scale=scale_of(call), enable_gqa=call.q.shape[1] != k.shape[1]
+        call.q,
+        k,
+        v,
+        call.mask_by_query_head,
+        0.0,
+        call.causal,
+        scale=scale_of(call),
+        enable_gqa=call.q.shape[1] != k.shape[1],
     )

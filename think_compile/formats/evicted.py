@@ -35,12 +35,12 @@ def in_rows(call: Call, keys: Stored, span: Span, side: Side) -> tuple[Call, Spa
     mask = _gathered(call.mask, positions.clamp(max=span.columns - 1), call.q.shape[1])
     if call.causal or has_spare:
         last = torch.arange(call.q.shape[2], device=kept.device)[:, None] if call.causal else span.columns - 1
-        mask = _joined(mask, (positions[:, :, None] <= last).repeat_interleave(call.q.shape[1] // kept.shape[1], 1))
+        mask = _joined(mask, positions[:, :, None] <= last)
     return call._replace(mask=mask, causal=False), of_rows
 
 
 def _gathered(mask: Tensor | None, positions: Tensor, query_heads: int) -> Tensor | None:
-    """The columns ``positions`` [B, H, M] of a mask that broadcasts to [B, Hq, N, columns]."""
+    """The columns ``positions`` [B, H, M] of a mask that broadcasts to [B, Hq, N, columns], as ``Call`` has it."""
     if mask is None or mask.shape[-1] == 1:
         return mask
     mask = mask[(None,) * (4 - mask.dim())]
@@ -49,12 +49,13 @@ def _gathered(mask: Tensor | None, positions: Tensor, query_heads: int) -> Tenso
     per_head = mask if mask.shape[1] == 1 else mask.unflatten(1, (heads, group)).flatten(2, 3)
     wide = per_head.expand(batch, heads, -1, -1)
     found = wide.gather(3, positions[:, :, None].expand(-1, -1, wide.shape[2], -1))
-    if mask.shape[1] == 1:
-        return found.repeat_interleave(group, 1)
-    return found.unflatten(2, (group, -1)).flatten(1, 2)
+    return found if mask.shape[1] == 1 else found.unflatten(2, (group, -1)).flatten(1, 2)
 
 
 def _joined(mask: Tensor | None, seen: Tensor) -> Tensor:
+    """A mask, and what is ``seen`` [B, H, N, M]."""
     if mask is None:
         return seen
+    if mask.dim() == 4 and mask.shape[1] not in (1, seen.shape[1]):
+        seen = seen.repeat_interleave(mask.shape[1] // seen.shape[1], 1)
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))

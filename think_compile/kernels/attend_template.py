@@ -164,7 +164,7 @@ def attend_share(
     Q, K_NEW, V_NEW, KEYS, K_RING, K_SINKS, VALUES, V_RING, V_SINKS, FIRST_TOKEN, MASK, WINDOW_START, START,
     BEFORE, OUT, MOST, TOTAL,
     window_start, start, first, extent, scale, queries, heads, capacity, value_rows, ring_rows, splits, whole_splits,
-    sm_b, sm_h, sm_n, sm_s,
+    sm_b, sm_h, sm_g, sm_n, sm_s,
     GROUP: tl.constexpr, D_SIZES: tl.constexpr, DV_SIZES: tl.constexpr, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
     SINKS: tl.constexpr, ON_DEVICE: tl.constexpr, ROLLING: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     ALIKE: tl.constexpr, HALF_MASK: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -197,9 +197,9 @@ def attend_share(
     real = row < n_rows
     query = row % queries
     q_row = Q + (bh * n_rows + row)[:, None] * D_WIDTH
-    mask_row = bh // heads * sm_b
+    mask_row = bh // heads * sm_b + bh % heads * sm_h
     if not ALIKE:
-        mask_row += ((bh % heads) * GROUP + row // queries) * sm_h + query.to(tl.int64) * sm_n
+        mask_row += row // queries * sm_g + query.to(tl.int64) * sm_n
         mask_row = tl.where(real, mask_row, 0)  # no read beyond the mask's end
     KEYS = keys_locate(KEYS, bh, capacity, K_SIZES)
     VALUES = values_locate(VALUES, bh, value_rows, V_SIZES)

@@ -124,7 +124,7 @@ class PairKernels:
     def _parts_of_record(self, call: Call) -> int:
         """2 if the queries fill only half of a tile's rows; its other rows are then the other half of a record."""
         mask = _four_axes(call.mask)
-        shared = mask is None or all(statically_known_true(size == 1) for size in mask.shape[1:3])
+        shared = mask is None or (mask.shape[1] in (1, call.k.shape[1]) and statically_known_true(mask.shape[2] == 1))
         few = statically_known_true(call.q.shape[1] // call.k.shape[1] * call.q.shape[2] <= 4)
         return 2 if None not in self.codecs and self._records == 128 and shared and not call.causal and few else 1
 
@@ -272,7 +272,7 @@ def _own(call: Call) -> list[Tensor]:
 
 
 def _four_axes(mask: Tensor | None) -> Tensor | None:
-    """A mask as [B or 1, Hq or 1, N or 1, S]."""
+    """A mask as [B or 1, Hq, H or 1, N or 1, S]."""
     return None if mask is None else mask[(None,) * (4 - mask.dim())]
 
 

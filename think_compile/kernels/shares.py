@@ -99,11 +99,17 @@ def hint(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
-def _strides(mask: Tensor | None) -> tuple[int, ...]:
-    """A mask's strides, 0 along axes of size 1, which broadcast over batches, heads, queries or keys."""
+def _strides(mask: Tensor | None, heads: int, group: int) -> tuple[int, ...]:
+    """A mask's strides: sequence, KV head, query head of a group, query, key; 0 along axes of size 1, which broadcast.
+
+    ``mask``: see :class:`think_compile.cache.state.Call`.
+    """
     if mask is None:
-        return 0, 0, 0, 0
-    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+        return 0, 0, 0, 0, 0
+    batch, head, *rest = (0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
+    if mask.shape[1] == heads:
+        return batch, head, 0, *rest
+    return batch, head * group, head, *rest
 
 
 def launch_shares(kernels: Kernels, given: Given) -> Shares:
@@ -122,7 +128,7 @@ def launch_shares(kernels: Kernels, given: Given) -> Shares:
     most, total = (q.new_empty((all_heads, splits, rows), dtype=torch.float32) for _ in range(2))
     window_start_at, start_at = given.at or (None, None)
     *lengths, rolling, causal = given.numbers
-    strides = _strides(mask)
+    strides = _strides(mask, heads, query_heads // heads)
     traced(kernels.attend_share)[(all_heads, triton.cdiv(rows, how.block_m), how.splits + whole_splits)](
         q, k, v, *given.keys, k_ring, k_sinks, *given.values, v_ring, v_sinks, first_token,
         mask, window_start_at, start_at, given.before, out, most, total,
@@ -131,7 +137,7 @@ def launch_shares(kernels: Kernels, given: Given) -> Shares:
         **_constants(kernels, d, dv, sizes), SINKS=sinks, GROUP_N=records, PARTS=parts,
         GROUP=query_heads // heads, ON_DEVICE=start_at is not None, ROLLING=bool(rolling), CAUSAL=bool(causal),
         KIND=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
-        ALIKE=strides[1] == 0 and strides[2] == 0, HALF_MASK=mask is not None and mask.dtype == torch.float16,
+        ALIKE=strides[2] == 0 and strides[3] == 0, HALF_MASK=mask is not None and mask.dtype == torch.float16,
         BLOCK_M=how.block_m, BLOCK_N=how.block_n, BLOCK_W=block_w, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return Shares(out, most, total)
