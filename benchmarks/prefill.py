@@ -25,7 +25,6 @@ CONFIGS: tuple[ThinkConfig | None, ...] = (  # None: the plain model
 )
 
 RULES: tuple[ThinkConfig | None, ...] = (
-    None,
     ThinkConfig(0.0),
     *(ThinkConfig(tokens=rule(0.25)) for rule in (SnapKV, KVCrush, H2O)),
 )
