@@ -161,10 +161,11 @@ def stored_past(model: Any, batch: int, tokens: int, config: ThinkConfig, spare:
         layer.max_cache_len = 1  # its own buffers are replaced, and may not fit
         _begun(layer, model, batch, tokens)
         layer.max_cache_len = capacity
+        rows, shared = _Rows(kept, capacity - tokens + kept, tokens), dict[str, Tensor]()
         for of, written in (("keys", tokens), ("values", None)):
             side = form.side(of)
-            rows = _Rows(kept, capacity - tokens + kept, tokens)
-            state = {part.name: _part(part, side, model, batch, rows) for part in side.parts(fixed=True)}
+            state = {part.name: _part(part, side, model, batch, rows) for part in side.parts(fixed=True)} | shared
+            shared = {name: state[name] for name in (POSITIONS, EVICTED) if name in state}
             store = Packed.made(of, side, state, model.dtype, capacity, fixed=True)
             setattr(layer, of, _handle(store, written))
     return cache
@@ -206,9 +207,9 @@ def _part(part: Part, side: Side, model: Any, batch: int, rows: _Rows) -> Tensor
 
 
 def past_bytes(cache: StaticCache) -> int:
-    """Bytes of all tensors of a cache of :func:`stored_past`."""
+    """Bytes of all tensors of a cache of :func:`stored_past`, those of both sides once."""
     stores = [getattr(layer, of).cell.store for layer in cache.layers for of in ("keys", "values")]
-    return sum(x.nbytes for store in stores for x in store.tensors())
+    return sum({x.data_ptr(): x.nbytes for store in stores for x in store.tensors()}.values())
 
 
 def _handle(store: Packed, written: int | None) -> Handle:

@@ -152,7 +152,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ratio": ratio,
     **{name: option(name) for name in ("recent", "observe", "score_over", "channel_multiple")},
     "plans": plans,
-    "group": option_of_plans("group"),
+    **{name: option_of_plans(name) for name in ("group", "sinks")},
     "needles": needles,
     "tasks": tasks,
 }

@@ -55,6 +55,15 @@ def _plan(keys: Any, values: Any = None, **options: Any) -> Settings:
     return _settings("think", keys=keys, values=values, recent=RECENT, lowering="eager", **options)
 
 
+TOKEN_RULES = ("snapkv", "h2o", "kvcrush")
+FORMS: tuple[dict[str, Any], ...] = ({"ratio": 0.0}, {"ratio": 0.5}, {"keys": "4", "values": "4"})
+
+
+def _selected(rule: str, share: float, **form: Any) -> Settings:
+    """A share of the tokens, in some form, by the compiled path."""
+    return _settings("think", tokens=f"{rule}:{share:g}", recent=RECENT, lowering="eager", **form)
+
+
 STUDIES: dict[str, list[Settings]] = {
     "plans": [
         *(_plan(keys) for keys in ("8", "4", "8:0.25+4:0.75", "4:0.5+2:0.5", "4:0.7", "4:0.5", "2")),
@@ -64,6 +73,8 @@ STUDIES: dict[str, list[Settings]] = {
     ],
     "sinks": [_plan(keys, "4", sinks=n) for keys in ("4", "4:0.5+2:0.5") for n in (0, 1, 4, 16)],
     "group": [_plan(keys, "4", group=n) for keys in ("4", "4:0.5+2:0.5") for n in (32, 64, 128)],
+    "tokens": [_selected(rule, share, **FORMS[0]) for rule in TOKEN_RULES for share in (0.5, 0.25, 0.125)]
+    + [_selected(rule, 0.25, **form) for rule in TOKEN_RULES for form in FORMS[1:]],
     "ratio": [
         *(_settings(ratio=ratio, recent=RECENT) for ratio in RATIOS),
         *(_settings(method, ratio=ratio, score_over=_over(method)) for method in SIMULATED for ratio in RATIOS),
@@ -80,6 +91,10 @@ STUDIES: dict[str, list[Settings]] = {
 }
 
 
+MEASURED: tuple[str, ...] = ("kl", "agreement", "scored", "through_pruned", "effective_ratio", "stored_share")
+MEASURED += ("kl_of_samples", "agreement_of_samples")
+
+
 def samples_of(task: str, tokenizer: Any, count: int) -> list[Sample]:
     """Samples of a task of continuations, evenly spread over it."""
     docs = [json.loads(line) for line in (FOLDER / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -88,15 +103,21 @@ def samples_of(task: str, tokenizer: Any, count: int) -> list[Sample]:
 
 
 def row_of(settings: Settings, found: Distance) -> Row:
-    """What is kept of one setting: means with 95% intervals over samples, and the samples."""
-    kl, agreement = mean_interval(found.kl), mean_interval(found.agreement)
+    """What is kept of one setting."""
+    return settings.described() | measures(found)
+
+
+def measures(found: Distance) -> Row:
+    """Means with 95% intervals over samples, and the samples; ``stored_share``: of the bytes of a dense cache."""
+    kl, agreement, told = mean_interval(found.kl), mean_interval(found.agreement), found.told
+    dense, stored = (sum(told.get(f"{what}_{of}_bytes", 0) for of in ("key", "value")) for what in ("dense", "stored"))
     return {
-        **settings.described(),
         "kl": [round(x, 5) + 0.0 for x in (kl.mean, kl.low, kl.high)],  # no -0.0
         "agreement": [round(x, 4) for x in (agreement.mean, agreement.low, agreement.high)],
-        "tokens": found.tokens,
+        "scored": found.tokens,
         "through_pruned": found.through_pruned,
-        "effective_ratio": round(found.told["effective_ratio"], 4),
+        "effective_ratio": round(told.get("effective_ratio", 0.0), 4),
+        **({"stored_share": round(stored / dense, 4)} if dense else {}),
         "kl_of_samples": [round(x, 5) for x in found.kl],
         "agreement_of_samples": [round(x, 4) for x in found.agreement],
     }
@@ -105,7 +126,7 @@ def row_of(settings: Settings, found: Distance) -> Row:
 def find(rows: Iterable[Row], settings: Settings) -> Row | None:
     """The row of a setting, if there is one."""
     told = settings.described()
-    return next((row for row in rows if all(row.get(name) == value for name, value in told.items())), None)
+    return next((row for row in rows if {name: x for name, x in row.items() if name not in MEASURED} == told), None)
 
 
 def measured(missing: Sequence[Settings], divergence: Divergence) -> Iterator[list[Row]]:

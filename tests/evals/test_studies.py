@@ -6,7 +6,7 @@ import typer
 from random_lm import random_model, word_tokenizer, words
 from typer.testing import CliRunner
 
-from evals import plots, studies
+from evals import peers, plots, studies
 from think_compile.evals.divergence import Divergence, Sample
 from think_compile.evals.settings import Settings
 from think_compile.evals.statistics import mean_interval
@@ -25,9 +25,36 @@ def small(method="simulated", ratio=0.5, **options):
 def test_a_row_tells_the_setting_and_all_samples():
     row = studies.row_of(small(), Divergence(random_model(), some_samples()).of(small()))
     assert row["method"] == "simulated" and row["ratio"] == row["effective_ratio"] == 0.5
-    assert row["tokens"] == row["through_pruned"] == 18
+    assert row["scored"] == row["through_pruned"] == 18
     assert row["kl"][0] == pytest.approx(mean_interval(row["kl_of_samples"]).mean, abs=1e-5)
     assert row["kl"][1] <= row["kl"][0] <= row["kl"][2] and row["kl"][0] > 0.01
+
+
+def test_a_row_of_a_token_rule_is_found_again():
+    """And tells what of the cache is stored."""
+    setting = small("think", ratio=0.0, tokens="snapkv:0.5")
+    row = studies.row_of(setting, Divergence(random_model(), some_samples()).of(setting))
+    assert studies.find([row], setting) is row and studies.find([row], small("think", ratio=0.0)) is None
+    assert 0.5 < row["stored_share"] < 1 and row["kl"][0] > 0.001 and row["through_pruned"] == 18
+
+
+class Last:
+    """A press: the latest share of the rows stays."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        rows = int(keys.shape[2] * self.share)
+        return keys[:, :, -rows:], values[:, :, -rows:]
+
+
+def test_a_press_reads_what_it_leaves():
+    model, samples = random_model(), some_samples()
+    divergence = Divergence(model, samples)
+    every, some = (divergence.of_logits(peers.reader(model, Last(share)), {}) for share in (1, 0.25))
+    assert max(every.kl) < 1e-6 and every.agreement == [1, 1, 1] and every.through_pruned == 18
+    assert min(some.kl) > 0.001
 
 
 def test_simulated_settings_come_at_once_and_the_others_behind():

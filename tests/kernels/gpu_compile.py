@@ -19,7 +19,7 @@ from think_compile.formats.bits import KeyBits, ValueBits
 from think_compile.kernels.codecs import SIZES, parts_of
 from think_compile.kernels.codes import LEAST_TILE
 from think_compile.kernels.launch import H100, Device, Launch, launch_for, launch_for_codes
-from think_compile.kernels.mass import options_for, sum_keys, sum_queries, tile_rows
+from think_compile.kernels.mass import OF_KEYS, OF_QUERIES, fitted, sum_keys, sum_queries
 from think_compile.kernels.merge import COLUMNS, merge_shares
 from think_compile.kernels.pair import kernels_of
 
@@ -181,21 +181,22 @@ def merge() -> dict[str, object]:
     return compiled(merge_shares, types, {"DV": 80, "COLUMNS": COLUMNS, "SPLITS": 33, "BLOCK_S": 64})
 
 
-def mass(*, kernel=sum_keys, dtype="bf16", d=96, device="H100") -> dict[str, object]:
+def mass(*, kernel=sum_keys, tile=OF_KEYS, dtype="bf16", d=96, device="H100") -> dict[str, object]:
     """The kernels of H2O's scores."""
     types = {"Q": f"*{dtype}", "K": f"*{dtype}", "SUMS": "*fp32", "MASS": "*fp32", "START": "*i64", "scale": "fp32"}
     types |= {"KEY_VALID": "*i1", "QUERY_VALID": "*i1", "SPANS": "*i64"}
-    width = max(128, d)
-    rows = tile_rows(width * BYTES[dtype], DEVICES[device][1])
-    sizes = {"GROUP": 4, "HEADS": 8, "D": d, "BLOCK_D": width, "BLOCK_M": rows, "BLOCK_N": rows}
-    options = options_for(rows, BYTES[dtype])
-    if DEVICES[device][0].backend != "cuda":
-        options.pop("maxnreg", None)
+    target, limits = DEVICES[device]
+    tile = fitted(tile, max(128, d) * BYTES[dtype], limits)
+    if target.backend != "cuda":
+        tile = tile._replace(registers=0)
+    options = tile.options()
+    sizes = {"GROUP": 4, "HEADS": 8, "D": d, "BLOCK_D": max(128, d)}
+    sizes |= {name: options.pop(name) for name in ("BLOCK_M", "BLOCK_N")}
     return compiled(kernel, types, sizes, device, **options)
 
 
 def sums(**options) -> dict[str, object]:
-    return mass(kernel=sum_queries, **options)
+    return mass(kernel=sum_queries, tile=OF_QUERIES, **options)
 
 
 STORED = dict.fromkeys(("Q", "K", "V", "K_ROWS", "RING", "V_ROWS", "RESULT"), "*bf16")

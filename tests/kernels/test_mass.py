@@ -17,7 +17,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 )
 @pytest.mark.parametrize("padded", ["", "left", "with gaps"])
 def test_the_mass_of_each_key(n_new, size, start, padded, dtype, most_rows, monkeypatch):
-    monkeypatch.setattr(mass, "MOST_ROWS", most_rows)
+    for name, keys in (("OF_QUERIES", most_rows), ("OF_KEYS", max(16, most_rows // 2))):
+        monkeypatch.setattr(mass, name, getattr(mass, name)._replace(queries=most_rows, keys=keys))
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 6, n_new, 24), (2, 2, size, 24)
     q, k = (torch.randn(*shape, generator=generator).to(DEVICE, dtype) * 2 for shape in shapes)

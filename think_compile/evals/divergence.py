@@ -6,7 +6,7 @@ the two distributions are compared at each token of the continuation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,6 +93,17 @@ class Divergence:
         """
         predictions, told = self._predictions(settings)
         compared = {index: _compare(self._expected(index), ours) for index, ours in predictions.items()}
+        return self._distance(compared, told)
+
+    def of_logits(self, logits: Callable[[Piece], Tensor], told: dict[str, Any]) -> Distance:
+        """The distance of some other way to read a compressed context; ``told``: its account of its work.
+
+        ``logits`` gives [N, V], the predictions of a piece's targets.
+        """
+        compared = {}
+        for index, piece in enumerate(tqdm(self.pieces, desc="pieces")):
+            ours = Scored(logits(piece), len(piece.targets))
+            compared[index] = _compare(self._expected(index).to(ours.logits.device), ours)
         return self._distance(compared, told)
 
     def of_simulated(self, methods: Sequence[Settings]) -> list[Distance]:

@@ -7,6 +7,8 @@ loop of their own: almost all tiles of a long prompt are such.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,26 +18,51 @@ from think_compile.kernels.launch import Device, device_of
 from think_compile.kernels.shares import device_of_launch
 
 _LOG2E = 1.4426950408889634
-MOST_ROWS, WARPS, STAGES, REGISTERS = 128, 8, 2, 128  # the best of those tried on an H200
 
 
-def tile_rows(row_bytes: int, device: Device) -> int:
-    """Queries and keys of a tile: as many as fit in shared memory, one tile and two that are loaded ahead."""
-    room = device.shared_bytes // (row_bytes * (STAGES + 1))
-    return max(16, min(MOST_ROWS, 1 << room.bit_length() - 1))
+class Tile(NamedTuple):
+    """Queries and keys of a tile, and options of the launch. ``registers``: at most so many a thread; 0: any."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """For the launch."""
+        return {
+            **{"BLOCK_M": self.queries, "BLOCK_N": self.keys, "num_warps": self.warps, "num_stages": self.stages},
+            **({"maxnreg": self.registers} if self.registers else {}),
+        }
 
 
-def options_for(rows: int, element_bytes: int) -> dict[str, int]:
-    """Options of a launch. Two programs of 16-bit tiles share a processor if neither takes too many registers."""
-    capped = rows == MOST_ROWS and element_bytes == 2 and torch.version.hip is None
-    return {"num_warps": WARPS, "num_stages": STAGES, **({"maxnreg": REGISTERS} if capped else {})}
+# the best of those tried on an H200, for 128 channels of 16 bits
+OF_QUERIES = Tile(128, 128, 8, 2, 128)  # so two programs share a processor
+OF_KEYS = Tile(64, 128, 4, 3)
+
+
+def fitted(tile: Tile, row_bytes: int, device: Device) -> Tile:
+    """The tile, or a smaller one that fits a device's shared memory: one block of rows, and others loaded ahead."""
+    if torch.version.hip is not None or row_bytes > 256:
+        tile = tile._replace(registers=0)
+    while max(tile.queries, tile.keys) * row_bytes * (tile.stages + 1) > device.shared_bytes and tile.queries > 16:
+        tile = tile._replace(queries=max(16, tile.queries // 2), keys=max(16, tile.keys // 2), registers=0)
+    return tile
 
 
 @triton.jit
 def _tile(X, row, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [M, BLOCK_D] of X [rows, D]; zero where not ``there``."""
+    """Rows [M, BLOCK_D] of X [rows, D]; zero where not ``there``; None: all are."""
     d = tl.arange(0, BLOCK_D)
-    return tl.load(X + row[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+    at = X + row[:, None] * D + d[None, :]
+    if there is not None:
+        x = tl.load(at, mask=there[:, None] & (d < D)[None, :], other=0.0)
+    elif D < BLOCK_D:
+        x = tl.load(at, mask=(d < D)[None, :], other=0.0)
+    else:
+        x = tl.load(at)
+    return x
 
 
 @triton.jit
@@ -76,7 +103,7 @@ def sum_queries(
         seen = tl.minimum(start + query + 1, last) - at
         most, total = _more(most, total, tl.where(column[None, :] < seen[:, None], s, float("-inf")), scale)
     for at in range(begin, end, BLOCK_N):
-        k = _tile(keys, at + column, column < BLOCK_N, D, BLOCK_D)
+        k = _tile(keys, at + column, None, D, BLOCK_D)
         most, total = _more(most, total, tl.dot(q, tl.trans(k), input_precision="ieee"), scale)
     counts = total > 0
     if QUERY_VALID is not None:
@@ -92,12 +119,12 @@ def sum_keys(
 ):  # fmt: skip
     """The probability of a tile of keys of one KV head, summed over the queries, mean over the query heads."""
     head, tile = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_N
-    before, row, column = tile - tl.load(START).to(tl.int32), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    counts = tile + row < size
-    k = _tile(K + head * size * D, tile + row, counts, D, BLOCK_D)
+    before, query, key = tile - tl.load(START).to(tl.int32), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    counts = tile + key < size
+    k = tl.trans(_tile(K + head * size * D, tile + key, counts, D, BLOCK_D))
     if KEY_VALID is not None:
-        counts = counts & (tl.load(KEY_VALID + head // HEADS * size + tile + row, mask=counts, other=0) != 0)
-    mass = tl.zeros([BLOCK_N], tl.float32)
+        counts = counts & (tl.load(KEY_VALID + head // HEADS * size + tile + key, mask=counts, other=0) != 0)
+    mass = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     first = tl.minimum(tl.maximum(before, 0), n_new)  # earlier queries see no key of the tile
     whole = tl.minimum(tl.maximum(before + BLOCK_N - 1, 0), n_new)  # from here on they see each
     whole = first + tl.cdiv(whole - first, BLOCK_M) * BLOCK_M
@@ -105,16 +132,16 @@ def sum_keys(
     for of_group in range(GROUP):
         rows = (head * GROUP + of_group) * n_new
         for at in range(first, tl.minimum(whole, last), BLOCK_M):
-            q = tl.trans(_tile(Q + rows * D, at + column, at + column < n_new, D, BLOCK_D))
-            sums = tl.load(SUMS + rows + at + column, mask=at + column < n_new, other=float("inf"))
-            s = tl.dot(k, q, input_precision="ieee") * scale
-            s = tl.where(column[None, :] >= (row + before - at)[:, None], s, float("-inf"))
-            mass += tl.sum(tl.exp2(s - sums[None, :]), 1)
+            q = _tile(Q + rows * D, at + query, at + query < n_new, D, BLOCK_D)
+            sums = tl.load(SUMS + rows + at + query, mask=at + query < n_new, other=float("inf"))
+            s = tl.dot(q, k, input_precision="ieee") * scale
+            s = tl.where(key[None, :] <= (query + at - before)[:, None], s, float("-inf"))
+            mass += tl.exp2(s - sums[:, None])
         for at in range(whole, last, BLOCK_M):
-            q = tl.trans(_tile(Q + rows * D, at + column, at + column < n_new, D, BLOCK_D))
-            sums = tl.load(SUMS + rows + at + column, mask=at + column < n_new, other=float("inf"))
-            mass += tl.sum(tl.exp2(tl.dot(k, q, input_precision="ieee") * scale - sums[None, :]), 1)
-    tl.store(MASS + head * size + tile + row, tl.where(counts, mass / GROUP, 0.0), mask=tile + row < size)
+            q = _tile(Q + rows * D, at + query, at + query < n_new, D, BLOCK_D)
+            sums = tl.load(SUMS + rows + at + query, mask=at + query < n_new, other=float("inf"))
+            mass += tl.exp2(tl.dot(q, k, input_precision="ieee") * scale - sums[:, None])
+    tl.store(MASS + head * size + tile + key, tl.where(counts, tl.sum(mass, 0) / GROUP, 0.0), mask=tile + key < size)
 
 
 def key_mass(q: Tensor, k: Tensor, start: Tensor, valid: list[Tensor], scale: float) -> Tensor:
@@ -130,14 +157,14 @@ def key_mass(q: Tensor, k: Tensor, start: Tensor, valid: list[Tensor], scale: fl
     sums = q.new_empty(batch, query_heads, n_new, dtype=torch.float32)
     mass = q.new_empty(batch, heads, size, dtype=torch.float32)
     sizes = {"GROUP": query_heads // heads, "HEADS": heads, "D": d, "BLOCK_D": max(16, triton.next_power_of_2(d))}
-    rows = tile_rows(sizes["BLOCK_D"] * q.element_size(), device_of(q.device))
+    row_bytes, device = sizes["BLOCK_D"] * q.element_size(), device_of(q.device)
+    of_queries, of_keys = (fitted(tile, row_bytes, device) for tile in (OF_QUERIES, OF_KEYS))
     given = (n_new, size, scale * _LOG2E)
     with device_of_launch(q):
-        tiles = (triton.cdiv(n_new, rows), batch * query_heads)
-        sizes |= {"BLOCK_M": rows, "BLOCK_N": rows, **options_for(rows, q.element_size())}
-        sum_queries[tiles](q, k, key_valid, query_valid, spans, start, sums, *given, **sizes)
-        tiles = (triton.cdiv(size, rows), batch * heads)
-        sum_keys[tiles](q, k, key_valid, start, sums, mass, *given, **sizes)
+        tiles = (triton.cdiv(n_new, of_queries.queries), batch * query_heads)
+        sum_queries[tiles](q, k, key_valid, query_valid, spans, start, sums, *given, **sizes, **of_queries.options())
+        tiles = (triton.cdiv(size, of_keys.keys), batch * heads)
+        sum_keys[tiles](q, k, key_valid, start, sums, mass, *given, **sizes, **of_keys.options())
     return mass
 
 
