@@ -111,15 +111,46 @@ def option_of_plans(name: str) -> Callable[[dict[str, Any]], str]:
     return table
 
 
+def form_of(row: Row) -> str:
+    """How keys and values are stored."""
+    if "keys" in row:
+        return f"keys {row['keys']}, values {row['values']}"
+    return f"ratio {row['ratio']:g}" if row["ratio"] else "whole"
+
+
+def tokens(result: dict[str, Any]) -> str:
+    """What each token rule stores, and KL and agreement."""
+    lines = [
+        [
+            *(row["tokens"].split(":")[0], f"{float(row['tokens'].split(':')[1]):g}", form_of(row)),
+            *(f"{100 * row['stored_share']:.1f}", *_distance(row)),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["rule", "share of the tokens", "keys and values", "bytes, % of dense", "KL", "agreement, %"]
+    return "\n\n".join([about(result), markdown(header, lines)])
+
+
+def _distance(row: Row) -> tuple[str, str]:
+    return "{:.4f} [{:.4f}, {:.4f}]".format(*row["kl"]), f"{100 * row['agreement'][0]:.1f}"
+
+
+def peers(result: dict[str, Any]) -> str:
+    """KL and agreement of kvpress's rules."""
+    lines = [[f"`{row['method']}`", f"{row['share']:g}", *_distance(row)] for row in result["rows"]]
+    return "\n\n".join([about(result), markdown(["press", "share of the tokens", "KL", "agreement, %"], lines)])
+
+
 def needles(result: dict[str, Any]) -> str:
-    """The share of needles that each pair of plans finds, and the difference to the dense model."""
+    """The share of needles that each way of storing finds, and the difference to the dense model."""
 
     def found(row: Row) -> str:
         share, less = f"{row['metrics']['acc,none']:.3f}", row["less_dense"].get("acc,none")
         return share if less is None else "{} ({:+.3f} [{:+.3f}, {:+.3f}])".format(share, *less)
 
     def plan(row: Row) -> str:
-        return "dense" if row["method"] == "dense" else f"keys {row['keys']}, values {row['values']}"
+        selected = f"{row['tokens']}, " if "tokens" in row else ""
+        return "dense" if row["method"] == "dense" else selected + form_of(row)
 
     lines = crossed(result["rows"], plan, lambda row: f"`{row['task']}`, n = {row['n']}", found)
     return "\n\n".join([about(result), markdown(lines[0], lines[1:])])
@@ -153,7 +184,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: option(name) for name in ("recent", "observe", "score_over", "channel_multiple")},
     "plans": plans,
     **{name: option_of_plans(name) for name in ("group", "sinks")},
-    "needles": needles,
+    "tokens": tokens,
+    "peers": peers,
+    **dict.fromkeys(("needles", "token_needles"), needles),
     "tasks": tasks,
 }
 

@@ -16,7 +16,7 @@ from torch.utils._triton import has_triton
 from think_compile.cache.state import COUNTERS, Call, Length, Span, Stored
 from think_compile.formats.sinks import BEGIN, SINKS
 from think_compile.kernels.codecs import CODED_PARTS
-from think_compile.kernels.launch import LONG, Launch, device_of, launch_for, launch_for_codes
+from think_compile.kernels.launch import LEAST, LONG, Launch, device_of, launch_for, launch_for_codes
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +234,8 @@ class PairKernels:
         d, dv = call.q.shape[3], call.v.shape[3]
         (batch, query_heads, queries, _), heads = (hint(size) for size in call.q.shape), hint(call.k.shape[1])
         extent = _bounds(call, span)[1]
-        tokens = extent if isinstance(extent, int) else max(LONG, hint(extent))
+        least = LEAST if isinstance(span.start, Tensor) else LONG
+        tokens = extent if isinstance(extent, int) else max(least, hint(extent))
         rows, device = query_heads // heads * queries, device_of(call.q.device)
         if self.has_codes:
             ring = max(hint(side.state["ring"].shape[2]) for side in (keys, values) if "ring" in side.state)

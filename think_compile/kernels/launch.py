@@ -23,7 +23,8 @@ CODE_PROGRAMS = 8  # of one warp on a processor
 FILLED_BY_CODES = 0.95  # share of the shared memory
 WHOLE_TILE = 32  # positions with whole rows in a tile, beside codes
 CODES_PER_ROW = 8  # tokens in codes that take as long as a whole row; judged from one shape
-LONG = 16384  # assumed rows of a cache whose length is unknown when its graph is made
+LONG = 16384  # least length that a launch assumes for a growing cache, whose length is symbolic
+LEAST = 4096  # the same for a cache of fixed but symbolic size: its graph also serves larger ones
 
 
 class Launch(NamedTuple):
