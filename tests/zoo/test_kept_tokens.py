@@ -1,0 +1,117 @@
+"""Token rules on every architecture of the zoo: later calls attend to the kept tokens alone.
+
+The plain model runs with the other tokens hidden in each attention of a later call. The rule selects the same tokens in
+all heads and layers, so that one list of columns tells which.
+"""
+
+import copy
+import warnings
+from dataclasses import dataclass
+
+import architectures
+import pytest
+import torch
+import torch.nn.functional as F
+from coverage import cannot_run
+from oracle import worst
+from torch.overrides import TorchFunctionMode
+from trial import BATCH, PROMPT, Run, before_each_call, cache_layers, generate, prompt, runs
+
+from think_compile import Report, ThinkWarning, report, think_compile
+from think_compile.cache.handle import Handle
+from think_compile.passes.refusal import Reason
+
+FEW = ["cohere", "qwen3"]
+NEVER = {Reason.FAILED, Reason.GIVEN_UP}
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The first tokens of each sequence, and the last ones."""
+
+    first: int = 2
+    last: int = 6
+
+    def positions(self, seen):
+        rows = torch.arange(seen.tokens, device=seen.k.device)
+        first = seen.first_valid[:, None]
+        wanted = ((rows >= first) & (rows < first + self.first)) | (rows >= seen.tokens - self.last)
+        best = wanted.int().argsort(dim=1, descending=True, stable=True)[:, : self.first + self.last]
+        return best[:, None].expand(-1, seen.k.shape[1], -1)
+
+    def describe(self):
+        return "the ends"
+
+    def evicted(self):
+        """[B, PROMPT] bool."""
+        first = (prompt()[1] == 0).sum(1, keepdim=True)
+        rows = torch.arange(PROMPT)
+        return (rows >= first + self.first) & (rows < PROMPT - self.last)
+
+
+class Hidden(TorchFunctionMode):
+    """In calls with a past, attention does not see the evicted tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.has_past, self.evicted = False, Ends().evicted()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention and self.has_past:
+            q, k = args[:2]
+            hidden = F.pad(self.evicted, (0, k.shape[2] - PROMPT))[:, None, None]
+            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+            args = args[:3]
+            shown = torch.ones(BATCH, 1, q.shape[2], k.shape[2], dtype=torch.bool) if mask is None else mask
+            kwargs["attn_mask"] = (
+                shown & ~hidden if shown.dtype == torch.bool else shown.masked_fill(hidden, float("-inf"))
+            )
+            kwargs["is_causal"] = False
+        return func(*args, **kwargs)
+
+
+def plain_run(model, static: bool) -> Run:
+    hidden = Hidden()
+
+    def note(cache):
+        hidden.has_past = cache is not None and cache.get_seq_length() > 0
+
+    with before_each_call(model, note), hidden:
+        return generate(model, static)
+
+
+def compiled_run(model, static: bool) -> tuple[Run, Report]:
+    torch._dynamo.reset()
+    ours = think_compile(copy.deepcopy(model), tokens=Ends(), lowering="eager")
+    run = generate(ours, static)
+    return run, report(ours)
+
+
+def cases():
+    few, others = [], pytest.mark.zoo
+    return [pytest.param(a, id=a.name, marks=few if a.name in FEW else others) for a in architectures.causal()]
+
+
+@pytest.mark.parametrize("what", cases())
+@torch.no_grad()
+def test_later_calls_attend_to_the_kept_tokens(what):
+    if reason := cannot_run(what):
+        pytest.skip(reason)
+    model = what.build()
+    for static in (False, True) if runs(model, True) else (False,):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ThinkWarning)
+            got, found = compiled_run(model, static)
+        assert not {record.reason for record in found.refused} & NEVER, str(found)
+        if not found.rewritten:
+            pytest.skip("no layer is rewritten")
+        stored = [
+            x for layer in cache_layers(got.cache) for x in (getattr(layer, "keys", None),) if isinstance(x, Handle)
+        ]
+        assert all(x.store.selected == (8, PROMPT) for x in stored if not x.is_dense)
+        if found.refused:
+            pytest.skip("some layers keep all tokens")
+        same = plain_run(copy.deepcopy(model), static)
+        scale = max(1.0, same.logits.abs().max().item())
+        assert worst(got.logits, same.logits) <= 2e-5 * scale
