@@ -32,7 +32,7 @@ def test_the_mass_of_each_key(n_new, size, start, padded, dtype, most_rows, monk
         valid = [keys, keys[:, start : start + n_new]]
     at = torch.tensor(start, device=DEVICE)
     rows = at + torch.arange(n_new, device=DEVICE)
-    want = attention_mass(q.cpu(), k.cpu(), rows.cpu(), [x.cpu() for x in valid], None, 0.2)
+    want = attention_mass(q.cpu(), k.cpu(), rows.cpu(), [x.cpu() for x in valid], 0.2)
     got = key_mass(q, k, at, valid, 0.2).cpu()
     torch.testing.assert_close(got, want, atol=1e-5 * n_new, rtol=1e-4)
     assert not padded or (got[1, :, : start + n_new // 3] == 0).all()

@@ -12,11 +12,11 @@ from think_compile.formats.seen import Seen
 from think_compile.formats.tokens.rule import Budget, highest
 from think_compile.kernels.calls import MAX_WIDTH
 
-BLOCK_NUMBERS = 2**26  # logits that are in memory at once
+BLOCK_NUMBERS = 2**20  # logits of a block of queries: they fit a processor's cache, and later keys are not computed
 
 
 @torch.library.custom_op("think_compile::attention_mass", mutates_args=())
-def attention_mass(q: Tensor, k: Tensor, rows: Tensor, valid: list[Tensor], end: int | None, scale: float) -> Tensor:
+def attention_mass(q: Tensor, k: Tensor, rows: Tensor, valid: list[Tensor], scale: float) -> Tensor:
     """[B, H, S] fp32 or wider: the probability that each key gets, summed over the queries, mean over a group's heads.
 
     A query sees the valid keys up to its own row. In blocks of queries, or by two Triton kernels: no [N, S] tensor.
@@ -26,7 +26,6 @@ def attention_mass(q: Tensor, k: Tensor, rows: Tensor, valid: list[Tensor], end:
         k: [B, H, S, D].
         rows: [N] int64, the rows of the queries, one after the other.
         valid: bool, of the keys [B, S] and of the queries [B, N]; empty: all are.
-        end: the row after the last query, if the host knows it.
         scale: of the logits.
     """
     if q.is_cuda and has_triton() and q.dtype == k.dtype != torch.float64 and q.shape[3] <= MAX_WIDTH and scale > 0:
@@ -35,11 +34,11 @@ def attention_mass(q: Tensor, k: Tensor, rows: Tensor, valid: list[Tensor], end:
         return key_mass(q, k, rows[0], valid, scale)
     k = k.to(torch.promote_types(k.dtype, torch.float32))
     (batch, heads, size, _), n_new, group = k.shape, q.shape[2], q.shape[1] // k.shape[1]
-    mass = k.new_zeros(batch, heads, size)
+    mass, start = k.new_zeros(batch, heads, size), int(rows[0]) if n_new else 0
     block = max(16, BLOCK_NUMBERS // (batch * heads * group * size))
     for begin in range(0, n_new, block):
         at = slice(begin, begin + block)
-        last = size if end is None else min(size, end - n_new + min(begin + block, n_new))  # later keys are not seen
+        last = min(size, start + begin + block)  # later keys are not seen
         grouped = q[:, :, at].to(k.dtype).unflatten(1, (heads, group))
         logits = grouped @ k[:, :, None, :last].mT * scale
         visible = (torch.arange(last, device=q.device) <= rows[at, None])[None]  # [1 or B, n, last]
@@ -53,7 +52,7 @@ def attention_mass(q: Tensor, k: Tensor, rows: Tensor, valid: list[Tensor], end:
 
 
 @attention_mass.register_fake
-def _(q: Tensor, k: Tensor, rows: Tensor, valid: list[Tensor], end: int | None, scale: float) -> Tensor:
+def _(q: Tensor, k: Tensor, rows: Tensor, valid: list[Tensor], scale: float) -> Tensor:
     return k.new_empty(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32))
 
 
@@ -71,11 +70,10 @@ class H2O(Budget):
         """[B, H, K]: the rows of the tokens that stay."""
         n_new, size = seen.q.shape[2], seen.k.shape[2]
         first = size - n_new if seen.query_start is None else seen.query_start
-        end = None if isinstance(first, Tensor) else first + n_new
         scale = seen.k.shape[3] ** -0.5 if seen.scale is None else float(seen.scale)
         valid = [] if seen.key_valid is None or seen.query_valid is None else [seen.key_valid, seen.query_valid]
         queries = first + torch.arange(n_new, device=seen.q.device)
-        mass = attention_mass(seen.q, seen.k, queries, valid, end, scale)
+        mass = attention_mass(seen.q, seen.k, queries, valid, scale)
         rows = torch.arange(size, device=mass.device)
         counted = torch.ones(1, n_new, device=mass.device) if seen.query_valid is None else seen.query_valid
         later = counted.to(mass.dtype).flip(1).cumsum(1).flip(1)  # valid queries from each on
