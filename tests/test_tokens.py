@@ -175,7 +175,7 @@ def oracle(plain, rule, pads, lengths, monkeypatch):
 
 
 def wrapped(plain, rule, ratio=0.0, **options):
-    return think_compile(copy.deepcopy(plain), ratio, tokens=rule, strict=True, **{"lowering": "eager"} | options)
+    return think_compile(copy.deepcopy(plain), ratio, tokens=rule, **{"strict": True, "lowering": "eager"} | options)
 
 
 CACHES = ("growing", "fixed")
@@ -316,6 +316,27 @@ def test_a_fixed_cache_begins_again(plain, monkeypatch):
         layer.cumulative_length.fill_(3)
     with pytest.raises(RuntimeError, match="written before the call's end"):
         step(ours, cache)
+
+
+def test_a_fixed_cache_that_holds_tokens_already_stays_as_it_is(plain):
+    """Its number of tokens is known to the device alone. A new cache on the same model is left alone, too."""
+    ours, lengths = wrapped(plain, RULED[0], strict=False), (PROMPT, 1, 1)
+    want, cache = logits_of(plain, some_ids(), (0, 13), lengths, cache_of("fixed")), cache_of("fixed")
+    first = logits_of(plain, some_ids(), (0, 13), lengths[:1], cache)
+    assert torch.equal(first, want[:1])
+    with pytest.warns(ThinkWarning, match="held tokens before"):
+        got = torch.stack([step(ours, cache, at=PROMPT + i) for i in range(2)])
+    assert torch.allclose(got, want[1:], atol=1e-6)
+    assert all(type(layer.keys) is torch.Tensor for layer in cache.layers)
+    assert {record.reason for record in report(ours).refused} == {Reason.FILLED} and not report(ours).rewritten
+
+
+def test_a_growing_cache_that_holds_tokens_already(plain):
+    """The rule selects among all its tokens, in the first call that it sees."""
+    ours, cache = wrapped(plain, H2O(11)), cache_of("growing")
+    logits_of(plain, some_ids(), (0, 13), (PROMPT,), cache)
+    step(ours, cache, at=PROMPT)
+    assert report(ours).selected == ((11, PROMPT + 1),) and not report(ours).refused
 
 
 @pytest.mark.parametrize("kind", CACHES)

@@ -65,6 +65,10 @@ class Reason(enum.Enum):
     IN_ORDER = (
         "the attention is written out in separate operations on logits in order of position, which tokens= cannot keep"
     )
+    FILLED = (
+        "its cache of fixed size held tokens before the wrapped model's first call, and tokens= selects among those of "
+        "one call"
+    )
     GIVEN_UP = "a later call could not read the packed cache, so new caches are left dense"
     HIGHER_ORDER = "the graph holds a control-flow operation or a vmap, and torch cannot export it to ATen operations"
     NOT_FUNCTIONAL = (

@@ -147,15 +147,26 @@ class CompiledGraph(_Graph):
 
     def _give_up_rings(self, args: Sequence[Any]) -> None:
         """Make caches dense for good: their positions restart while all rows are read."""
-        why = Refused(Reason.UNKNOWN_WINDOW, "its rows are written again while those behind are read")
         rings = [site for site in self.sites if site.fixed and site.past is not None]
         for handle in (args[i] for site in rings for i in site.past or ()):
             if isinstance(handle, Handle):
                 handle.densify()
-        refused = [(site.attention, why) for site in rings]
-        self.backend.given_up |= {site.attention.path for site in rings}
+        why = Refused(Reason.UNKNOWN_WINDOW, "its rows are written again while those behind are read")
+        self._leave(rings, why, "compressed caches are read densely from now on")
+
+    def _leave_filled(self, args: Sequence[Any], packed: frozenset[int]) -> None:
+        """Leave caches of fixed size alone that hold tokens already, if a token rule would evict from them."""
+        sites = [site for site in self.sites if site.fixed and site.past is not None]
+        found = [site for site in sites if not packed.issuperset(site.past or ()) and self._is_wanted(site, packed)]
+        if found and (self.starts is None or int(self.starts(*args)[0]) > 0):
+            self._leave(found, Refused(Reason.FILLED), "caches are left as they are from now on")
+
+    def _leave(self, sites: Sequence[CacheSite], why: Refused, what: str) -> None:
+        """Rewrite these layers no more, and say so."""
+        refused = [(site.attention, why) for site in sites]
+        self.backend.given_up |= {site.attention.path for site in sites}
         self.backend.ledger.give_up(refused_record(*one) for one in refused)
-        self.backend.warn_once(f"compressed caches are read densely from now on: {sentence(refused)}")
+        self.backend.warn_once(f"{what}: {sentence(refused)}")
 
     def _run(self, args: Sequence[Any]) -> Any:
         again = self._run_again(args)
@@ -164,6 +175,8 @@ class CompiledGraph(_Graph):
         format_of = self.backend.config.format_for
         args = self.backend.pending.take_up(args, self.sites, format_of)
         packed = self.packed_inputs.of(args, format_of)
+        if self.backend.config.tokens is not None:
+            self._leave_filled(args, packed)
         prompt_only = self.prompt_only is not None and self.prompt_only.suffice(args)
         key = Key(packed, len(self.backend.given_up), prompt_only, self.packed_inputs.windows_apart(args, packed))
         if key not in self.programs:
