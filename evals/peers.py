@@ -6,7 +6,7 @@ rest is as for our own rules. Prompts are read one by one: presses know no paddi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -24,14 +24,12 @@ from think_compile import demo
 from think_compile.evals.calls import Piece
 from think_compile.evals.divergence import Divergence
 
-SHARES = 0.5, 0.25, 0.125
 
-
-def presses() -> Iterator[tuple[str, float, Any]]:
+def presses(shares: Sequence[float]) -> Iterator[tuple[str, float, Any]]:
     """(name, share of the tokens that stay, press)."""
     from kvpress import ObservedAttentionPress, SnapKVPress
 
-    for share in SHARES:
+    for share in shares:
         yield "SnapKVPress", share, SnapKVPress(compression_ratio=1 - share)
         yield "SnapKVPress, window_size=32", share, SnapKVPress(compression_ratio=1 - share, window_size=32)
         yield "ObservedAttentionPress", share, ObservedAttentionPress(compression_ratio=1 - share)
@@ -75,6 +73,7 @@ def reader(model: Any, press: Any) -> Callable[[Piece], Tensor]:
 def main(
     task: Annotated[str, typer.Option(help="whose texts are read")] = "continuation_2k",
     samples: Annotated[int, typer.Option(min=1)] = 100,
+    share: Annotated[list[float] | None, typer.Option(help="of the tokens that stay; may be given again")] = None,
     device: str = "cpu",
     out: Annotated[Path, typer.Option(help="where rows are kept")] = RESULTS,
 ) -> None:
@@ -85,9 +84,9 @@ def main(
     head = head_of("peers", network, model=demo.CONVERTED, task=task, samples=len(texts))
     head["versions"] |= {"kvpress": version("kvpress")}
     result, divergence, rows = Result(out / "peers.json", head), Divergence(network, texts), []
-    for name, share, press in presses():
+    for name, kept, press in presses(share or (0.5, 0.25, 0.125)):
         found = divergence.of_logits(reader(network, press), {"effective_ratio": 0.0})
-        row: Row = {"method": name, "share": share, **measures(found)}
+        row: Row = {"method": name, "share": kept, **measures(found)}
         console.print({key: value for key, value in row.items() if "samples" not in key})
         rows.append(row)
         result.keep(rows)
