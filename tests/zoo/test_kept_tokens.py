@@ -5,6 +5,7 @@ all heads and layers, so that one list of columns tells which.
 """
 
 import copy
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -117,9 +118,12 @@ def test_later_calls_attend_to_the_kept_tokens(what):
         if selected == {(8, PROMPT + 1)}:
             pytest.skip("the cache is stored in the second call")
         assert selected == {(8, PROMPT)}
-        names = {record.layer.partition("#")[0] for record in found.rewritten}  # a module may attend more than once
-        if not names <= {name for name, _ in model.named_modules()}:
-            pytest.skip("a layer's name is no path of the model")  # dory's, whose layers are called by others
+        names, paths = {record.layer for record in found.rewritten}, {name for name, _ in model.named_modules()}
+        if not {name.partition("#")[0] for name in names} <= paths:
+            pytest.skip("a layer's name is no path of the model")
+        if any("#" in name for name in names):  # of several attentions under one name the paths are not certain
+            tails = tuple(re.split(r"\.\d+\.", name.partition("#")[0])[-1] for name in names)
+            names = {name for name in paths if name.endswith(tails)}
         same = plain_run(copy.deepcopy(model), static, names)
         scale = max(1.0, same.logits.abs().max().item())
         assert worst(got.logits, same.logits) <= 2e-5 * scale
