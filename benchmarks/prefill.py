@@ -24,7 +24,7 @@ CONFIGS: tuple[ThinkConfig | None, ...] = (  # None: the plain model
     ThinkConfig(keys={8: 0.25, 4: 0.75}, values=4),
 )
 
-RULES: tuple[ThinkConfig | None, ...] = (
+RULES: tuple[ThinkConfig, ...] = (
     ThinkConfig(0.0),
     *(ThinkConfig(tokens=rule(0.25)) for rule in (SnapKV, KVCrush, H2O)),
 )

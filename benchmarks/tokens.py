@@ -1,4 +1,7 @@
-"""Milliseconds of a decode step on a part of a prompt's tokens, beside a step on a context of that many tokens."""
+"""Token rules: a decode step on a part of a prompt's tokens, beside a step on a context of that many tokens.
+
+And a long prompt with a short answer, to compare rules with one another.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +58,8 @@ def answers(prompt: int = 10_000, generated: int = 100, layers: int = 32, runs: 
     release()
     plain = models.llama(layers)
     ways = [_answering(plain, config, prompt, generated) for config in ANSWERED]
-    for _ in range(2):
-        [way() for way in ways]
+    for way in ways * 2:  # compile and capture
+        way()
     times = zip(*([way() for way in ways] for _ in range(runs)), strict=True)
     ms = [statistics.median(each) for each in times]
     for config, each in zip(ANSWERED, ms, strict=True):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -25,43 +25,54 @@ from think_compile.evals.calls import Piece
 from think_compile.evals.divergence import Divergence
 
 
-def presses(shares: Sequence[float]) -> Iterator[tuple[str, float, Any]]:
-    """(name, share of the tokens that stay, press)."""
+class Peer(NamedTuple):
+    """A press, the share of the tokens that it leaves, and the attention of the plain model that it needs."""
+
+    name: str
+    share: float
+    press: Any
+    attention: str = "sdpa"
+
+
+def peers(shares: Sequence[float]) -> Iterator[Peer]:
+    """What is measured."""
     from kvpress import ObservedAttentionPress, SnapKVPress
 
     for share in shares:
-        yield "SnapKVPress", share, SnapKVPress(compression_ratio=1 - share)
-        yield "SnapKVPress, window_size=32", share, SnapKVPress(compression_ratio=1 - share, window_size=32)
-        yield "ObservedAttentionPress", share, ObservedAttentionPress(compression_ratio=1 - share)
+        given = {"compression_ratio": 1 - share}
+        yield Peer("SnapKVPress", share, SnapKVPress(**given))
+        yield Peer("SnapKVPress, window_size=32", share, SnapKVPress(**given, window_size=32))
+        yield Peer("ObservedAttentionPress", share, ObservedAttentionPress(**given), "eager")  # reads the probabilities
 
 
 @contextmanager
-def compressing(model: Any, press: Any, cache: Any) -> Iterator[None]:
+def compressing(model: Any, peer: Peer, cache: Any) -> Iterator[None]:
     """In this context, a call with the empty ``cache`` leaves it compressed."""
 
     def compress(module: Any, given: Any, kwargs: Any, output: Any) -> None:
         layer = cache.layers[module.layer_idx]
-        rows = press.compress(module, kwargs["hidden_states"], layer.keys, layer.values, output[1], kwargs)
+        rows = peer.press.compress(module, kwargs["hidden_states"], layer.keys, layer.values, output[1], kwargs)
         layer.keys, layer.values = rows
 
     before = model.config._attn_implementation
-    model.set_attn_implementation("eager" if "Observed" in type(press).__name__ else "sdpa")  # that one needs weights
+    model.set_attn_implementation(peer.attention)
     hooks = [layer.self_attn.register_forward_hook(compress, with_kwargs=True) for layer in model.get_decoder().layers]
     try:
         yield
     finally:
-        [hook.remove() for hook in hooks]
+        for hook in hooks:
+            hook.remove()
         model.set_attn_implementation(before)
 
 
-def reader(model: Any, press: Any) -> Callable[[Piece], Tensor]:
+def reader(model: Any, peer: Peer) -> Callable[[Piece], Tensor]:
     """The predictions [N, V] for a piece, through a cache that the press has compressed."""
 
     @torch.no_grad()
     def logits(piece: Piece) -> Tensor:
         cache = DynamicCache(config=model.config)
         first, later = (torch.tensor([ids], device=model.device) for ids in (piece.first, piece.later))
-        with compressing(model, press, cache):
+        with compressing(model, peer, cache):
             model(input_ids=first, logits_to_keep=1, **{CACHE: cache})
         positions = first.shape[1] + torch.arange(later.shape[1], device=model.device)[None]
         read: Tensor = model(input_ids=later, position_ids=positions, **{CACHE: cache}).logits
@@ -84,9 +95,9 @@ def main(
     head = head_of("peers", network, model=demo.CONVERTED, task=task, samples=len(texts))
     head["versions"] |= {"kvpress": version("kvpress")}
     result, divergence, rows = Result(out / "peers.json", head), Divergence(network, texts), []
-    for name, kept, press in presses(share or (0.5, 0.25, 0.125)):
-        found = divergence.of_logits(reader(network, press), {"effective_ratio": 0.0})
-        row: Row = {"method": name, "share": kept, **measures(found)}
+    for peer in peers(share or (0.5, 0.25, 0.125)):
+        found = divergence.of_logits(reader(network, peer), {})
+        row: Row = {"method": peer.name, "share": peer.share, **measures(found)}
         console.print({key: value for key, value in row.items() if "samples" not in key})
         rows.append(row)
         result.keep(rows)

@@ -52,7 +52,9 @@ class Last:
 def test_a_press_reads_what_it_leaves():
     model, samples = random_model(), some_samples()
     divergence = Divergence(model, samples)
-    every, some = (divergence.of_logits(peers.reader(model, Last(share)), {}) for share in (1, 0.25))
+    every, some = (
+        divergence.of_logits(peers.reader(model, peers.Peer("last", share, Last(share))), {}) for share in (1, 0.25)
+    )
     assert max(every.kl) < 1e-6 and every.agreement == [1, 1, 1] and every.through_pruned == 18
     assert min(some.kl) > 0.001
 

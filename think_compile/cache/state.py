@@ -38,8 +38,7 @@ class Part(NamedTuple):
     Attributes:
         name: its name in a :data:`State`.
         shape: sizes; a letter stands for the batch, the KV heads, the capacity, a ring that may grow, or the stored
-            tokens of a first call. The capacity
-            counts records: rows, or groups of tokens that are encoded together.
+            tokens of a first call. The capacity counts records: rows, or groups of tokens that are encoded together.
         dtype: None: the dtype of the cache.
         replaced: whether each call makes a new tensor (a ring). Parts with the capacity in their shape are rows, which
             are appended to in place. All other parts stay as the first call made them.

@@ -273,7 +273,7 @@ def _own(call: Call) -> list[Tensor]:
 
 
 def _four_axes(mask: Tensor | None) -> Tensor | None:
-    """A mask as [B or 1, Hq, H or 1, N or 1, S]."""
+    """A mask with four axes, of which those of :class:`Call` may be 1."""
     return None if mask is None else mask[(None,) * (4 - mask.dim())]
 
 

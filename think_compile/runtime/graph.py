@@ -156,8 +156,8 @@ class CompiledGraph(_Graph):
 
     def _leave_filled(self, args: Sequence[Any], packed: frozenset[int]) -> None:
         """Leave caches of fixed size alone that hold tokens already, if a token rule would evict from them."""
-        sites = [site for site in self.sites if site.fixed and site.past is not None]
-        found = [site for site in sites if not packed.issuperset(site.past or ()) and self._is_wanted(site, packed)]
+        fixed = [site for site in self.sites if site.fixed and site.attention.path not in self.backend.given_up]
+        found = [site for site in fixed if site.past is not None and not packed.issuperset(site.past)]
         if found and (self.starts is None or int(self.starts(*args)[0]) > 0):
             self._leave(found, Refused(Reason.FILLED), "caches are left as they are from now on")
 

@@ -34,7 +34,8 @@ def attention_mass(q: Tensor, k: Tensor, rows: Tensor, valid: list[Tensor], scal
         return key_mass(q, k, rows[0], valid, scale)
     k = k.to(torch.promote_types(k.dtype, torch.float32))
     (batch, heads, size, _), n_new, group = k.shape, q.shape[2], q.shape[1] // k.shape[1]
-    mass, start = k.new_zeros(batch, heads, size), int(rows[0]) if n_new else 0
+    mass = k.new_zeros(batch, heads, size)
+    start = int(rows[0]) if n_new else 0  # waits for a device without the kernels
     block = max(16, BLOCK_NUMBERS // (batch * heads * group * size))
     for begin in range(0, n_new, block):
         at = slice(begin, begin + block)
