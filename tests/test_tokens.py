@@ -12,8 +12,11 @@ from oracle import CACHE
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from think_compile import NoDenseForm, RuleError, ThinkConfig, ThinkWarning, report, think_compile
+from think_compile.cache.state import Call
 from think_compile.evals.command import settings_from
 from think_compile.evals.settings import Settings
+from think_compile.formats.seen import seen
+from think_compile.formats.tokens import h2o as h2o_module
 from think_compile.formats.tokens.h2o import H2O
 from think_compile.formats.tokens.kvcrush import KVCrush
 from think_compile.formats.tokens.snapkv import SnapKV
@@ -208,10 +211,44 @@ def test_later_calls_attend_to_the_kept_tokens(plain, rule, pads, monkeypatch):
         assert not report(ours).refused
 
 
+@pytest.mark.parametrize("pads", [(0, 0), (0, 13)], ids=["whole", "padded"])
 @pytest.mark.parametrize("kind", CACHES)
-def test_inductor_lowers_it(plain, kind, monkeypatch):
+def test_h2o_takes_softmax_sums_from_the_model_s_attention(plain, kind, pads, monkeypatch):
+    seen, mass = [], h2o_module.attention_mass
+    monkeypatch.setattr(h2o_module, "attention_mass", lambda *given: seen.append(given) or mass(*given))
+    logits_of(wrapped(plain, H2O(11)), some_ids(), pads, (PROMPT, 1), cache_of(kind))
+    assert len(seen) == CONFIG.num_hidden_layers
+    for q, k, _, _, scale, lse in seen:
+        logits = (q @ k[:, :, :PROMPT].repeat_interleave(GROUP, 1).mT * scale).masked_fill(
+            ~torch.ones(PROMPT, PROMPT, dtype=torch.bool).tril(), -torch.inf
+        )
+        for b, pad in enumerate(pads):
+            torch.testing.assert_close(lse[b, :, pad:], logits[b, :, pad:, pad:].logsumexp(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_softmax_sums_of_another_mask_are_not_taken(dtype):
+    """A window, and one hidden pair."""
+    q, lse = torch.randn(2, 4, 8, D), torch.randn(2, 4, 8)
+    rows = torch.ones(8, 8, dtype=torch.bool).tril()
+    causal = rows & (torch.arange(8) >= torch.tensor([0, 3])[:, None, None, None])
+    less = causal.clone()
+    less[1, 0, 7, 4] = False  # to a key that others see
+    for mask, known in ((causal, True), (causal & ~rows.tril(-4), False), (less, False)):
+        if dtype != torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(dtype).min)
+        wide = F.pad(mask, (0, 5), value=0 if dtype == torch.bool else torch.finfo(dtype).min)
+        for start, given in ((None, mask), (0, mask), (0, wide)):
+            k = torch.randn(2, 2, given.shape[-1], D)
+            shown = seen(Call(q, k, k, given, lse=lse), start, 8)
+            assert torch.equal(shown.lse, lse) if known else shown.lse.isnan().all(), (start, known)
+
+
+@pytest.mark.parametrize("rule", [RULED[0], RULED[2]], ids=str)
+@pytest.mark.parametrize("kind", CACHES)
+def test_inductor_lowers_it(plain, kind, rule, monkeypatch):
     """Prompts of several lengths, one after the other."""
-    ours, rule = wrapped(plain, RULED[0], lowering="inductor"), RULED[0]
+    ours = wrapped(plain, rule, lowering="inductor")
     for prompt in (36, 41):
         lengths = (prompt, 1, 1)
         want = oracle(plain, rule, (0, 13), lengths, monkeypatch)

@@ -10,6 +10,15 @@ from think_compile.kernels.mass import key_mass
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def log_sums(q, k, rows, valid, scale):
+    """[B, Hq, N]: the log-sum-exp of each query's logits with the valid keys up to its own row."""
+    logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
+    seen = torch.arange(k.shape[2], device=q.device) <= rows[:, None]
+    if valid:
+        seen = seen & valid[0][:, None, None]
+    return logits.masked_fill(~seen, -torch.inf).logsumexp(-1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("n_new", "size", "start", "most_rows"),
@@ -35,4 +44,10 @@ def test_the_mass_of_each_key(n_new, size, start, padded, dtype, most_rows, monk
     want = attention_mass(q.cpu(), k.cpu(), rows.cpu(), [x.cpu() for x in valid], 0.2)
     got = key_mass(q, k, at, valid, 0.2).cpu()
     torch.testing.assert_close(got, want, atol=1e-5 * n_new, rtol=1e-4)
+    lse = log_sums(q.float(), k.float(), rows, valid, 0.2)
+    for known in (lse, torch.full_like(lse, torch.nan)):
+        again = key_mass(q, k, at, valid, 0.2, known).cpu()
+        torch.testing.assert_close(again, want, atol=1e-5 * n_new, rtol=1e-4)
+        again = attention_mass(q.cpu(), k.cpu(), rows.cpu(), [x.cpu() for x in valid], 0.2, known.cpu())
+        torch.testing.assert_close(again, want, atol=1e-5 * n_new, rtol=1e-4)
     assert not padded or (got[1, :, : start + n_new // 3] == 0).all()

@@ -73,6 +73,8 @@ class Call(NamedTuple):
             attends) or added to the logits; None hides nothing.
         scale: of the logits; None is 1 / sqrt(D).
         causal: torch's ``is_causal``: query i sees columns 0 to i.
+        lse: [B, Hq, N], the log-sum-exp of each query's logits in a first call, if the format wants it and the model's
+            attention gives it.
     """
 
     q: Tensor
@@ -81,6 +83,7 @@ class Call(NamedTuple):
     mask: Tensor | None = None
     scale: float | None = None
     causal: bool = False
+    lse: Tensor | None = None
 
     @property
     def mask_by_query_head(self) -> Tensor | None:

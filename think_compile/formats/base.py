@@ -92,6 +92,11 @@ class CacheFormat:
         """Whether a rule selects the tokens of a first call that are stored: then there is no dense form."""
         return self.tokens is not None
 
+    @property
+    def wants_lse(self) -> bool:
+        """Whether a first call needs the log-sum-exp of the model's attention, if this gives one."""
+        return bool(getattr(self.tokens, "wants_lse", False))
+
     def side(self, of: str) -> Side:
         """The side called "keys" or "values"."""
         return self.keys if of == "keys" else self.values

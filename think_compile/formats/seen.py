@@ -22,6 +22,8 @@ class Seen(NamedTuple):
         query_start: the position of the first query; None: the queries are at the last rows.
         key_positions: [B, H, S], the positions of the rows; None: they are in order.
         written: this many of the first rows hold tokens; None: all.
+        lse: [B, Hq, N], the log-sum-exp of each query's logits with the valid keys up to its own row; NaN if the
+            attention had other ones; None if unknown.
     """
 
     q: Tensor
@@ -33,6 +35,7 @@ class Seen(NamedTuple):
     query_start: Length | None = None
     key_positions: Tensor | None = None
     written: Any = None
+    lse: Tensor | None = None
 
     @property
     def tokens(self) -> Any:
@@ -47,7 +50,7 @@ class Seen(NamedTuple):
             padding = (count - valid.sum(1, keepdim=True)).clamp(min=0)
             valid = torch.arange(count, device=k.device) >= padding
         first = self.k.shape[2] - self.q.shape[2] if self.query_start is None else self.query_start
-        return self._replace(k=k, v=v, key_valid=valid, query_start=first, key_positions=rows)
+        return self._replace(k=k, v=v, key_valid=valid, query_start=first, key_positions=rows, lse=None)
 
     @property
     def first_valid(self) -> Tensor:
@@ -60,10 +63,11 @@ class Seen(NamedTuple):
 def seen(call: Call, start: Length | None, length: Length) -> Seen:
     """A first call with queries at rows from ``start`` on (None: the last rows); ``length`` rows hold tokens."""
     if call.mask is None and start is None:
-        return Seen(call.q, call.k, call.v, scale=call.scale)
+        return Seen(call.q, call.k, call.v, scale=call.scale, lse=call.lse)
     begin = call.k.shape[2] - call.q.shape[2] if start is None else start
     valid = _validity(call.mask, call.k, length, begin, call.q.shape[2])
-    return Seen(call.q, call.k, call.v, *valid, call.scale, start)
+    lse = None if call.lse is None else _if_causal(call.lse, call.mask, *valid, begin)
+    return Seen(call.q, call.k, call.v, *valid, call.scale, start, lse=lse)
 
 
 def seen_again(call: Call, start: Length, columns: int) -> Seen:
@@ -106,3 +110,19 @@ def _widened(allowed: Tensor, columns: Tensor) -> Tensor:
     """[B, len(columns)]: ``allowed`` [B, E], false from E on."""
     extent = allowed.shape[1]
     return allowed.index_select(1, columns.clamp(max=extent - 1)) & (columns < extent)
+
+
+def _if_causal(lse: Tensor, mask: Tensor | None, key_valid: Tensor, query_valid: Tensor, start: Length) -> Tensor:
+    """``lse``, or NaN if a valid query has another mask than the valid keys up to its own row."""
+    if mask is None:
+        return lse
+    mask = mask[(None,) * (4 - mask.dim())]
+    columns = torch.arange(mask.shape[-1], device=mask.device)
+    rows = start + torch.arange(query_valid.shape[1], device=mask.device)[:, None]
+    visible = key_valid[:, None, None, : mask.shape[-1]] & (columns <= rows)
+    if mask.dtype == torch.bool:
+        as_visible = mask == visible
+    else:
+        as_visible = torch.where(visible, mask == 0, mask < torch.finfo(mask.dtype).min / 2)
+    same = (as_visible | ~query_valid[:, None, :, None]).to(torch.int32).amin(dim=(0, 1, 2, 3))
+    return torch.where(same > 0, lse, float("nan"))

@@ -75,11 +75,14 @@ def _more(most, total, s, scale):
 
 @triton.jit
 def sum_queries(
-    Q, K, KEY_VALID, QUERY_VALID, SPANS, START, SUMS, n_new, size, scale,
+    Q, K, KEY_VALID, QUERY_VALID, SPANS, START, LSE, SUMS, n_new, size, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The base-2 log of the softmax sum of a tile of queries of one head; infinite where nothing counts."""
+    """The base-2 log of the softmax sum of a tile of queries of one head; infinite where nothing counts.
+
+    From LSE, its natural logarithm, if that is known: not NaN.
+    """
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the last queries see most keys: they come first
     head, start = tl.program_id(1).to(tl.int64), tl.load(START).to(tl.int32)
     batch, keys = head // (GROUP * HEADS), K + head // GROUP * size * D
@@ -91,6 +94,10 @@ def sum_queries(
     last = tl.minimum(start + tl.minimum(tile + BLOCK_M, n_new), size)
     begin = tl.cdiv(first, BLOCK_N) * BLOCK_N  # of the tiles without masked logits
     end = tl.maximum(tl.minimum(start + tile + 1, end) // BLOCK_N * BLOCK_N, begin)
+    if LSE is not None:
+        lse = tl.load(LSE + head * n_new + query, mask=query < n_new, other=0.0)
+        if tl.max((lse != lse).to(tl.int32), 0) == 0:
+            first, last, begin, end = 0, 0, 0, 0  # no tiles
     most, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     before = tl.cdiv(first, BLOCK_N) - first // BLOCK_N  # tiles
     for i in range(0, before + tl.cdiv(tl.maximum(last - end, 0), BLOCK_N)):
@@ -105,10 +112,14 @@ def sum_queries(
     for at in range(begin, end, BLOCK_N):
         k = _tile(keys, at + column, None, D, BLOCK_D)
         most, total = _more(most, total, tl.dot(q, tl.trans(k), input_precision="ieee"), scale)
-    counts = total > 0
+    sums = most + tl.log2(total)
+    if LSE is not None:
+        lse = tl.load(LSE + head * n_new + query, mask=query < n_new, other=0.0)
+        sums = tl.where(lse == lse, lse * 1.4426950408889634, sums)
+    counts = sums > float("-inf")
     if QUERY_VALID is not None:
         counts = counts & (tl.load(QUERY_VALID + batch * n_new + query, mask=query < n_new, other=0) != 0)
-    tl.store(SUMS + head * n_new + query, tl.where(counts, most + tl.log2(total), float("inf")), mask=query < n_new)
+    tl.store(SUMS + head * n_new + query, tl.where(counts, sums, float("inf")), mask=query < n_new)
 
 
 @triton.jit
@@ -144,7 +155,9 @@ def sum_keys(
     tl.store(MASS + head * size + tile + key, tl.where(counts, tl.sum(mass, 0) / GROUP, 0.0), mask=tile + key < size)
 
 
-def key_mass(q: Tensor, k: Tensor, start: Tensor, valid: list[Tensor], scale: float) -> Tensor:
+def key_mass(
+    q: Tensor, k: Tensor, start: Tensor, valid: list[Tensor], scale: float, lse: Tensor | None = None
+) -> Tensor:
     """[B, H, S] fp32: as :func:`think_compile.formats.tokens.h2o.attention_mass`.
 
     ``start``: 0-d int64, the row of the first query. ``scale``: positive.
@@ -154,6 +167,7 @@ def key_mass(q: Tensor, k: Tensor, start: Tensor, valid: list[Tensor], scale: fl
     if valid:
         key_valid, query_valid = (x.contiguous() for x in valid)
         spans = _spans(key_valid)
+    lse = None if lse is None else lse.contiguous()
     sums = q.new_empty(batch, query_heads, n_new, dtype=torch.float32)
     mass = q.new_empty(batch, heads, size, dtype=torch.float32)
     sizes = {"GROUP": query_heads // heads, "HEADS": heads, "D": d, "BLOCK_D": max(16, triton.next_power_of_2(d))}
@@ -162,7 +176,7 @@ def key_mass(q: Tensor, k: Tensor, start: Tensor, valid: list[Tensor], scale: fl
     given = (n_new, size, scale * _LOG2E)
     with device_of_launch(q):
         tiles = (triton.cdiv(n_new, of_queries.queries), batch * query_heads)
-        sum_queries[tiles](q, k, key_valid, query_valid, spans, start, sums, *given, **sizes, **of_queries.options())
+        sum_queries[tiles](q, k, key_valid, query_valid, spans, start, lse, sums, *given, **sizes, **of_queries.options())
         tiles = (triton.cdiv(size, of_keys.keys), batch * heads)
         sum_keys[tiles](q, k, key_valid, start, sums, mass, *given, **sizes, **of_keys.options())
     return mass

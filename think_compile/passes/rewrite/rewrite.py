@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from think_compile.cache.canonical import BATCH, CANONICAL, HEAD, TOKEN, from_canonical
 from think_compile.cache.state import Call, Prompt, Span
-from think_compile.kernels import arrange, written_out
+from think_compile.kernels import arrange, lse, written_out
 from think_compile.passes.layout import arranged, same_size, stride_order
 from think_compile.passes.normalize import Normalized
 from think_compile.passes.observe import observed
@@ -98,21 +98,47 @@ class _Rewriter(Outputs):
     def _new_rows(self, tensor: CacheTensor) -> Node:
         return self.canonical(self.at(tensor.join.new), tensor)
 
-    def _as_one(self, readers: Sequence[CachedAttention], k: Node, v: Node) -> Call:
+    def _as_one(self, readers: Sequence[CachedAttention], k: Node, v: Node, lse: Node | None = None) -> Call:
         """All attentions to one cache as one attention with larger groups."""
         queries: Any = [self.queries(site, k) for site in readers]
         if len(queries) > 1:
             queries = [self.call(arrange.joined_queries, queries, int(readers[0].keys.size(HEAD)))]
-        return Call(queries[0], k, v, self.mask(readers[0], k), self.at(readers[0].attention.scale))
+        return Call(queries[0], k, v, self.mask(readers[0], k), self.at(readers[0].attention.scale), lse=lse)
 
     # ------------------------------------------------------------------------------------------- first calls
 
     def _first_call(self, readers: Sequence[CachedAttention]) -> None:
         """Store the kept keys and values, after the unchanged attentions."""
         site = readers[0]
+        log_sums = self._with_lse(site) if self._gives_lse(readers) else None
         with self.after(self.at(readers[-1].attention.node)):
-            call = self._as_one(readers, *self._joined(site))
+            call = self._as_one(readers, *self._joined(site), log_sums)
             self._keep(site, call, self._prompt(site), length_kept(site.keys) if site.in_rolling_buffer else None)
+
+    def _gives_lse(self, readers: Sequence[CachedAttention], *, own_rows: bool = False) -> bool:
+        """Whether the format wants the log-sum-exp of the only attention to a cache, and this tells which keys it is of.
+
+        ``own_rows``: the attention reads the call's own rows alone.
+        """
+        site, attention = readers[0], readers[0].attention
+        if not self.format(site).wants_lse or len(readers) > 1 or site.keys.interleaved:
+            return False
+        if attention.operation.target is not aten.scaled_dot_product_attention.default or attention.dropout:
+            return False
+        if attention.mask is not None:
+            return True
+        is_square = not site.fixed and same_size(site.query_tokens, site.keys.size(TOKEN))
+        return attention.is_causal and (own_rows or is_square)
+
+    def _with_lse(self, site: CachedAttention) -> Node:
+        """Replace an attention by the same one with a second result, the log-sum-exp of its logits."""
+        node = self.at(site.attention.node)
+        with self.graph.inserting_before(node):
+            both = self.graph.call_function(lse.attend, node.args, node.kwargs)
+            out, log_sums = (self.call(operator.getitem, both, i) for i in range(2))
+            out = self._as(out, site.attention.node)
+        self.replace(site.attention.node, out)
+        return log_sums
 
     def _prompt(self, site: CacheSite) -> Prompt:
         if site.fixed:
@@ -124,16 +150,20 @@ class _Rewriter(Outputs):
 
     def _first_call_of_prompt(self, readers: Sequence[CachedAttention]) -> None:
         """Replace the attentions by attentions to the call's own rows; only these rows are stored."""
-        site = readers[0]
+        site, log_sums = readers[0], None
+        gives_lse = self._gives_lse(readers, own_rows=True)
         for reader in readers:
             with self.graph.inserting_before(self.at(reader.attention.node)):
                 attention = reader.attention
                 operands = self.at(attention.q), *self._new(reader), self.at(attention.mask)
                 options = self.at(attention.scale), attention.is_causal, passes_heads_once(reader)
-                out = self._as(self.call(arrange.attend_prompt, *operands, *options), attention.node)
+                out = self.call(lse.attend_prompt if gives_lse else arrange.attend_prompt, *operands, *options)
+                if gives_lse:
+                    out, log_sums = (self.call(operator.getitem, out, i) for i in range(2))
+                out = self._as(out, attention.node)
             self.replace(attention.node, out)
         with self.after(self.at(readers[-1].attention.node)):
-            call = self._as_one(readers, *self._new(site))
+            call = self._as_one(readers, *self._new(site), log_sums)
             call = call._replace(mask=self.call(arrange.prompt_columns, call.mask, call.k))
             self._keep(site, call, Prompt(capacity=self.number(site.keys.size(TOKEN))), site.query_tokens)
 
