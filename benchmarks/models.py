@@ -182,7 +182,7 @@ class _Rows(NamedTuple):
 def _part(part: Part, side: Side, model: Any, batch: int, rows: _Rows) -> Tensor:
     """A part of a side of random content, for a cache of fixed size."""
     (tokens, capacity, prompt), group, device = rows, side.codec.group, model.device
-    records = -(-capacity // side.window_group) * side.window_group // group
+    records = side.encoded_for(capacity) // group
     heads, ring = widths_of(model.config).heads, side.ring_rows(capacity)
     letters: dict[str, int] = {"B": batch, "H": heads, "C": records, "R": ring, "K": tokens}
     shape = [letters[size] if isinstance(size, str) else size for size in part.shape]
@@ -195,9 +195,7 @@ def _part(part: Part, side: Side, model: Any, batch: int, rows: _Rows) -> Tensor
         return torch.rand(batch, heads, prompt, device=device).topk(tokens).indices.sort().values.to(part.dtype)
     if part.name == "channels":
         kept = torch.rand(*shape[:2], side.width, device=device).topk(shape[2]).indices
-        tiers = getattr(side.codec, "tiers", ())
-        in_order = shape[2] < side.width or (len(tiers) == 1 and side.kept == side.width)
-        return kept.sort().values if in_order else kept
+        return (kept.sort().values if shape[2] < side.width else kept).to(part.dtype)
     if part.dtype is None or part.dtype.is_floating_point:
         scale = 1.0 if part.dtype is None else 0.01  # steps of codes
         return torch.empty(shape, device=device, dtype=part.dtype or model.dtype).normal_(std=scale).abs_()

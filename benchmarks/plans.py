@@ -93,9 +93,9 @@ def _double(side: Stored) -> Stored:
 
 def order_us(form: CacheFormat, call: Call, keys: Stored) -> float:
     """Microseconds to bring the queries into the order of the keys' plan; in a compiled step it is fused."""
-    if not form.keys.flushes:
+    if not form.keys.flushes or "channels" not in keys.state:
         return 0.0
-    order = keys.state["channels"][:, :, None, : form.keys.kept]
+    order = keys.state["channels"][:, :, None, : form.keys.kept].long()
     grouped = call.q.unflatten(1, (order.shape[1], -1)).flatten(2, 3)
     return captured_ms([lambda: grouped.gather(3, order.expand(-1, -1, grouped.shape[2], -1))]) * 1e3
 

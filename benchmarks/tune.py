@@ -17,6 +17,7 @@ import torch
 from benchmarks.measure import captured_ms, copies_for, device_name, versions, write_groups
 from think_compile import ThinkConfig
 from think_compile.cache.state import Call, Span, Stored
+from think_compile.formats.think import CHANNEL
 from think_compile.kernels.calls import PAIRS
 from think_compile.kernels.launch import TABLE, Launch, query_tile
 
@@ -65,7 +66,7 @@ def arguments(shape: Shape, device: str = "cuda", spare: int = 64) -> Arguments:
     with torch.device(device):
         q = make(b, shape.query_heads, shape.queries, shape.d)
         k, v = (make(b, h, shape.queries, width) for width in (shape.d, shape.dv))
-        channels = torch.rand(b, h, shape.d).topk(shape.kept).indices.sort().values
+        channels = torch.rand(b, h, shape.d).topk(shape.kept).indices.sort().values.to(CHANNEL)
         rows, ring = make(b, h, s + spare, shape.kept), make(b, h, RECENT + 1, shape.d)
         values = make(b, h, s + spare, shape.dv)
         start, window_start = torch.tensor(s - shape.queries), torch.tensor(s - shape.queries - RECENT)

@@ -91,7 +91,7 @@ def pair(kind="keys", layout=BHSD, batch=2, length=7, recent=RECENT) -> tuple[Ha
     kept = torch.ones(batch, HEADS, DIM, dtype=torch.bool)
     floor = 0
     if kind.endswith("keys"):
-        kept = torch.zeros_like(kept).scatter_(-1, store.own["channels"], True)
+        kept = torch.zeros_like(kept).scatter_(-1, store.own["channels"].long(), True)
         floor = max(0, length - recent)
     twin = Twin(dense.clone(), kept, floor, recent, layout)._prune()
     if kind.startswith("fixed"):
@@ -732,7 +732,7 @@ def test_a_cropped_window_does_not_come_back():
 def test_generated_tokens_stay_whole_without_prune_generated():
     store, dense = first_call("keys", 2, 7, prune_generated=False)
     handle = Handle(store)
-    kept = torch.zeros(2, HEADS, DIM, dtype=torch.bool).scatter_(-1, store.own["channels"], True)
+    kept = torch.zeros(2, HEADS, DIM, dtype=torch.bool).scatter_(-1, store.own["channels"].long(), True)
     twin = Twin(dense, kept, 7 - RECENT, 10**6)._prune()
     for step in range(60):
         new = one_more()

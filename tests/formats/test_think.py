@@ -43,7 +43,7 @@ def channels_by_loops(scores, keep):
     for row in scores.flatten(0, 1).tolist():
         order = sorted(range(len(row)), key=lambda j: (-(math.inf if math.isnan(row[j]) else row[j]), j))
         out.append(sorted(order[:keep]))
-    return torch.tensor(out).view(*scores.shape[:2], keep)
+    return torch.tensor(out, dtype=think.CHANNEL).view(*scores.shape[:2], keep)
 
 
 def causal(batch, n_new, length):
@@ -84,7 +84,7 @@ def test_first_call(sizes, side, kind, observe):
     got = first_call(q, k, mask, keep, observe, recent=3)
     channels = channels_by_loops(chosen_by_loops(q, k, observe, allowed), keep)
     assert torch.equal(got["channels"], channels)
-    narrow = k.gather(3, channels[:, :, None].expand(-1, -1, length, -1))
+    narrow = k.gather(3, channels[:, :, None].expand(-1, -1, length, -1).long())
     assert torch.equal(got["rows"][:, :, :length], narrow)
     assert got["rows"].shape == (batch, heads, capacity_for(length), keep)
     assert not got["rows"][:, :, length:].any()
@@ -138,7 +138,7 @@ def test_top_channels_of_strange_scores(keep):
     rows = [[1, inf, nan, 0, inf, nan, 2, 3], [nan] * 8, [inf] * 8, [0, 0, 1e-45, 0, 1e38, inf, 0, 0]]
     scores = torch.tensor(rows)[:, None]
     got = think.top_channels(scores, keep)
-    assert got.dtype == torch.int64
+    assert got.dtype == think.CHANNEL
     assert torch.equal(got, channels_by_loops(scores, keep))
 
 

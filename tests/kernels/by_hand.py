@@ -183,8 +183,8 @@ def attend_share(
         BEHIND: tl.constexpr = 0 if CAUSAL else KIND  # causal queries never see those rows
         chunk = tl.arange(0, CHUNK)
         c0, c1 = _columns(T0, T1)
-        i0 = tl.load(CHANNELS + bh * T + c0, mask=c0 < T, other=0)
-        i1 = tl.load(CHANNELS + bh * T + c1, mask=c1 < T, other=0)
+        i0 = tl.load(CHANNELS + bh * T + c0, mask=c0 < T, other=0).to(tl.int32)
+        i1 = tl.load(CHANNELS + bh * T + c1, mask=c1 < T, other=0).to(tl.int32)
         q0, q1 = _queries(q_row, real, i0, i1, c0 < T, c1 < T)
         low, high = _part(first, tl.minimum(floor, end), split, splits, BLOCK_N)
         # Of the empty rows only the mask is read, unless it shows some: loaded here, used after the tokens.

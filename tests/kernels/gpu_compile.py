@@ -109,7 +109,7 @@ def share(
     }
     types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "K_ROWS", "K_RING", "K_SINKS", "V_ROWS"), f"*{dtype}")
     types |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32")
-    types |= dict.fromkeys(("K_CHANNELS", "WINDOW_START", "START", "FIRST_TOKEN"), "*i64")
+    types |= dict.fromkeys(("WINDOW_START", "START", "FIRST_TOKEN"), "*i64") | {"K_CHANNELS": "*i16"}
     types |= {"scale": "fp64" if on_device else "fp32", "MASK": "*i1" if mask == "bool" else f"*{dtype}"}
     kernel = by_hand.attend_share if hand else kernels_of("channels", "whole").attend_share
     if hand:
@@ -152,7 +152,7 @@ def codes(
         ("K", keys, KeyBits, d, kernels.keys),
         ("V", values, ValueBits, dv, kernels.values),
     ):
-        types |= {f"{side}_CODES": "*u8", f"{side}_RANGES": "*fp16", f"{side}_CHANNELS": "*i64"} | {
+        types |= {f"{side}_CODES": "*u8", f"{side}_RANGES": "*fp16", f"{side}_CHANNELS": "*i16"} | {
             "K_ORDERED": "*bf16"
         }
         types |= {f"{side}_RING": "*bf16", f"{side}_SINKS": "*bf16"}
@@ -162,6 +162,8 @@ def codes(
         else:
             numbers = of.sizes(codec(plan, 32, records), None, width, True, parts)
         constants |= dict(zip(of.constants(side), numbers, strict=True))
+        if side == "V" and constants.get("V_END0") == 0:
+            constants |= {"V_CHANNELS": None}
     for side, width in (("D", d), ("DV", dv)):
         constants |= {f"{side}_{size}": n for size, n in zip(SIZES, parts_of(width), strict=True)}
     constants |= {"MASK": None} if mask == "none" else {}
@@ -183,7 +185,7 @@ def merge() -> dict[str, object]:
 
 def mass(*, kernel=sum_keys, tile=OF_KEYS, dtype="bf16", d=96, device="H100") -> dict[str, object]:
     """The kernels of H2O's scores."""
-    types = {"Q": f"*{dtype}", "K": f"*{dtype}", "SUMS": "*fp32", "MASS": "*fp32", "START": "*i64", "scale": "fp32"}
+    types = {"Q": f"*{dtype}", "K": f"*{dtype}", "SUMS": "*fp32", "MASS": "*fp32", "LSE": "*fp32", "START": "*i64", "scale": "fp32"}
     types |= {"KEY_VALID": "*i1", "QUERY_VALID": "*i1", "SPANS": "*i64"}
     target, limits = DEVICES[device]
     tile = fitted(tile, max(128, d) * BYTES[dtype], limits)
@@ -200,7 +202,8 @@ def sums(**options) -> dict[str, object]:
 
 
 STORED = dict.fromkeys(("Q", "K", "V", "K_ROWS", "RING", "V_ROWS", "RESULT"), "*bf16")
-STORED |= dict.fromkeys(("K_CHANNELS", "COUNTERS", "START"), "*i64") | dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32")
+STORED |= {"K_CHANNELS": "*i16", "COUNTERS": "*i64", "START": "*i64"}
+STORED |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32")
 OF_KEYS = {"GROUP": 4, "D": 96, "K_WIDTH": 48, "BLOCK_D": 128, "BLOCK_K": 64}
 
 
@@ -235,7 +238,7 @@ def coded(*, keys=((8, 32), (4, 64), (2, 32)), values=((4, 128),), d=128, sinks=
     types |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32")
     for side, plan, codec, of in (("K", keys, KeyBits, kernels.keys), ("V", values, ValueBits, kernels.values)):
         types |= {f"{side}_CODES": "*u8", f"{side}_RANGES": "*fp16", f"{side}_RING": "*bf16", f"{side}_SINKS": "*bf16"}
-        types |= dict.fromkeys((f"{side}_CHANNELS", f"{side}_FIRST", f"{side}_COUNTERS"), "*i64")
+        types |= {f"{side}_CHANNELS": "*i16", f"{side}_FIRST": "*i64", f"{side}_COUNTERS": "*i64"}
         if plan is None:
             constants |= dict.fromkeys(f"{side}_{name}" for name in ("RING", "SINKS", "FIRST", "COUNTERS"))
         if plan is None or isinstance(plan, int):
@@ -243,6 +246,8 @@ def coded(*, keys=((8, 32), (4, 64), (2, 32)), values=((4, 128),), d=128, sinks=
         else:
             numbers = of.sizes(codec(plan, 32, records), None, d, True, 1)
         constants |= dict(zip(of.constants(side), numbers, strict=True))
+        if constants.get(f"{side}_END0") == 0:
+            constants |= {f"{side}_CHANNELS": None}
     constants |= {} if sinks else {"K_SINKS": None, "V_SINKS": None}
     return compiled(kernels.finish_step, types, constants)
 

@@ -8,7 +8,7 @@ from oracle import assert_close_to
 
 from think_compile.cache.state import Call, Span, Stored
 from think_compile.formats.base import CacheFormat, Side
-from think_compile.formats.think import Channels
+from think_compile.formats.think import CHANNEL, Channels
 from think_compile.formats.whole import Whole
 from think_compile.kernels.calls import PAIRS
 from think_compile.kernels.launch import Launch
@@ -25,7 +25,7 @@ def format_of(keep, d, window=WINDOW, encodes_later=True, dv=32):
 
 def drawn(batch, query_heads, heads, d, keep, ring_rows, dtype=torch.float32):
     """A call without values, and its keys as stored in a cache of fixed size."""
-    channels = torch.rand(batch, heads, d).topk(keep).indices.sort().values
+    channels = torch.rand(batch, heads, d).topk(keep).indices.sort().values.to(CHANNEL)
     rows, ring = torch.randn(batch, heads, CAPACITY, keep), torch.randn(batch, heads, ring_rows, d)
     q, k = torch.randn(batch, query_heads, 1, d), torch.randn(batch, heads, 1, d)
     state = {"rows": rows.to(dtype), "channels": channels, "ring": ring.to(dtype)}

@@ -10,7 +10,7 @@ from think_compile.cache.state import Call, Span, Stored
 from think_compile.formats import attention
 from think_compile.formats.base import Side
 from think_compile.formats.ring import ring_of
-from think_compile.formats.think import Channels, narrow_rows
+from think_compile.formats.think import CHANNEL, Channels, narrow_rows
 from think_compile.formats.whole import Whole
 from think_compile.kernels.calls import PAIRS
 from think_compile.kernels.codecs import parts_of
@@ -65,7 +65,7 @@ def call_of(case: Case) -> tuple[Call, Stored, Stored, Span]:
     """A call; rows without a token hold leftovers of an earlier past."""
     with torch.device(DEVICE):
         keys = torch.randn(case.batch, case.heads, case.past, case.d)
-        channels = torch.rand(case.batch, case.heads, case.d).topk(case.kept).indices.sort().values
+        channels = torch.rand(case.batch, case.heads, case.d).topk(case.kept).indices.sort().values.to(CHANNEL)
         rows = torch.randn(case.batch, case.heads, case.end + case.spare, case.kept)
         rows[:, :, : case.past] = narrow_rows(keys, channels)
         ring = ring_of(keys, case.past, case.recent + 1)

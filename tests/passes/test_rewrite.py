@@ -228,7 +228,7 @@ def test_the_later_call_computes_what_the_model_would_on_pruned_keys():
         else:
             given.append((q, k, v)[what.index] if isinstance(what, plan.Passed) else P - 2)
     out = result.graph_module(*given)[result.outputs[0].position]
-    kept = torch.zeros(B, H, D, dtype=torch.bool).scatter_(-1, keys["channels"], True)
+    kept = torch.zeros(B, H, D, dtype=torch.bool).scatter_(-1, keys["channels"].long(), True)
     old = torch.arange(P) < P - 2
     zeroed = pk.masked_fill(old[:, None] & ~kept[:, :, None], 0)
     torch.testing.assert_close(out, growing(q, k, v, zeroed, pv)[0])

@@ -159,7 +159,7 @@ def kept_channels(cache: object) -> Kept:
         if isinstance(keys, Handle) and isinstance(keys.store, Packed):
             store = keys.store
             mask = torch.zeros(*store.logical_shape[:2], store.width, dtype=torch.bool)
-            kept[i] = mask.scatter_(-1, store.own["channels"], True)
+            kept[i] = mask.scatter_(-1, store.own["channels"].long(), True)
     return kept
 
 

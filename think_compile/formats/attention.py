@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from think_compile.cache.state import Call, Length, Span, Stored
 from think_compile.formats import sinks
@@ -138,6 +139,8 @@ def in_order(side: Side, stored: Stored, new: Tensor | None, span: Span) -> Tens
             )
         skipped = span.oldest - read.first
         base = base[:, :, skipped : skipped + span.columns]
+        if isinstance(span.start, Tensor) and not statically_known_true(base.shape[2] == span.columns):
+            base = F.pad(base, (0, 0, 0, span.columns - base.shape[2]))  # the last rows are never encoded
     base = base.clone() if new is None else base.to(new.dtype)
     at = span.oldest + torch.arange(span.columns, device=device)
     if side.has_ring:

@@ -17,7 +17,14 @@ from torch import Tensor
 from think_compile.cache.state import BATCH_SIZE, CAPACITY, HEADS, Part, State
 from think_compile.formats.codes import Block, blocks_of, packed, runs_of, unpacked
 from think_compile.formats.seen import Seen
-from think_compile.formats.think import dealt_channels, narrow_rows, score_channels, score_values
+from think_compile.formats.think import (
+    CHANNEL,
+    dealt_channels,
+    narrow_rows,
+    score_channels,
+    score_values,
+    wide_rows,
+)
 
 WHOLE_BITS = 16  # of a channel in the model's own dtype
 _LARGEST = 65504.0  # of fp16
@@ -72,8 +79,9 @@ class _Bits(ABC):
             Part("codes", (*records, sum(block.size(self.group) for block in self.blocks)), torch.uint8),
             Part("ranges", (*records, *self._ranges_shape()), torch.float16),
             Part("rows", (*records, self.group, self.whole)),
-            Part("channels", (BATCH_SIZE, HEADS, width), torch.int64),
         ]
+        if not self._keeps_order(width):
+            parts.append(Part("channels", (BATCH_SIZE, HEADS, width), CHANNEL))
         return tuple(part for part in parts if 0 not in part.shape)
 
     @abstractmethod
@@ -84,12 +92,11 @@ class _Bits(ABC):
 
     def choose(self, seen: Seen) -> State:
         """All channels in the order of the plan: ascending within a tier, the dropped ones last."""
-        rows = self._rows_of(seen)
-        if self._keeps_order(rows.shape[3]):
-            order = torch.arange(self.kept, device=rows.device)
-            return {"channels": order.expand(*rows.shape[:2], -1).contiguous()}
+        width = self._rows_of(seen).shape[3]
+        if self._keeps_order(width):
+            return {}
         counts = tuple(count for _, count in self.tiers)
-        return {"channels": dealt_channels(self._score(seen), counts, rows.shape[3])}
+        return {"channels": dealt_channels(self._score(seen), counts, width)}
 
     def _keeps_order(self, width: int) -> bool:
         """Whether one tier has all channels: then they keep their order, and no row is gathered."""
@@ -101,12 +108,12 @@ class _Bits(ABC):
     def encode(self, rows: Tensor, chosen: State) -> State:
         """Rows [B, H, S, W] -> records [B, H, S / group, ...]."""
         groups = rows.unflatten(2, (-1, self.group))
-        channels = chosen["channels"][:, :, None, None]
 
         def taken(first: int, count: int) -> Tensor:
             if self._keeps_order(rows.shape[3]):
                 return groups[..., first : first + count]
-            return groups.gather(4, channels[..., first : first + count].expand(*groups.shape[:4], -1))
+            channels = chosen["channels"][:, :, None, None, first : first + count].to(torch.int64)
+            return groups.gather(4, channels.expand(*groups.shape[:4], -1))
 
         state: State = {}
         if self.whole:
@@ -129,8 +136,7 @@ class _Bits(ABC):
         narrow = self._narrow(state)
         if self._keeps_order(width):
             return narrow
-        channels = state["channels"][:, :, None, : self.kept].expand(-1, -1, narrow.shape[2], -1)
-        return narrow.new_zeros(*narrow.shape[:3], width).scatter(3, channels, narrow)
+        return wide_rows(narrow, state["channels"][..., : self.kept], width)
 
     def scores(self, queries: Tensor, state: State) -> Tensor:
         """[B, H, M, S]: products of ``queries`` [B, H, M, W] with the rows, on the stored channels only."""

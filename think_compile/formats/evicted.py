@@ -23,7 +23,7 @@ def in_rows(call: Call, keys: Stored, span: Span, side: Side) -> tuple[Call, Spa
         less = keys.state[EVICTED][0]
         is_later = torch.as_tensor(span.start - less >= keys.state[POSITIONS].shape[2])
         torch._assert_async(is_later, "a cache without some tokens of its first call is written before the call's end")
-    columns: Any = side.capacity(keys.state) if is_fixed else span.columns - less
+    columns: Any = side.room(keys.state) if is_fixed else span.columns - less
     of_rows = Span(span.start - less, 0, columns)
     has_spare = is_fixed and side.window_group > 1  # rows after the model's last one
     if call.mask is None and not call.causal and not has_spare:

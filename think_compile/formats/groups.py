@@ -39,7 +39,9 @@ def restored(ring: Tensor, decoded: Tensor, base: Tensor, end: Tensor, start: Te
 def overwrite(state: State, encoded: State, first: Tensor, count: Tensor) -> None:
     """Write ``count`` of the encoded records to those from ``first`` on, in place."""
     for name, records in encoded.items():
-        old, n = state[name], records.shape[2]
+        old = state[name]
+        n = torch.sym_min(records.shape[2], old.shape[2])  # none is written twice
+        records = records[:, :, :n]
         at = (first + torch.arange(n, device=old.device)) % old.shape[2]
         written = (torch.arange(n, device=old.device) < count).view(-1, *[1] * (old.dim() - 3))
         old.index_copy_(2, at, torch.where(written, records.to(old.dtype), old.index_select(2, at)))

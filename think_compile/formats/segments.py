@@ -6,6 +6,7 @@ whole or encoded, depending on the side's window. The call's *own* rows follow, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -102,11 +103,13 @@ def _is_one_window(one: tuple[Side, Stored], other: tuple[Side, Stored]) -> bool
 def _body(sides: Sides, span: Span, begin: Length, n_new: int, device: torch.device) -> tuple[Length, Segment]:
     """The first position of the body, and the body: whole records of the side with the larger group."""
     if span.rolling:
-        at = ring_positions(span.start, min(side.capacity(stored.state) for side, stored in sides), device)
+        at = ring_positions(span.start, min(side.encoded_room(stored.state) for side, stored in sides), device)
         return 0, Segment("body", at, (at >= span.oldest) & (at < begin))
     group = max(side.codec.group for side, _ in sides)
     end = span.oldest + span.columns
     first, last = (span.oldest, end) if group == 1 else (span.oldest // group * group, -(-end // group) * group)
+    if isinstance(span.start, Tensor) and group > 1:  # the last tokens of a cache of fixed size are never encoded
+        last = functools.reduce(torch.sym_min, [side.encoded_room(stored.state) for side, stored in sides], last)
     at = first + torch.arange(last - first, device=device)  # type: ignore[arg-type,operator]
     counts = (at < begin) | (at >= span.start + n_new)
     if group > 1:
@@ -156,12 +159,12 @@ def decoded_at(side: Side, stored: Stored, positions: Tensor, *, rolling: bool =
     """[B, H, n, W]: the rows at successive ``positions`` [n] as encoded, sinks whole; below position 0 some row."""
     group, state = side.codec.group, stored.state
     if rolling or group == 1:
-        at = positions % side.capacity(state) if rolling else positions.clamp(min=0)
+        at = positions % side.encoded_room(state) if rolling else positions.clamp(min=0)
         rows = side.decoded(side.records(state, at))
     else:
         first = (positions[0] // group).clamp(min=0)
         count = -(-positions.shape[0] // group) + 1
-        at = (first + torch.arange(count, device=positions.device)).clamp(max=side.capacity(state) // group - 1)
+        at = (first + torch.arange(count, device=positions.device)).clamp(max=side.encoded_room(state) // group - 1)
         rows = side.decoded(side.records(state, at))
         rows = rows.index_select(2, (positions - first * group).clamp(min=0, max=rows.shape[2] - 1))
     return sinks.overlaid(rows, positions, state[sinks.SINKS], state[sinks.BEGIN]) if side.sinks else rows

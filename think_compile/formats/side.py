@@ -150,9 +150,23 @@ class Side:
         """Names of the parts that are appended to."""
         return tuple(part.name for part in self.codec.parts(self.width) if part.is_rows)
 
-    def capacity(self, state: State) -> int:
+    def encoded_room(self, state: State) -> int:
         """Tokens for which the appended parts have room."""
         return state[self.row_parts[0]].shape[2] * self.codec.group
+
+    def room(self, state: State) -> int:
+        """Tokens for which a cache of fixed size has room, at most: encoded ones, and those in the window."""
+        return self.encoded_room(state) + (self.recent + self.window_group - 1 if self.flushes else 0)
+
+    def encoded_for(self, capacity: int) -> int:
+        """Tokens that are ever encoded in a cache of fixed size, rounded up to whole records.
+
+        Rows are encoded on arrival, or by groups on leaving the window: the last tokens never do.
+        """
+        group = self.window_group
+        if not self.flushes:
+            return -(-capacity // group) * group
+        return torch.sym_max(group, (capacity - self.recent) // group * group)
 
     def capacity_for(self, length: int) -> int:
         """Tokens to allocate for in a growing cache of ``length`` tokens: a multiple of the group."""
@@ -195,14 +209,12 @@ class Side:
 
     def pack(self, rows: Tensor, chosen: State, length: Length, capacity: int, *, fixed: bool) -> State:
         """The stored form of rows [B, H, S, W], of which ``length`` hold tokens."""
-        capacity = -(-capacity // self.window_group) * self.window_group
+        size = self.encoded_for(capacity) if fixed else -(-capacity // self.window_group) * self.window_group
         if self.flushes:
-            encoded = self.codec.encode(
-                groups.counted(rows, capacity, chosen[sinks.BEGIN] + self.sinks, length), chosen
-            )
+            encoded = self.codec.encode(groups.counted(rows, size, chosen[sinks.BEGIN] + self.sinks, length), chosen)
         else:
             encoded = self.codec.encode(rows, chosen)
-        spare = capacity - rows.shape[2]
+        spare = size - rows.shape[2]
         padded = (lambda x: x.contiguous()) if self.flushes else (lambda x: _padded(x, spare))
         state = {name: padded(x) for name, x in encoded.items()} | chosen
         if self.sinks:
@@ -277,7 +289,7 @@ class Side:
         """The ring of a cache of fixed size; after a rewind to the middle of a group, with the group's decoded rows."""
         base, group = self._window_base(state, start), self.codec.group
         at = base // group + torch.arange(self.window_group // group, device=base.device)
-        decoded = self.decoded(self.records(state, at.clamp(max=self.capacity(state) // group - 1)))
+        decoded = self.decoded(self.records(state, at.clamp(max=self.encoded_room(state) // group - 1)))
         if self.sinks:
             positions = base + torch.arange(self.window_group, device=base.device)
             decoded = sinks.overlaid(decoded, positions, state[sinks.SINKS], state[sinks.BEGIN])
@@ -302,8 +314,8 @@ class Side:
         """The counters of a cache of fixed size after ``n_new`` more tokens."""
         start = span.start
         assert isinstance(start, Tensor)
-        end, capacity = start + n_new, self.capacity(state)
-        oldest = (end - capacity).clamp(min=0) if span.rolling else torch.zeros_like(end)
+        end = start + n_new
+        oldest = (end - self.encoded_room(state)).clamp(min=0) if span.rolling else torch.zeros_like(end)
         if not self.has_ring:
             return torch.stack([end, end, oldest])
         whole = self.whole_tokens(state["ring"].shape[2])

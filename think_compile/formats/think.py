@@ -12,6 +12,8 @@ from torch import Tensor
 from think_compile.cache.state import BATCH_SIZE, CAPACITY, HEADS, Part, State
 from think_compile.formats.seen import Seen, observed_queries
 
+CHANNEL = torch.int16  # a channel's number, as stored
+
 
 @dataclass(frozen=True)
 class Channels:
@@ -32,7 +34,7 @@ class Channels:
     def parts(self, width: int) -> tuple[Part, ...]:
         """Narrow rows, and the kept channels in ascending order."""
         rows = Part("rows", (BATCH_SIZE, HEADS, CAPACITY, self.keep))
-        return rows, Part("channels", (BATCH_SIZE, HEADS, self.keep), torch.int64)
+        return rows, Part("channels", (BATCH_SIZE, HEADS, self.keep), CHANNEL)
 
     def choose(self, seen: Seen) -> State:
         """The kept channels, from the keys and queries of a first call."""
@@ -45,9 +47,7 @@ class Channels:
 
     def decode(self, state: State, width: int) -> Tensor:
         """[B, H, S, W]: the narrow rows, zero in the dropped channels."""
-        rows, channels = state["rows"], state["channels"]
-        full = rows.new_zeros(*rows.shape[:3], width)
-        return full.scatter(3, channels[:, :, None].expand(-1, -1, rows.shape[2], -1), rows)
+        return wide_rows(state["rows"], state["channels"], width)
 
     def scores(self, queries: Tensor, state: State) -> Tensor:
         """[B, H, M, S]: products of ``queries`` [B, H, M, W] with the rows, on the kept channels only."""
@@ -64,7 +64,13 @@ class Channels:
 
 def narrow_rows(x: Tensor, channels: Tensor) -> Tensor:
     """[B, H, S, T]: the ``channels`` [B, H, T] of rows ``x`` [B, H, S, W]."""
-    return x.gather(3, channels[:, :, None].expand(-1, -1, x.shape[2], -1))
+    return x.gather(3, channels[:, :, None].expand(-1, -1, x.shape[2], -1).to(torch.int64))
+
+
+def wide_rows(narrow: Tensor, channels: Tensor, width: int) -> Tensor:
+    """[B, H, S, width]: rows ``narrow`` [B, H, S, T] at the ``channels`` [B, H, T], zero in the others."""
+    at = channels[:, :, None].expand(-1, -1, narrow.shape[2], -1).to(torch.int64)
+    return narrow.new_zeros(*narrow.shape[:3], width).scatter(3, at, narrow)
 
 
 def _mean_square(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -140,7 +146,7 @@ def last_queries(seen: Seen, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dealt_channels(score: Tensor, counts: tuple[int, ...], size: int) -> Tensor:
-    """[B, H, size] int64: the channels by tiers of these counts, the highest scores first; the rest at the end.
+    """[B, H, size]: the channels by tiers of these counts, the highest scores first; the rest at the end.
 
     Ascending within a tier. Ties go to the lower channel, NaN ranks first. Counts instead of sorting: D is small, and
     comparisons fuse into the scoring kernel; a sort does not.
@@ -156,9 +162,9 @@ def dealt_channels(score: Tensor, counts: tuple[int, ...], size: int) -> Tensor:
     mine, other = tier[..., :, None], tier[..., None, :]
     slot = ((other < mine) | ((other == mine) & lower)).sum(-1)
     in_slot = slot[..., None, :] == torch.arange(size, device=score.device)[:, None]
-    return torch.where(in_slot, channel, 0).sum(-1)
+    return torch.where(in_slot, channel, 0).sum(-1).to(CHANNEL)
 
 
 def top_channels(score: Tensor, keep: int) -> Tensor:
-    """[B, H, keep] int64: the highest-scoring channels, ascending."""
+    """[B, H, keep]: the highest-scoring channels, ascending."""
     return dealt_channels(score, (keep,), keep)

@@ -74,7 +74,7 @@ def walk(
 
 def encoded_share(
     QUERIES, KEYS, VALUES, MASK, mask_row, query, real, first, window_start, end, extent, split, splits, sm_s, scale,
-    capacity, first_token, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr, SINKS: tl.constexpr,
+    capacity, room, first_token, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr, SINKS: tl.constexpr,
     ROLLING: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, ALIKE: tl.constexpr, HALF_MASK: tl.constexpr,
     GROUP_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -86,6 +86,8 @@ def encoded_share(
     chunk = tl.arange(0, CHUNK)
     low, high = part_of(first, tl.minimum(window_start, end), split, splits, BLOCK_N)
     # For rows after the tokens, only the mask is read, unless it shows any. Loaded here, tested below.
+    if GROUP_N > 1:
+        extent = tl.maximum(end, tl.minimum(extent, room))  # the last rows are never encoded
     after, last = part_of(end, extent, split, splits, CHUNK)
     value = masked(MASK, mask_row, after + chunk - first, after + chunk < last, sm_s, AFTER, ALIKE)
     m, total, ACC = walk_encoded(
@@ -163,7 +165,8 @@ def whole_share(
 def attend_share(
     Q, K_NEW, V_NEW, KEYS, K_RING, K_SINKS, VALUES, V_RING, V_SINKS, FIRST_TOKEN, MASK, WINDOW_START, START,
     BEFORE, OUT, MOST, TOTAL,
-    window_start, start, first, extent, scale, queries, heads, capacity, value_rows, ring_rows, splits, whole_splits,
+    window_start, start, first, extent, scale, queries, heads, capacity, value_rows, room, ring_rows, splits,
+    whole_splits,
     sm_b, sm_h, sm_g, sm_n, sm_s,
     GROUP: tl.constexpr, D_SIZES: tl.constexpr, DV_SIZES: tl.constexpr, K_SIZES: tl.constexpr, V_SIZES: tl.constexpr,
     SINKS: tl.constexpr, ON_DEVICE: tl.constexpr, ROLLING: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
@@ -174,7 +177,7 @@ def attend_share(
 
     ``ROLLING``: ``first`` counts back from the start, and position p is in row p % capacity. ``GROUP_N``: tokens of a
     record. ``BLOCK_W``: positions with whole rows in a tile. ``PARTS``: parts of a record that stand below one another
-    in a tile of encoded rows, so that few queries fill its rows.
+    in a tile of encoded rows, so that few queries fill its rows. ``room``: positions that both sides have records for.
     """
     scale = tl.cast(scale, tl.float32)  # a Python float arrives as float64 from Inductor
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(2) - whole_splits  # whole rows first: they take longest
@@ -221,7 +224,7 @@ def attend_share(
         QUERIES = keys_prepare(q_row, bh * n_rows + tile_row, real, KEYS, K_SIZES)
         m, total, ACC = encoded_share(
             QUERIES, KEYS, VALUES, MASK, mask_row, query, real, first, window_start, end, extent, split, splits,
-            sm_s, scale, capacity, first_token, K_SIZES, V_SIZES, SINKS, ROLLING, KIND, CAUSAL, ALIKE, HALF_MASK,
+            sm_s, scale, capacity, room, first_token, K_SIZES, V_SIZES, SINKS, ROLLING, KIND, CAUSAL, ALIKE, HALF_MASK,
             GROUP_N, BLOCK_M, BLOCK_N, PARTS,
         )  # fmt: skip
         if not VALUES_ARE_WHOLE:

@@ -15,6 +15,7 @@ from torch.utils._triton import has_triton
 
 from think_compile.cache.state import COUNTERS, Call, Length, Span, Stored
 from think_compile.formats.sinks import BEGIN, SINKS
+from think_compile.formats.think import narrow_rows
 from think_compile.kernels.codecs import CODED_PARTS
 from think_compile.kernels.launch import LEAST, LONG, Launch, device_of, launch_for, launch_for_codes
 
@@ -108,12 +109,13 @@ class PairKernels:
 
     def _parts(self, keys: Stored, values: Stored, q: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """The encoded tensors that the attention reads."""
-        ours = [keys.state[name].contiguous() for name in self.key_parts]
+        ours = [keys.state[name].contiguous() for name in self.key_parts if name in keys.state]
         if q is not None and self.codecs[0] is not None:  # the queries, in the order of the plan
-            order = ours.pop()[:, :, None, : self.codecs[0].kept]
-            grouped = q.unflatten(1, (order.shape[1], -1)).flatten(2, 3)
-            ours.append(grouped.gather(3, order.expand(-1, -1, grouped.shape[2], -1)))
-        return ours, [values.state[name] for name in self.value_parts]
+            grouped = q.unflatten(1, (ours[0].shape[1], -1)).flatten(2, 3)
+            if "channels" in keys.state:
+                grouped = narrow_rows(grouped, ours.pop()[..., : self.codecs[0].kept])
+            ours.append(grouped.contiguous())
+        return ours, [values.state[name] for name in self.value_parts if name in values.state]
 
     def _whole(self, keys: Stored, values: Stored) -> list[Tensor | None]:
         """The keys' ring and sinks, the values', and the first token of each sequence; None: there is none."""

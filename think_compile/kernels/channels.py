@@ -19,8 +19,8 @@ def channels_locate(rows, channels, bh, capacity, width: tl.constexpr, part0: tl
 def channels_prepare(q_row, index, real, rows, channels, width: tl.constexpr, part0: tl.constexpr, part1: tl.constexpr):
     """The kept channels of the queries."""
     c0, c1 = columns(part0, part1)
-    i0 = tl.load(channels + c0, mask=c0 < width, other=0)
-    i1 = tl.load(channels + c1, mask=c1 < width, other=0)
+    i0 = tl.load(channels + c0, mask=c0 < width, other=0).to(tl.int32)
+    i1 = tl.load(channels + c1, mask=c1 < width, other=0).to(tl.int32)
     return read_queries(q_row, real, i0, i1, c0 < width, c1 < width)
 
 
@@ -60,14 +60,15 @@ def channels_choose(
     kept = real & (ahead < WIDTH)
     slot = tl.cumsum(kept.to(tl.int32), 0) - 1
     for t in range(WIDTH):  # an address that depends on loaded data would be taken for a write to that tensor
-        tl.store(channels + t, tl.sum(tl.where(kept & (slot == t), channel, 0), 0).to(tl.int64))
+        tl.store(channels + t, tl.sum(tl.where(kept & (slot == t), channel, 0), 0).to(channels.dtype.element_ty))
 
 
 @triton.jit
 def channels_store(k, rows, channels, start, capacity, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Store the kept channels of one new row ``k``; beyond the end nothing changes."""
     t = tl.arange(0, BLOCK)
-    narrow = tl.load(k + tl.load(channels + t, mask=t < WIDTH, other=0), mask=t < WIDTH, other=0.0)
+    index = tl.load(channels + t, mask=t < WIDTH, other=0).to(tl.int32)
+    narrow = tl.load(k + index, mask=t < WIDTH, other=0.0)
     room = tl.where(start < capacity, WIDTH, 0)
     tl.store(rows + start * WIDTH + t, narrow.to(rows.dtype.element_ty), mask=t < room)
 
@@ -84,7 +85,7 @@ def channels_restore(
     tl.debug_barrier()  # other threads write the kept channels
     kept = wanted & (column < WIDTH)
     x = tl.load(rows + token.to(tl.int64) * WIDTH + column, mask=kept, other=0.0)
-    index = tl.load(channels + column, mask=column < WIDTH, other=0)
+    index = tl.load(channels + column, mask=column < WIDTH, other=0).to(tl.int32)
     tl.store(at + index, x.to(ring.dtype.element_ty), mask=kept)
 
 

@@ -297,13 +297,14 @@ def block_finish(
     channel, there = in_block(o.shape[1], bits, width)
     index = first + channel
     if not IN_ORDER:
-        index = tl.load(channels + first + channel, mask=there, other=0)
+        index = tl.load(channels + first + channel, mask=there, other=0).to(tl.int32)
     tl.store(at[:, None] + index[None, :], (o + z[:, None]) / total[:, None], mask=real[:, None] & there[None, :])
 
 
 def value_locate(VALUES, bh, capacity, SIZES: tl.constexpr):
     """The codes, the ranges and the channels of one KV head."""
-    return codes + bh * capacity * BYTES, ranges + bh * capacity * (BLOCKS * 2 * TOKENS), channels + bh * WIDTH
+    at = ranges + bh * capacity * (BLOCKS * 2 * TOKENS)
+    return codes + bh * capacity * BYTES, at, at if END0 == 0 else channels + bh * WIDTH
 
 
 def value_zero(block_m: tl.constexpr, SIZES: tl.constexpr):
@@ -357,7 +358,7 @@ def value_finish(ACC, total, at, real, VALUES, SIZES: tl.constexpr):
     if WIDTH3 > 0:
         block_finish(o3, z3, total, at, real, channels, END0 == 0, BITS3, WIDTH3, FIRST3)
     for dropped in range(CODED, WIDTH):
-        index = tl.load(channels + dropped)
+        index = tl.load(channels + dropped).to(tl.int32)
         tl.store(at + index, z0 * 0.0, mask=real)  # NaN if a weight is
 
 

@@ -105,10 +105,15 @@ def load_codes(codes, TOKENS: tl.constexpr, ACROSS: tl.constexpr, bits: tl.const
 
 
 @triton.jit
-def ring_block(ring, row, channels, WIDTH: tl.constexpr, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr):
+def ring_block(
+    ring, row, channels, IN_ORDER: tl.constexpr, WIDTH: tl.constexpr, bits: tl.constexpr, width: tl.constexpr,
+    first: tl.constexpr,
+):  # fmt: skip
     """Pointers [TOKENS, 64] to a block's channels in rows of a ring, and which columns have a channel."""
     channel, there = in_block(64, bits, width)
-    index = tl.load(channels + first + channel, mask=there, other=0)
+    index = first + channel
+    if not IN_ORDER:
+        index = tl.load(channels + index, mask=there, other=0).to(tl.int32)
     return ring + row[:, None] * WIDTH + index[None, :], there[None, :]
 
 
@@ -117,11 +122,11 @@ def ring_block(ring, row, channels, WIDTH: tl.constexpr, bits: tl.constexpr, wid
 
 @triton.jit
 def key_flush_block(
-    ring, row, codes, ranges, channels, TOKENS: tl.constexpr, CODED: tl.constexpr, WIDTH: tl.constexpr,
-    bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr,
+    ring, row, codes, ranges, channels, IN_ORDER: tl.constexpr, TOKENS: tl.constexpr, CODED: tl.constexpr,
+    WIDTH: tl.constexpr, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr,
 ):  # fmt: skip
     """Encode a block of keys."""
-    at, there = ring_block(ring, row, channels, WIDTH, bits, width, first)
+    at, there = ring_block(ring, row, channels, IN_ORDER, WIDTH, bits, width, first)
     x = tl.load(at, mask=there, other=0.0).to(tl.float32)
     scale, zero = range_of(x, there, 0, bits)
     store_codes(code_of(x, scale[None, :], zero[None, :], there, bits), codes, TOKENS, False, bits, width)
@@ -132,15 +137,15 @@ def key_flush_block(
 
 @triton.jit
 def key_restore_block(
-    ring, row, wanted, codes, ranges, channels, TOKENS: tl.constexpr, CODED: tl.constexpr, WIDTH: tl.constexpr,
-    bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr,
+    ring, row, wanted, codes, ranges, channels, IN_ORDER: tl.constexpr, TOKENS: tl.constexpr, CODED: tl.constexpr,
+    WIDTH: tl.constexpr, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr,
 ):  # fmt: skip
     """Decode the ``wanted`` rows of a block of keys into a ring."""
     channel, real = in_block(64, bits, width)
     scale = tl.load(ranges + first + channel, mask=real, other=0.0).to(tl.float32)
     zero = tl.load(ranges + CODED + first + channel, mask=real, other=0.0).to(tl.float32)
     x = load_codes(codes, TOKENS, False, bits, width) * scale[None, :] + zero[None, :]
-    at, there = ring_block(ring, row, channels, WIDTH, bits, width, first)
+    at, there = ring_block(ring, row, channels, IN_ORDER, WIDTH, bits, width, first)
     tl.store(at, x.to(ring.dtype.element_ty), mask=there & wanted[:, None])
 
 
@@ -149,11 +154,11 @@ def key_restore_block(
 
 @triton.jit
 def value_flush_block(
-    ring, row, codes, ranges, channels, TOKENS: tl.constexpr, CODED: tl.constexpr, WIDTH: tl.constexpr,
-    bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr,
+    ring, row, codes, ranges, channels, IN_ORDER: tl.constexpr, TOKENS: tl.constexpr, CODED: tl.constexpr,
+    WIDTH: tl.constexpr, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr,
 ):  # fmt: skip
     """Encode a block of values."""
-    at, there = ring_block(ring, row, channels, WIDTH, bits, width, first)
+    at, there = ring_block(ring, row, channels, IN_ORDER, WIDTH, bits, width, first)
     x = tl.load(at, mask=there, other=0.0).to(tl.float32)
     scale, zero = range_of(x, there, 1, bits)
     store_codes(code_of(x, scale[:, None], zero[:, None], there, bits), codes, TOKENS, True, bits, width)
@@ -164,14 +169,14 @@ def value_flush_block(
 
 @triton.jit
 def value_restore_block(
-    ring, row, wanted, codes, ranges, channels, TOKENS: tl.constexpr, CODED: tl.constexpr, WIDTH: tl.constexpr,
-    bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr,
+    ring, row, wanted, codes, ranges, channels, IN_ORDER: tl.constexpr, TOKENS: tl.constexpr, CODED: tl.constexpr,
+    WIDTH: tl.constexpr, bits: tl.constexpr, width: tl.constexpr, first: tl.constexpr,
 ):  # fmt: skip
     """Decode the ``wanted`` rows of a block of values into a ring."""
     token = tl.arange(0, TOKENS)
     scale, zero = tl.load(ranges + token).to(tl.float32), tl.load(ranges + TOKENS + token).to(tl.float32)
     x = load_codes(codes, TOKENS, True, bits, width) * scale[:, None] + zero[:, None]
-    at, there = ring_block(ring, row, channels, WIDTH, bits, width, first)
+    at, there = ring_block(ring, row, channels, IN_ORDER, WIDTH, bits, width, first)
     tl.store(at, x.to(ring.dtype.element_ty), mask=there & wanted[:, None])
 
 
@@ -180,42 +185,54 @@ def value_restore_block(
 
 def flush(ring, row, LOCATED, record, SIZES: tl.constexpr):
     """Encode the rows ``row`` [TOKENS] of a ring to a record."""
+    IN_ORDER: tl.constexpr = END0 == 0
     codes += record.to(tl.int64) * BYTES
     ranges += record.to(tl.int64) * RANGES
-    flush_block(ring, row, codes, ranges, channels, TOKENS, CODED, WIDTH, BITS0, WIDTH0, FIRST0)
+    flush_block(ring, row, codes, ranges, channels, IN_ORDER, TOKENS, CODED, WIDTH, BITS0, WIDTH0, FIRST0)
     if WIDTH1 > 0:
-        flush_block(ring, row, codes + AT1, ranges + NEXT, channels, TOKENS, CODED, WIDTH, BITS1, WIDTH1, FIRST1)
+        flush_block(
+            ring, row, codes + AT1, ranges + NEXT, channels, IN_ORDER, TOKENS, CODED, WIDTH, BITS1, WIDTH1, FIRST1
+        )
     if WIDTH2 > 0:
-        flush_block(ring, row, codes + AT2, ranges + 2 * NEXT, channels, TOKENS, CODED, WIDTH, BITS2, WIDTH2, FIRST2)
+        flush_block(
+            ring, row, codes + AT2, ranges + 2 * NEXT, channels, IN_ORDER, TOKENS, CODED, WIDTH, BITS2, WIDTH2, FIRST2
+        )
     if WIDTH3 > 0:
-        flush_block(ring, row, codes + AT3, ranges + 3 * NEXT, channels, TOKENS, CODED, WIDTH, BITS3, WIDTH3, FIRST3)
+        flush_block(
+            ring, row, codes + AT3, ranges + 3 * NEXT, channels, IN_ORDER, TOKENS, CODED, WIDTH, BITS3, WIDTH3, FIRST3
+        )
 
 
 def restore(ring, row, wanted, LOCATED, record, SIZES: tl.constexpr):
     """Decode the ``wanted`` [TOKENS] rows of a record to rows ``row`` of a ring; dropped channels are zero."""
+    IN_ORDER: tl.constexpr = END0 == 0
     codes += record.to(tl.int64) * BYTES
     ranges += record.to(tl.int64) * RANGES
-    restore_block(ring, row, wanted, codes, ranges, channels, TOKENS, CODED, WIDTH, BITS0, WIDTH0, FIRST0)
+    restore_block(ring, row, wanted, codes, ranges, channels, IN_ORDER, TOKENS, CODED, WIDTH, BITS0, WIDTH0, FIRST0)
     if WIDTH1 > 0:
         restore_block(
-            ring, row, wanted, codes + AT1, ranges + NEXT, channels, TOKENS, CODED, WIDTH, BITS1, WIDTH1, FIRST1
+            ring, row, wanted, codes + AT1, ranges + NEXT, channels, IN_ORDER, TOKENS, CODED, WIDTH,
+            BITS1, WIDTH1, FIRST1
         )
     if WIDTH2 > 0:
         restore_block(
-            ring, row, wanted, codes + AT2, ranges + 2 * NEXT, channels, TOKENS, CODED, WIDTH, BITS2, WIDTH2, FIRST2
+            ring, row, wanted, codes + AT2, ranges + 2 * NEXT, channels, IN_ORDER, TOKENS, CODED, WIDTH,
+            BITS2, WIDTH2, FIRST2
         )
     if WIDTH3 > 0:
         restore_block(
-            ring, row, wanted, codes + AT3, ranges + 3 * NEXT, channels, TOKENS, CODED, WIDTH, BITS3, WIDTH3, FIRST3
+            ring, row, wanted, codes + AT3, ranges + 3 * NEXT, channels, IN_ORDER, TOKENS, CODED, WIDTH,
+            BITS3, WIDTH3, FIRST3
         )
     for dropped in range(CODED, WIDTH):
-        index = tl.load(channels + dropped)
+        index = tl.load(channels + dropped).to(tl.int32)
         tl.store(ring + row * WIDTH + index, tl.zeros([TOKENS], ring.dtype.element_ty), mask=wanted)
 
 
 def locate(POINTERS, bh, capacity, SIZES: tl.constexpr):
     """The codes, the ranges and the channels of one KV head."""
-    return codes + bh * capacity * BYTES, ranges + bh * capacity * RANGES, channels + bh * WIDTH
+    at = ranges + bh * capacity * RANGES
+    return codes + bh * capacity * BYTES, at, at if END0 == 0 else channels + bh * WIDTH
 
 
 @triton.jit
@@ -245,7 +262,7 @@ def deal(
     mine, other = tier[:, None], tier[None, :]
     slot = tl.sum((real[None, :] & ((other < mine) | ((other == mine) & lower))).to(tl.int32), 1)
     for at in range(D):  # an address that depends on loaded data would be taken for a write to that tensor
-        tl.store(channels + at, tl.sum(tl.where(real & (slot == at), channel, 0), 0).to(tl.int64))
+        tl.store(channels + at, tl.sum(tl.where(real & (slot == at), channel, 0), 0).to(channels.dtype.element_ty))
 
 
 def writer(keys):

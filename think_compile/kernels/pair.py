@@ -21,7 +21,7 @@ from think_compile.kernels.whole import WHOLE
 
 CODECS = {codec.name: codec for codec in (CHANNELS, WHOLE, KEY_BITS, VALUE_BITS)}
 # Lengths change with each token and must not compile a new kernel variant each time.
-_LENGTHS = ["window_start", "start", "first", "extent", "splits", "whole_splits"]
+_LENGTHS = ["window_start", "start", "first", "extent", "room", "splits", "whole_splits"]
 _STORES: dict[str, Any] = {"whole": store_template.store_whole_side, "channels": store_template.store_channels_side}
 
 
@@ -121,7 +121,7 @@ def attend_operation(keys: str, values: str) -> Any:
         launch: list[int],
     ) -> Tensor:
         kernels = kernels_of(keys, values)
-        given = Given(own, keys_, values_, whole, mask, at, numbers, sizes, scale, launch)
+        given = Given(own, keys_, filled(values_, kernels.values), whole, mask, at, numbers, sizes, scale, launch)
         q, _, v = own
         result = q.new_empty((*q.shape[:3], v.shape[3]))
         with device_of_launch(q):
@@ -176,25 +176,31 @@ class Coded(NamedTuple):
     """The stored tensors of a side; :func:`coded_step_operation` takes them in this order, without the missing ones.
 
     Attributes:
-        parts: of the codec.
+        parts: of the codec; None: channels keep their order, and are not stored.
         ring, sinks, first_token, counters: as in :class:`think_compile.formats.side.Side`; None: there are none.
     """
 
-    parts: list[Tensor]
+    parts: list[Tensor | None]
     ring: Tensor | None = None
     sinks: Tensor | None = None
     first_token: Tensor | None = None
     counters: Tensor | None = None
 
     @classmethod
-    def of(cls, tensors: list[Tensor], codec: DeviceCodec, has_sinks: bool) -> Coded:
+    def of(cls, tensors: list[Tensor], codec: DeviceCodec, has_sinks: bool, in_order: bool) -> Coded:
         """From the flat list; whole rows are alone in it, and chosen channels without sinks have no first token."""
-        count = len(stored_parts(codec))
+        count = len(stored_parts(codec)) - in_order
+        parts = filled(tensors[:count], codec)
         if len(tensors) == count:
-            return cls(tensors)
-        parts, (ring, *between, counters) = tensors[:count], tensors[count:]
+            return cls(parts)
+        ring, *between, counters = tensors[count:]
         sinks = between.pop(0) if has_sinks else None
         return cls(parts, ring, sinks, between[0] if between else None, counters)
+
+
+def filled(parts: list[Tensor], codec: DeviceCodec) -> list[Tensor | None]:
+    """A codec's tensors as its kernels take them: None for channels that keep their order."""
+    return [*parts, *[None] * (len(stored_parts(codec)) - len(parts))]
 
 
 @functools.cache
@@ -219,8 +225,9 @@ def coded_step_operation(keys: str, values: str) -> Any:
     ) -> Tensor:
         kernels, (extent, causal, *windows) = kernels_of(keys, values), numbers
         q, k, v, *ordered = own
-        key_side = Coded.of(keys_, kernels.keys, sizes[0] > 0)
-        value_side = Coded.of(values_, kernels.values, sizes[0] > 0)
+        constants = code_constants(kernels, sizes[3:])
+        key_side = Coded.of(keys_, kernels.keys, sizes[0] > 0, constants.get("K_END0") == 0)
+        value_side = Coded.of(values_, kernels.values, sizes[0] > 0, constants.get("V_END0") == 0)
         result, before = q.new_empty((*q.shape[:3], v.shape[3])), start.new_empty(())
         counted = value_side if key_side.counters is None else key_side
         assert counted.counters is not None and counted.ring is not None
@@ -232,7 +239,7 @@ def coded_step_operation(keys: str, values: str) -> Any:
         with device_of_launch(q):
             shares = launch_shares(kernels, given)
             group, heads = q.shape[1] // k.shape[1], k.shape[1]
-            constants = code_constants(kernels, sizes[3:]) | _value_sizes(v) | shares.sizes()
+            constants |= _value_sizes(v) | shares.sizes()
             traced(kernels.finish_step)[(k.shape[0] * heads, shares.parts + 2)](
                 *shares, result, q, k, v, *key_side.parts, *key_side[1:], *value_side.parts, *value_side[1:],
                 start, before, heads, *windows, extent, key_side.parts[0].shape[2], value_side.parts[0].shape[2],

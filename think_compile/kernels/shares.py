@@ -133,7 +133,7 @@ def launch_shares(kernels: Kernels, given: Given) -> Shares:
         q, k, v, *given.keys, k_ring, k_sinks, *given.values, v_ring, v_sinks, first_token,
         mask, window_start_at, start_at, given.before, out, most, total,
         *lengths, given.scale * _LOG2E, queries, heads,
-        given.keys[0].shape[2], given.values[0].shape[2], ring.shape[2], how.splits, whole_splits, *strides,
+        given.keys[0].shape[2], given.values[0].shape[2], _room(kernels, given, records), ring.shape[2], how.splits, whole_splits, *strides,
         **_constants(kernels, d, dv, sizes), SINKS=sinks, GROUP_N=records, PARTS=parts,
         GROUP=query_heads // heads, ON_DEVICE=start_at is not None, ROLLING=bool(rolling), CAUSAL=bool(causal),
         KIND=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
@@ -141,6 +141,13 @@ def launch_shares(kernels: Kernels, given: Given) -> Shares:
         BLOCK_M=how.block_m, BLOCK_N=how.block_n, BLOCK_W=block_w, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return Shares(out, most, total)
+
+
+def _room(kernels: Kernels, given: Given, group: int) -> int:
+    """Positions that both sides have rows or records for."""
+    sides = ((kernels.keys, given.keys[0]), (kernels.values, given.values[0]))
+    rooms = [x.shape[2] * (group if codec.parts[0] == "codes" else 1) for codec, x in sides]
+    return torch.sym_min(*rooms)
 
 
 def _constants(kernels: Kernels, d: int, dv: int, sizes: list[int]) -> dict[str, int]:

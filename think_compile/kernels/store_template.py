@@ -141,7 +141,7 @@ def store_side(
     store_in_window(
         new, ring, SINK_ROWS, FIRST_TOKEN, COUNTERS, start, end, first_token, bh, heads, ring_rows, SINKS, WIDTH, BLOCK
     )
-    if end > base:
+    if (end > base) & (base // TOKENS < capacity):
         tl.debug_barrier()  # data stored by other threads of the program is read below
         counted = tl.minimum(tl.maximum(token, first_token + SINKS), start)  # others are as the nearest that counts
         row = tl.minimum(tl.maximum(counted, base), base + TOKENS - 1)
