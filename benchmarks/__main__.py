@@ -99,6 +99,14 @@ def tokens(out: Out = RESULTS, setting: Settings = None) -> None:
 
 
 @app.command()
+def shares(out: Out = RESULTS) -> None:
+    """The bytes of a prompt's cache with token rules, relative to the dense one."""
+    from benchmarks import tokens
+
+    _keep("token_shares", tokens.shares(), out, "cpu")
+
+
+@app.command()
 def answers(out: Out = RESULTS) -> None:
     """A prompt and a hundred steps with token rules."""
     from benchmarks import tokens

@@ -26,7 +26,8 @@ FORMS: tuple[dict[str, Any], ...] = ({"ratio": 0.0}, {"keys": {4: 0.5}, "values"
 def run(setting: Setting, layers: int = 32) -> Iterator[dict[str, Any]]:
     """The check, then for each form and budget the step on a short context, and on as many tokens of a long prompt.
 
-    ``of_short``: relative to the short context. ``of_dense_bytes``: of the cache.
+    ``of_short``: relative to the short context. ``of_dense_bytes``: of the cache,
+    without room for later tokens.
     """
     yield {"check": "error over the plain model's in bf16", "ratio": check(ThinkConfig(0.0))}
     release()
@@ -45,8 +46,18 @@ def run(setting: Setting, layers: int = 32) -> Iterator[dict[str, Any]]:
 
 
 def _share(model: Any, setting: Setting, config: ThinkConfig) -> float:
-    stored = models.past_bytes(models.stored_past(model, 1, setting.context, config))
-    return round(stored / models.cache_bytes(model.config, 1, setting.context + models.SPARE), 4)
+    stored = models.past_bytes(models.stored_past(model, 1, setting.context, config, 0))
+    return round(stored / models.cache_bytes(model.config, 1, setting.context), 4)
+
+
+def shares(tokens: int = 32768) -> Iterator[dict[str, Any]]:
+    """A row for each form and budget: the bytes of a prompt's stored cache, relative to the dense one."""
+    model = models.llama(1, inner=64, vocabulary=128, device="cpu")
+    for form in FORMS:
+        for budget in BUDGETS:
+            config = ThinkConfig(**form, tokens=SnapKV(budget))
+            share = _share(model, Setting(1, tokens), config)
+            yield {"way": f"think_compile, {name_of(config)}", "context": tokens, "of_dense_bytes": share}
 
 
 ANSWERED = tuple(ThinkConfig(0.0, tokens=rule) for rule in (None, SnapKV(0.25), KVCrush(0.25)))
