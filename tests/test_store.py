@@ -266,7 +266,8 @@ class Window:
     """The dense equivalent of a bounded store: its tokens, whole, and how many of the first are pruned."""
 
     def __init__(self, store, whole):
-        self.stays = torch.zeros(whole.shape[0], HEADS, DIM, dtype=torch.bool).scatter_(-1, store.own["channels"].long(), True)
+        self.stays = torch.zeros(whole.shape[0], HEADS, DIM, dtype=torch.bool)
+        self.stays.scatter_(-1, store.own["channels"].long(), True)
         self.whole, self.pruned, self.recent = whole, store.counters.window_start, store.side.recent
         self.moves = store.side.encodes_later
 

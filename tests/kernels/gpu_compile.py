@@ -185,8 +185,8 @@ def merge() -> dict[str, object]:
 
 def mass(*, kernel=sum_keys, tile=OF_KEYS, dtype="bf16", d=96, device="H100") -> dict[str, object]:
     """The kernels of H2O's scores."""
-    types = {"Q": f"*{dtype}", "K": f"*{dtype}", "SUMS": "*fp32", "MASS": "*fp32", "LSE": "*fp32", "START": "*i64", "scale": "fp32"}
-    types |= {"KEY_VALID": "*i1", "QUERY_VALID": "*i1", "SPANS": "*i64"}
+    types = {"Q": f"*{dtype}", "K": f"*{dtype}", "SUMS": "*fp32", "MASS": "*fp32", "START": "*i64", "scale": "fp32"}
+    types |= {"LSE": "*fp32", "KEY_VALID": "*i1", "QUERY_VALID": "*i1", "SPANS": "*i64"}
     target, limits = DEVICES[device]
     tile = fitted(tile, max(128, d) * BYTES[dtype], limits)
     if target.backend != "cuda":

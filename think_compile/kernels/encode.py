@@ -211,19 +211,19 @@ def restore(ring, row, wanted, LOCATED, record, SIZES: tl.constexpr):
     restore_block(ring, row, wanted, codes, ranges, channels, IN_ORDER, TOKENS, CODED, WIDTH, BITS0, WIDTH0, FIRST0)
     if WIDTH1 > 0:
         restore_block(
-            ring, row, wanted, codes + AT1, ranges + NEXT, channels, IN_ORDER, TOKENS, CODED, WIDTH,
-            BITS1, WIDTH1, FIRST1
-        )
+            ring, row, wanted, codes + AT1, ranges + NEXT, channels, IN_ORDER, TOKENS, CODED, WIDTH, BITS1, WIDTH1,
+            FIRST1,
+        )  # fmt: skip
     if WIDTH2 > 0:
         restore_block(
-            ring, row, wanted, codes + AT2, ranges + 2 * NEXT, channels, IN_ORDER, TOKENS, CODED, WIDTH,
-            BITS2, WIDTH2, FIRST2
-        )
+            ring, row, wanted, codes + AT2, ranges + 2 * NEXT, channels, IN_ORDER, TOKENS, CODED, WIDTH, BITS2, WIDTH2,
+            FIRST2,
+        )  # fmt: skip
     if WIDTH3 > 0:
         restore_block(
-            ring, row, wanted, codes + AT3, ranges + 3 * NEXT, channels, IN_ORDER, TOKENS, CODED, WIDTH,
-            BITS3, WIDTH3, FIRST3
-        )
+            ring, row, wanted, codes + AT3, ranges + 3 * NEXT, channels, IN_ORDER, TOKENS, CODED, WIDTH, BITS3, WIDTH3,
+            FIRST3,
+        )  # fmt: skip
     for dropped in range(CODED, WIDTH):
         index = tl.load(channels + dropped).to(tl.int32)
         tl.store(ring + row * WIDTH + index, tl.zeros([TOKENS], ring.dtype.element_ty), mask=wanted)

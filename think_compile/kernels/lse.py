@@ -39,7 +39,7 @@ class _FusedAttention(TorchDispatchMode):
 
 
 def attend(*operands: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """torch's attention, arguments as written in the graph; and the log-sum-exp [B, Hq, N] fp32, or None."""
+    """Stock attention, arguments as written in the graph; and the log-sum-exp [B, Hq, N] fp32, or None."""
     with _FusedAttention() as fused:
         out = _ATTENTION(*operands, **options)
     return out, _of_queries(fused.lse, operands[0])

@@ -176,7 +176,8 @@ def key_mass(
     given = (n_new, size, scale * _LOG2E)
     with device_of_launch(q):
         tiles = (triton.cdiv(n_new, of_queries.queries), batch * query_heads)
-        sum_queries[tiles](q, k, key_valid, query_valid, spans, start, lse, sums, *given, **sizes, **of_queries.options())
+        masks = key_valid, query_valid, spans, start
+        sum_queries[tiles](q, k, *masks, lse, sums, *given, **sizes, **of_queries.options())
         tiles = (triton.cdiv(size, of_keys.keys), batch * heads)
         sum_keys[tiles](q, k, key_valid, start, sums, mass, *given, **sizes, **of_keys.options())
     return mass

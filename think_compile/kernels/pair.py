@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -180,7 +181,7 @@ class Coded(NamedTuple):
         ring, sinks, first_token, counters: as in :class:`think_compile.formats.side.Side`; None: there are none.
     """
 
-    parts: list[Tensor | None]
+    parts: Sequence[Any]
     ring: Tensor | None = None
     sinks: Tensor | None = None
     first_token: Tensor | None = None
@@ -198,7 +199,7 @@ class Coded(NamedTuple):
         return cls(parts, ring, sinks, between[0] if between else None, counters)
 
 
-def filled(parts: list[Tensor], codec: DeviceCodec) -> list[Tensor | None]:
+def filled(parts: Sequence[Tensor], codec: DeviceCodec) -> list[Any]:
     """A codec's tensors as its kernels take them: None for channels that keep their order."""
     return [*parts, *[None] * (len(stored_parts(codec)) - len(parts))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Given(NamedTuple):
 
     Attributes:
         own: q [B, Hq, N, D], k [B, H, N, D] and v [B, H, N, Dv] of the call, contiguous.
-        keys, values: the stored parts in the codec's order.
+        keys, values: the stored tensors in the codec's order; None for channels that keep their order.
         whole: the rings and the sinks, or None: the keys' ring and sinks, the values', and the first token of each
             sequence.
         mask: [B or 1, Hq or 1, N or 1, columns], or None.
@@ -48,8 +49,8 @@ class Given(NamedTuple):
     """
 
     own: list[Tensor]
-    keys: list[Tensor]
-    values: list[Tensor]
+    keys: Sequence[Any]
+    values: Sequence[Any]
     whole: list[Tensor | None]
     mask: Tensor | None
     at: list[Tensor]
@@ -133,7 +134,8 @@ def launch_shares(kernels: Kernels, given: Given) -> Shares:
         q, k, v, *given.keys, k_ring, k_sinks, *given.values, v_ring, v_sinks, first_token,
         mask, window_start_at, start_at, given.before, out, most, total,
         *lengths, given.scale * _LOG2E, queries, heads,
-        given.keys[0].shape[2], given.values[0].shape[2], _room(kernels, given, records), ring.shape[2], how.splits, whole_splits, *strides,
+        given.keys[0].shape[2], given.values[0].shape[2], _room(kernels, given, records), ring.shape[2],
+        how.splits, whole_splits, *strides,
         **_constants(kernels, d, dv, sizes), SINKS=sinks, GROUP_N=records, PARTS=parts,
         GROUP=query_heads // heads, ON_DEVICE=start_at is not None, ROLLING=bool(rolling), CAUSAL=bool(causal),
         KIND=0 if mask is None else 1 if mask.dtype == torch.bool else 2,

@@ -62,9 +62,7 @@ def attention_mass(
 
 
 @attention_mass.register_fake
-def _(
-    q: Tensor, k: Tensor, rows: Tensor, valid: list[Tensor], scale: float, lse: Tensor | None = None
-) -> Tensor:
+def _(q: Tensor, k: Tensor, rows: Tensor, valid: list[Tensor], scale: float, lse: Tensor | None = None) -> Tensor:
     return k.new_empty(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32))
 
 

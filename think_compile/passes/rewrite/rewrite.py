@@ -98,12 +98,12 @@ class _Rewriter(Outputs):
     def _new_rows(self, tensor: CacheTensor) -> Node:
         return self.canonical(self.at(tensor.join.new), tensor)
 
-    def _as_one(self, readers: Sequence[CachedAttention], k: Node, v: Node, lse: Node | None = None) -> Call:
+    def _as_one(self, readers: Sequence[CachedAttention], k: Node, v: Node, *, log_sums: Node | None = None) -> Call:
         """All attentions to one cache as one attention with larger groups."""
         queries: Any = [self.queries(site, k) for site in readers]
         if len(queries) > 1:
             queries = [self.call(arrange.joined_queries, queries, int(readers[0].keys.size(HEAD)))]
-        return Call(queries[0], k, v, self.mask(readers[0], k), self.at(readers[0].attention.scale), lse=lse)
+        return Call(queries[0], k, v, self.mask(readers[0], k), self.at(readers[0].attention.scale), lse=log_sums)
 
     # ------------------------------------------------------------------------------------------- first calls
 
@@ -112,11 +112,11 @@ class _Rewriter(Outputs):
         site = readers[0]
         log_sums = self._with_lse(site) if self._gives_lse(readers) else None
         with self.after(self.at(readers[-1].attention.node)):
-            call = self._as_one(readers, *self._joined(site), log_sums)
+            call = self._as_one(readers, *self._joined(site), log_sums=log_sums)
             self._keep(site, call, self._prompt(site), length_kept(site.keys) if site.in_rolling_buffer else None)
 
     def _gives_lse(self, readers: Sequence[CachedAttention], *, own_rows: bool = False) -> bool:
-        """Whether the format wants the log-sum-exp of the only attention to a cache, and this tells which keys it is of.
+        """Whether the format wants the log-sum-exp of a cache's only attention, and it is known of which keys it is.
 
         ``own_rows``: the attention reads the call's own rows alone.
         """
@@ -163,7 +163,7 @@ class _Rewriter(Outputs):
                 out = self._as(out, attention.node)
             self.replace(attention.node, out)
         with self.after(self.at(readers[-1].attention.node)):
-            call = self._as_one(readers, *self._new(site), log_sums)
+            call = self._as_one(readers, *self._new(site), log_sums=log_sums)
             call = call._replace(mask=self.call(arrange.prompt_columns, call.mask, call.k))
             self._keep(site, call, Prompt(capacity=self.number(site.keys.size(TOKEN))), site.query_tokens)
 
