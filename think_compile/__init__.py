@@ -4,6 +4,8 @@ from think_compile.api import explain, report, restore, think_compile
 from think_compile.backend import NothingRewritten, ThinkWarning
 from think_compile.cache.store import NoDenseForm
 from think_compile.config import ThinkConfig
+from think_compile.formats.mustafar import Mustafar
+from think_compile.formats.side import FormatError
 from think_compile.formats.tokens.h2o import H2O
 from think_compile.formats.tokens.kvcrush import KVCrush
 from think_compile.formats.tokens.rule import RuleError, TokenRule
@@ -14,8 +16,10 @@ from think_compile.runtime.program import CacheFull
 __all__ = [
     "H2O",
     "CacheFull",
+    "FormatError",
     "KVCrush",
     "LayerRecord",
+    "Mustafar",
     "NoDenseForm",
     "NothingRewritten",
     "Report",

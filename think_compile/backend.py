@@ -19,6 +19,7 @@ from think_compile.cache.handle import Handle
 from think_compile.cache.holders import Place, holders, owns_its_storage
 from think_compile.cache.rows import writable
 from think_compile.config import ThinkConfig, fallback_allowed
+from think_compile.formats.base import FormatError
 from think_compile.passes.find.attention import Attention, find_attention, module_path
 from think_compile.passes.find.broken import broken_attention
 from think_compile.passes.find.naming import full_path, told_apart
@@ -43,6 +44,9 @@ class ThinkWarning(UserWarning):
 
 class NothingRewritten(RuntimeError):
     """``strict=True``, and a layer could not be rewritten."""
+
+
+OF_THE_USER = (NothingRewritten, FormatError)  # raised while compiling, and no failure of ours
 
 
 class _LeaveAlone(Exception):
@@ -80,7 +84,7 @@ class Backend:
         self.ledger.graphs += 1
         try:
             return self._compile(gm, example_inputs)
-        except NothingRewritten:
+        except OF_THE_USER:
             raise
         except Exception as error:
             return FailedGraph(self, gm, error)

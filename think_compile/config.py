@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from think_compile.formats.base import CacheFormat, Codec, Side
+from think_compile.formats.base import CacheFormat, Side
+from think_compile.formats.given import stored_as
 from think_compile.formats.plan import Plan
 from think_compile.formats.think import Channels
 from think_compile.formats.tokens.named import rule_of
@@ -44,27 +45,6 @@ def _check_ratio(ratio: Any) -> None:
         )
     if math.isnan(ratio) or not 0 <= ratio < 1:
         raise ValueError(f"ratio must be in [0, 1), the share of key channels to drop; got {ratio}.")
-
-
-_CODEC = ("name", "group", "has_window", "parts", "choose", "encode", "decode", "scores", "is_lossy", "describe")
-
-
-def _stored(side: str, given: Any) -> Plan | Codec | None:
-    """A bit plan or a codec, checked."""
-    if given is None:
-        return None
-    missing = [attribute for attribute in _CODEC if not hasattr(given, attribute)]
-    if isinstance(given, type) or 0 < len(missing) < len(_CODEC) - 1:
-        lacks = "a class and not an object of it" if isinstance(given, type) else f"without {', '.join(missing)}"
-        raise TypeError(f"{side} must be a codec (docs/formats.md says what that is), got {given!r}, {lacks}.")
-    if missing:
-        return Plan.of(given, side)
-    try:
-        hash(given)
-    except TypeError:
-        raise TypeError(f"{side} must be hashable, as a frozen dataclass is; got {given!r}.") from None
-    codec: Codec = given
-    return codec
 
 
 def _inductor_options(options: Mapping[str, Any]) -> Options:
@@ -112,8 +92,8 @@ class ThinkConfig:
         ratio: share of the key channels to drop, in [0, 1) (the paper's lambda); None: 0.5, or 0 if ``keys`` or
             ``tokens`` is given.
         keys, values: bit plans (``{8: 0.25, 4: 0.75}``, ``4``, ``"8:0.25+4:0.75"``, ``"balanced"``; a share of the
-            channels by number of bits, 16 for the model's own dtype) or codecs (docs/formats.md); None: keys pruned by
-            ``ratio``, values whole.
+            channels by number of bits, 16 for the model's own dtype) or codecs (``Mustafar(0.7)``, ``"mustafar:0.7"``;
+            docs/formats.md); None: keys pruned by ``ratio``, values whole.
         group: number of tokens that are encoded together, if a plan has codes.
         sinks: number of first tokens of each sequence that stay whole; None: 4 if a plan has codes, else 0.
         recent: number of latest tokens whose rows stay whole between calls (the paper's is 32; docs/accuracy.md).
@@ -154,7 +134,7 @@ class ThinkConfig:
 
     def __post_init__(self) -> None:
         for side in ("keys", "values"):
-            object.__setattr__(self, side, _stored(side, getattr(self, side)))
+            object.__setattr__(self, side, stored_as(side, getattr(self, side)))
         if self.ratio is None:
             object.__setattr__(self, "ratio", DEFAULT_RATIO if self.keys is None and self.tokens is None else 0.0)
         _check_ratio(self.ratio)
@@ -223,7 +203,11 @@ class ThinkConfig:
         return self.recent if self.sliding else None
 
     def format_for(self, head_dim: int, value_dim: int) -> CacheFormat:
-        """The format of a layer with ``head_dim`` key channels and ``value_dim`` value channels."""
+        """The format of a layer with ``head_dim`` key channels and ``value_dim`` value channels.
+
+        Raises:
+            FormatError: a codec does not take rows of this size.
+        """
         keys = Channels(self.kept_channels(head_dim), self.observe) if self.keys is None else self.keys
         values = Whole() if self.values is None else self.values
         how = {"multiple": self.channel_multiple, "observe": self.observe, "group": self.group}
@@ -231,6 +215,9 @@ class ThinkConfig:
             keys = keys.codec("keys", head_dim, **how)
         if isinstance(values, Plan):
             values = values.codec("values", value_dim, **how)
+        for codec, width in ((keys, head_dim), (values, value_dim)):
+            if hasattr(codec, "check"):
+                codec.check(width)
         window = self.recent, self.prune_generated, math.lcm(keys.group, values.group), self.sinks
         sides = Side(keys, head_dim, *window), Side(values, value_dim, *window)
         return CacheFormat(*sides, self.tokens)

@@ -13,6 +13,7 @@ from think_compile.cache.packed import Packed
 from think_compile.cache.state import Call, Prompt, State
 from think_compile.formats.base import CacheFormat, Side
 from think_compile.formats.bits import KeyBits, ValueBits
+from think_compile.formats.mustafar import Mustafar
 from think_compile.formats.think import Channels
 from think_compile.formats.whole import Whole
 
@@ -49,6 +50,14 @@ FORMATS = {
     "bits, whole values": CacheFormat(_side(KeyBits, ((4, 4),), 3, sinks=2), Side(Whole(), D, 3, window_group=4)),
     "whole keys, bits": CacheFormat(Side(Whole(), D, 3, window_group=4), _side(ValueBits, ((8, 8),), 3, sinks=2)),
     "ThinK, pruned values": CacheFormat(Side(Channels(4, 4), D, 3), Side(ValueBits(((16, 4),), 4, group=1), D, 3)),
+    "Mustafar": CacheFormat(Side(Mustafar(0.5, multiple=1), D, 3), Side(Mustafar(0.6, multiple=1), D, 3)),
+    "Mustafar, 8 bits": CacheFormat(Side(Mustafar(0.5, 8, 1), D, 3), Side(Mustafar(0.3, 8, 1), D, 3)),
+    "Mustafar, all numbers": CacheFormat(Side(Mustafar(0.0), D, 3), Side(Mustafar(0.0), D, 0)),
+    "Mustafar keys, later tokens whole": CacheFormat(Side(Mustafar(0.5, 16, 1), D, 3, encodes_later=False), WHOLE),
+    "ThinK, Mustafar values": CacheFormat(Side(Channels(4, 4), D, 3), Side(Mustafar(0.5, multiple=1), D, 3)),
+    "Mustafar keys, bits": CacheFormat(
+        Side(Mustafar(0.5, multiple=1), D, 3, window_group=4, sinks=2), _side(ValueBits, ((4, 8),), 3, sinks=2)
+    ),
     "bits, two windows": CacheFormat(_side(KeyBits, ((4, 8),), 6), _side(ValueBits, ((4, 8),), 2)),
     "ThinK x integers, two windows": CacheFormat(Side(Channels(4, 4), D, 6), Side(Scaled(), D, 2)),
 }

@@ -27,7 +27,7 @@ from think_compile.cache.state import (
 )
 from think_compile.formats import attention, evicted
 from think_compile.formats.seen import seen, seen_again
-from think_compile.formats.side import Codec, Side
+from think_compile.formats.side import Codec, FormatError, Side
 from think_compile.formats.sinks import BEGIN
 from think_compile.formats.tokens.rule import RuleError, TokenRule, check, selected
 from think_compile.kernels.calls import MAX_QUERIES, PairKernels
@@ -36,6 +36,7 @@ __all__ = [
     "CacheFormat",
     "Codec",
     "EveryPage",
+    "FormatError",
     "RuleError",
     "Side",
     "TokenRule",

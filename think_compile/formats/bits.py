@@ -170,7 +170,7 @@ class _Bits(ABC):
     def _scale_and_zero(self, scales: Tensor, index: int, count: int) -> tuple[Tensor, Tensor]:
         """Of ``count`` blocks of one width from ``index`` on, to broadcast to [B, H, records, count, group, width]."""
 
-    def bits(self, width: int) -> float:
+    def mean_bits(self, width: int) -> float:
         """Bits per number of a row of ``width`` numbers, with scales and zeros."""
         codes = sum(block.size(self.group) for block in self.blocks) * 8
         scales = 16
@@ -187,7 +187,7 @@ class _Bits(ABC):
         tiers = ", ".join(f"{count} of {bits} bits" for bits, count in self.tiers)
         dropped = f", {width - self.kept} dropped" if self.kept < width else ""
         groups = f"; groups of {self.group} tokens" if self.group > 1 else ""
-        return f"channels: {tiers}{dropped} ({self.bits(width):.3g} bits a number{groups})"
+        return f"channels: {tiers}{dropped} ({self.mean_bits(width):.3g} bits a number{groups})"
 
 
 def _range(x: Tensor, axis: int, levels: int) -> tuple[Tensor, Tensor]:
@@ -197,11 +197,11 @@ def _range(x: Tensor, axis: int, levels: int) -> tuple[Tensor, Tensor]:
     instead of clipped numbers.
     """
     low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
-    zero = -_half_above(-low, 1)
-    return _half_above(high - zero.to(x.dtype), levels), zero
+    zero = -half_above(-low, 1)
+    return half_above(high - zero.to(x.dtype), levels), zero
 
 
-def _half_above(x: Tensor, times: int) -> Tensor:
+def half_above(x: Tensor, times: int) -> Tensor:
     """The least number of fp16 that is not below ``x / times``; finite numbers that are too large become the largest.
 
     The comparison is exact, so that it does not matter how a device rounds quotients.

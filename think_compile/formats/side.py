@@ -32,8 +32,15 @@ from think_compile.formats.ring import advanced, ring_of
 from think_compile.formats.seen import Seen
 
 
+class FormatError(ValueError):
+    """A codec does not take rows of some head size; raised by its ``check``."""
+
+
 class Codec(Protocol):
     """How rows are stored: one file of :mod:`think_compile.formats`.
+
+    A codec may also have ``check(width)``, which raises FormatError for rows that it does not take; ``kept``, the
+    number of stored channels; and ``mean_bits(width)``, the bits per number (without: 16 in each of ``kept`` channels).
 
     Attributes:
         name: the name of the codec's device code, if any.
@@ -113,7 +120,7 @@ class Side:
     @property
     def bits(self) -> float:
         """Bits per number of a row outside the window; 16 stand for the model's dtype."""
-        of_codec = getattr(self.codec, "bits", None)
+        of_codec = getattr(self.codec, "mean_bits", None)
         return 16 * self.kept / self.width if of_codec is None else float(of_codec(self.width))
 
     @property

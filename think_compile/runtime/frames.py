@@ -22,7 +22,7 @@ from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
-from think_compile.backend import Backend, NothingRewritten
+from think_compile.backend import OF_THE_USER, Backend
 from think_compile.runtime.running import RUNNING, FrameFailure, Running
 
 # Graphs per code object before torch stops compiling and runs the code op by op. A few conversations of different
@@ -54,7 +54,7 @@ class _Converter:
         try:
             result = self._torchdynamo_orig_backend(frame, *rest)
         except Exception as error:
-            if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, NothingRewritten):
+            if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, OF_THE_USER):
                 raise
             running.failures.append(FrameFailure(frame.f_code, _kind(frame), error))
             return ConvertFrameReturn(_SKIPPED_WITH_ALL_INSIDE, apply_to_code=False)
@@ -102,7 +102,7 @@ def compiled_call(model: nn.Module, backend: Backend) -> Callable[..., Any]:
         except BaseException as error:
             for code_object in running.marked:
                 set_code_exec_strategy(code_object, _CONVERTED)
-            if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, NothingRewritten):
+            if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, OF_THE_USER):
                 raise error.inner_exception from None
             raise
         finally:

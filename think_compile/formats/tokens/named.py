@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from think_compile.formats.given import hashable
 from think_compile.formats.tokens.h2o import H2O
 from think_compile.formats.tokens.kvcrush import KVCrush
 from think_compile.formats.tokens.rule import TokenRule
@@ -25,11 +26,7 @@ def rule_of(given: Any) -> TokenRule | None:
     if missing or isinstance(given, type):
         lacks = "a class and not an object of it" if isinstance(given, type) else f"without {', '.join(missing)}"
         raise TypeError(f"tokens must be a rule, {_EXAMPLES}; got {given!r}, {lacks}.")
-    try:
-        hash(given)
-    except TypeError:
-        raise TypeError(f"tokens must be hashable, as a frozen dataclass is; got {given!r}.") from None
-    rule: TokenRule = given
+    rule: TokenRule = hashable("tokens", given)
     return rule
 
 
