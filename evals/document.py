@@ -182,7 +182,7 @@ def tasks(result: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ratio": ratio,
     **{name: option(name) for name in ("recent", "observe", "score_over", "channel_multiple")},
-    "plans": plans,
+    **dict.fromkeys(("plans", "mustafar"), plans),
     **{name: option_of_plans(name) for name in ("group", "sinks")},
     "tokens": tokens,
     "peers": peers,

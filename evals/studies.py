@@ -73,6 +73,11 @@ STUDIES: dict[str, list[Settings]] = {
     ],
     "sinks": [_plan(keys, "4", sinks=n) for keys in ("4", "4:0.5+2:0.5") for n in (0, 1, 4, 16)],
     "group": [_plan(keys, "4", group=n) for keys in ("4", "4:0.5+2:0.5") for n in (32, 64, 128)],
+    "mustafar": [
+        _plan(keys.format(numbers), values and values.format(numbers))
+        for numbers in ("0.3", "0.5", "0.7", "0.3:8", "0.5:8", "0.7:8")
+        for keys, values in (("mustafar:{}", None), ("16", "mustafar:{}"), ("mustafar:{}", "mustafar:{}"))
+    ],
     "tokens": [_selected(rule, share, **FORMS[0]) for rule in TOKEN_RULES for share in (0.5, 0.25, 0.125)]
     + [_selected(rule, 0.25, **form) for rule in TOKEN_RULES for form in FORMS[1:]],
     "ratio": [
