@@ -172,6 +172,36 @@ def codes(
     return compiled(kernels.attend_share, types, constants, device, num_warps=launch.warps, num_stages=launch.stages)
 
 
+def largest(
+    *, keys=(64, 16), values=(40, 8), d=128, group=4, mask="bool", on_device=True, dtype="bf16", block_n=64, warps=4,
+    stages=2, device="H100",
+):  # fmt: skip
+    """The kernel of a call's shares for rows of the largest numbers, (numbers, bits); None: whole rows on this side."""
+    names = ["whole" if side is None else "mustafar" for side in (keys, values)]
+    kernels = kernels_of(*names)
+    constants = {"SINKS": 0, "GROUP_N": 1, "GROUP": group, "ON_DEVICE": on_device, "ROLLING": False, "CAUSAL": False}
+    constants |= {"KIND": ["none", "bool", "float"].index(mask), "ALIKE": True, "HALF_MASK": False, "BLOCK_M": 16}
+    constants |= {"BLOCK_N": block_n, "BLOCK_W": block_n, "PARTS": 1, "BEFORE": None, "FIRST_TOKEN": None}
+    types = dict.fromkeys(("Q", "K_NEW", "V_NEW", "K_ROWS", "V_ROWS", "K_RING", "V_RING"), f"*{dtype}")
+    types |= dict.fromkeys(("OUT", "MOST", "TOTAL"), "*fp32") | dict.fromkeys(("WINDOW_START", "START"), "*i64")
+    types |= {"scale": "fp64" if on_device else "fp32", "MASK": "*i1" if mask == "bool" else f"*{dtype}"}
+    for side, plan, of in (("K", keys, kernels.keys), ("V", values, kernels.values)):
+        constants |= {f"{side}_SINKS": None}
+        if plan is None:
+            constants |= {f"{side}_RING": None} | dict(zip(of.constants(side), parts_of(d), strict=True))
+            continue
+        kept, bits = plan
+        types |= {f"{side}_NONZEROS": "*i8" if bits == 8 else f"*{dtype}", f"{side}_BITMAP": "*i32"}
+        types |= {f"{side}_ROW_SCALES": "*fp16"}
+        constants |= {} if bits == 8 else {f"{side}_ROW_SCALES": None}
+        constants |= dict(zip(of.constants(side), (kept, -(-d // 32), d, d, 1), strict=True))
+    for side in ("D", "DV"):
+        constants |= {f"{side}_{size}": n for size, n in zip(SIZES, parts_of(d), strict=True)}
+    constants |= {"MASK": None} if mask == "none" else {}
+    constants |= {} if on_device else {"WINDOW_START": None, "START": None}
+    return compiled(kernels.attend_share, types, constants, device, num_warps=warps, num_stages=stages)
+
+
 # Names in the kernel written by hand, by the template's names.
 NAMES = {"K_ROWS": "PRUNED", "K_CHANNELS": "CHANNELS", "K_RING": "RECENT", "V_ROWS": "VALUES", "WINDOW_START": "FLOOR"}
 NAMES |= {"D_WIDTH": "D", "D_PART0": "D0", "D_PART1": "D1", "K_WIDTH": "T", "K_PART0": "T0", "K_PART1": "T1"}
@@ -254,5 +284,5 @@ def coded(*, keys=((8, 32), (4, 64), (2, 32)), values=((4, 128),), d=128, sinks=
 
 if __name__ == "__main__":
     kernels = {"share": share, "codes": codes, "coded": coded, "merge": merge, "append": appended, "finish": finished}
-    kernels |= {"mass": mass, "sums": sums}
+    kernels |= {"mass": mass, "sums": sums, "largest": largest}
     print(json.dumps([kernels[name](**options) for name, options in json.loads(sys.argv[1])]))

@@ -29,7 +29,12 @@ CODES = [
     ("codes", {"keys": None, "sinks": 0}),
     ("codes", {"keys": [[8, 128]], "values": [[8, 128]], "records": 64, "queries": 4}),
 ]
-KERNELS = [*SHARES, ("share", {"mask": "bool", "rolling": True}), ("merge", {}), ("append", {}), ("finish", {})]
+LARGEST = [
+    ("largest", {}),
+    ("largest", {"keys": [40, 16], "values": None, "mask": "float"}),
+    ("largest", {"keys": None, "values": [40, 8], "d": 80, "on_device": False, "mask": "none"}),
+]
+KERNELS = [*SHARES, *LARGEST, ("share", {"mask": "bool", "rolling": True}), ("merge", {}), ("append", {}), ("finish", {})]
 MASSES = [(kernel, options) for kernel in ("mass", "sums") for options in ({}, {"dtype": "fp32", "d": 256})]
 KERNELS += MASSES
 

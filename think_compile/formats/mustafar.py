@@ -73,10 +73,10 @@ class Mustafar:
         return min(width, -(-left // self.multiple) * self.multiple)
 
     def parts(self, width: int) -> tuple[Part, ...]:
-        """The kept numbers by channel, the scales, and the bitmap: bit i of byte j stands for channel 8 j + i."""
+        """The kept numbers by channel, the scales, and the bitmap: bit i of word j stands for channel 32 j + i."""
         rows = (BATCH_SIZE, HEADS, CAPACITY)
         numbers = Part("nonzeros", (*rows, self.count(width)), None if self.bits == 16 else torch.int8)
-        parts = numbers, Part("bitmap", (*rows, -(-width // 8)), torch.uint8)
+        parts = numbers, Part("bitmap", (*rows, -(-width // 32)), torch.int32)
         return parts if self.bits == 16 else (*parts, Part("row_scales", (*rows, 1), torch.float16))
 
     def choose(self, seen: Seen) -> State:
@@ -112,7 +112,7 @@ class Mustafar:
 
     def mean_bits(self, width: int) -> float:
         """Bits per number of a row of ``width`` numbers, with bitmap and scale."""
-        return (self.count(width) * self.bits + 8 * -(-width // 8) + (0 if self.bits == 16 else 16)) / width
+        return (self.count(width) * self.bits + 32 * -(-width // 32) + (0 if self.bits == 16 else 16)) / width
 
     def is_lossy(self, width: int) -> bool:
         """Whether decoded rows differ from the original rows."""
@@ -134,13 +134,13 @@ def largest(rows: Tensor, count: int) -> Tensor:
 
 
 def _packed(stays: Tensor) -> Tensor:
-    """[..., W / 8] uint8, from bits [..., W]."""
-    whole = torch.nn.functional.pad(stays, (0, -stays.shape[-1] % 8))
-    bit = torch.arange(8, dtype=torch.int32, device=stays.device)
-    return (whole.unflatten(-1, (-1, 8)).to(torch.int32) << bit).sum(-1).to(torch.uint8)
+    """[..., W / 32] int32, from bits [..., W]."""
+    whole = torch.nn.functional.pad(stays, (0, -stays.shape[-1] % 32))
+    bit = torch.arange(32, dtype=torch.int32, device=stays.device)
+    return (whole.unflatten(-1, (-1, 32)).to(torch.int32) << bit).sum(-1, dtype=torch.int32)
 
 
 def _unpacked(bitmap: Tensor, width: int) -> Tensor:
     """Bool [..., width]."""
-    bit = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
+    bit = torch.arange(32, dtype=torch.int32, device=bitmap.device)
     return ((bitmap[..., None] >> bit) & 1).flatten(-2)[..., :width] != 0

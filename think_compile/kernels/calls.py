@@ -16,7 +16,7 @@ from torch.utils._triton import has_triton
 from think_compile.cache.state import COUNTERS, Call, Length, Span, Stored
 from think_compile.formats.sinks import BEGIN, SINKS
 from think_compile.formats.think import narrow_rows
-from think_compile.kernels.codecs import CODED_PARTS
+from think_compile.kernels.codecs import CODED_PARTS, PRUNED_PARTS
 from think_compile.kernels.launch import LEAST, LONG, Launch, device_of, launch_for, launch_for_codes
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class PairKernels:
         codecs: the codecs themselves, if their constants depend on more than the tensors' sizes.
         sinks: number of first tokens that stay whole.
         one_window: whether both sides have one window, or only one side has any.
+        has_writer: whether a kernel stores a token.
     """
 
     keys: str
@@ -44,6 +45,7 @@ class PairKernels:
     codecs: tuple[Any, Any] = (None, None)
     sinks: int = 0
     one_window: bool = True
+    has_writer: bool = True
 
     @property
     def has_codes(self) -> bool:
@@ -84,14 +86,15 @@ class PairKernels:
     def _obstacle(self, call: Call, keys: Stored, values: Stored, span: Span) -> str:
         q, mask = call.q, call.mask
         parts = (*keys.state.items(), *values.state.items())
-        stored = [x for name, x in parts if x.is_floating_point() and name != "ranges"]
+        stored = [x for name, x in parts if x.is_floating_point() and name not in ("ranges", "row_scales")]
         if not has_triton():
             return "Triton is not there"
-        if q.dtype not in (torch.float16, torch.bfloat16, *(() if self.has_codes else (torch.float32,))):
-            return "it computes in 16 bits" if self.has_codes else "it computes in 16 or 32 bits"
+        narrow = self.has_codes or any(x.dtype == torch.int8 for _, x in parts)
+        if q.dtype not in (torch.float16, torch.bfloat16, *(() if narrow else (torch.float32,))):
+            return "it computes in 16 bits" if narrow else "it computes in 16 or 32 bits"
         if self.has_codes and (why := self._obstacle_of_codes(span)):
             return why
-        if not _is_one(keys.window_start, values.window_start):
+        if not self.one_window or not _is_one(keys.window_start, values.window_start):
             return "keys and values have different windows"
         if any(x.dtype != q.dtype for x in (call.k, *stored)):
             return "keys, values and queries differ in their types"
@@ -105,7 +108,7 @@ class PairKernels:
         from think_compile.kernels.codes import fits
 
         why = next((why for codec in self.codecs if codec is not None and (why := fits(codec))), "")
-        return why or ("" if self.one_window and not span.rolling else "keys and values have different windows")
+        return why or ("codes have no rolling buffer" if span.rolling else "")
 
     def _parts(self, keys: Stored, values: Stored, q: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """The encoded tensors that the attention reads."""
@@ -164,7 +167,7 @@ class PairKernels:
 
         Codes and sinks are stored by PyTorch operations.
         """
-        if self.has_codes or self.sinks:
+        if self.has_codes or self.sinks or not self.has_writer:
             return False
         one_token = call.q.is_cuda and call.k.shape[2] == 1 and has_triton() and call.q.dtype != torch.float64
         return one_token and COUNTERS in keys.state and not span.rolling
@@ -243,8 +246,10 @@ class PairKernels:
             ring = max(hint(side.state["ring"].shape[2]) for side in (keys, values) if "ring" in side.state)
             sizes = tokens, ring + queries, self._tile
             return launch_for_codes(rows, batch * heads, sizes, self._tile_bytes(keys, values), device)
-        encoded = keys.state[self.key_parts[0]].shape[-1]
-        narrow, whole = ((width + dv) * call.q.dtype.itemsize for width in (encoded, d))
+        both = ((keys, self.key_parts), (values, self.value_parts))
+        of_rows = [side.state[name] for side, names in both for name in names if name in side.state]
+        narrow = sum(_bytes_of(x, 1) for x in of_rows if x.dim() > 3)
+        whole = (d + dv) * call.q.dtype.itemsize
         return launch_for(f"{self.keys}+{self.values}", (rows, narrow, whole, batch * heads), tokens, device)
 
 
@@ -306,6 +311,10 @@ PAIRS = {
         PairKernels("key_bits", "value_bits", CODED_PARTS, CODED_PARTS),
         PairKernels("key_bits", "whole", CODED_PARTS, ("rows",)),
         PairKernels("whole", "value_bits", ("rows",), CODED_PARTS),
+        PairKernels("mustafar", "mustafar", PRUNED_PARTS, PRUNED_PARTS, has_writer=False),
+        PairKernels("mustafar", "whole", PRUNED_PARTS, ("rows",), has_writer=False),
+        PairKernels("whole", "mustafar", ("rows",), PRUNED_PARTS, has_writer=False),
+        PairKernels("channels", "mustafar", ("rows", "channels"), PRUNED_PARTS, has_writer=False),
     )
 }
 

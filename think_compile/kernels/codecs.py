@@ -10,6 +10,7 @@ from torch import Tensor
 
 SIZES = ("WIDTH", "PART0", "PART1")
 CODED_PARTS = ("codes", "ranges", "channels")  # the stored tensors of a side of codes
+PRUNED_PARTS = ("nonzeros", "bitmap", "row_scales")  # of a side of the largest numbers
 
 
 @dataclass(frozen=True)

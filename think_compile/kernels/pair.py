@@ -16,11 +16,12 @@ from think_compile.kernels.codecs import CODED_PARTS, DeviceCodec
 from think_compile.kernels.codes import KEY_BITS, VALUE_BITS
 from think_compile.kernels.encode import writer
 from think_compile.kernels.merge import merge_shares
+from think_compile.kernels.mustafar import MUSTAFAR
 from think_compile.kernels.shares import Given, Kernels, code_constants, device_of_launch, launch_shares, traced
 from think_compile.kernels.specialise import specialised
 from think_compile.kernels.whole import WHOLE
 
-CODECS = {codec.name: codec for codec in (CHANNELS, WHOLE, KEY_BITS, VALUE_BITS)}
+CODECS = {codec.name: codec for codec in (CHANNELS, WHOLE, MUSTAFAR, KEY_BITS, VALUE_BITS)}
 # Lengths change with each token and must not compile a new kernel variant each time.
 _LENGTHS = ["window_start", "start", "first", "extent", "room", "splits", "whole_splits"]
 _STORES: dict[str, Any] = {"whole": store_template.store_whole_side, "channels": store_template.store_channels_side}
@@ -28,7 +29,7 @@ _STORES: dict[str, Any] = {"whole": store_template.store_whole_side, "channels":
 
 def stored_parts(codec: DeviceCodec) -> tuple[str, ...]:
     """Names of a side's stored tensors, which a writer takes."""
-    return codec.parts if codec.name in _STORES else CODED_PARTS
+    return CODED_PARTS if codec in (KEY_BITS, VALUE_BITS) else codec.parts
 
 
 @functools.cache
@@ -122,7 +123,8 @@ def attend_operation(keys: str, values: str) -> Any:
         launch: list[int],
     ) -> Tensor:
         kernels = kernels_of(keys, values)
-        given = Given(own, keys_, filled(values_, kernels.values), whole, mask, at, numbers, sizes, scale, launch)
+        sides = filled(keys_, kernels.keys), filled(values_, kernels.values)
+        given = Given(own, *sides, whole, mask, at, numbers, sizes, scale, launch)
         q, _, v = own
         result = q.new_empty((*q.shape[:3], v.shape[3]))
         with device_of_launch(q):
@@ -200,7 +202,7 @@ class Coded(NamedTuple):
 
 
 def filled(parts: Sequence[Tensor], codec: DeviceCodec) -> list[Any]:
-    """A codec's tensors as its kernels take them: None for channels that keep their order."""
+    """A codec's tensors as its kernels take them: None for those that it does not store."""
     return [*parts, *[None] * (len(stored_parts(codec)) - len(parts))]
 
 

@@ -1,0 +1,118 @@
+"""The attention kernel for rows of the largest numbers: within the error of its precision."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from test_codes import B, H, begun, drawn, shown
+
+from think_compile.cache.state import Call, Span
+from think_compile.formats import attention
+from think_compile.formats.base import CacheFormat, Side
+from think_compile.formats.mustafar import Mustafar
+from think_compile.formats.think import Channels
+from think_compile.formats.whole import Whole
+from think_compile.kernels import calls, mustafar
+from think_compile.kernels.calls import kernels_for
+from think_compile.kernels.launch import Launch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where kernels are not interpreted
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_is_missing(monkeypatch):
+    monkeypatch.setattr(calls, "has_triton", lambda: True)
+
+
+def check(form, *, n=1, size=300, mask="bool", group=4, length=150, dtype=torch.float16):
+    """The kernel's error, relative to fp64, is that of the reference in this precision."""
+    torch.manual_seed(0)
+    pad = torch.tensor([0, 5], device=DEVICE)
+    stores = begun(form, group, length, size, dtype, pad)
+    if size is None:
+        stores = [store.reserve(n) for store in stores]
+    columns = size or length + n
+    last = torch.arange(length, length + n, device=DEVICE)[:, None]
+    allowed = (torch.arange(columns, device=DEVICE) <= last) & shown(columns, pad)
+    if mask == "float":
+        allowed = torch.zeros(allowed.shape, dtype=dtype, device=DEVICE).masked_fill(~allowed, torch.finfo(dtype).min)
+    d, dv = form.keys.width, form.values.width
+    call = Call(*(drawn(heads, n, w, dtype) for heads, w in ((H * group, d), (H, d), (H, dv))), allowed)
+    span = Span(length if size is None else torch.tensor(length, device=DEVICE), 0, columns)
+    stored, kernels = [store.stored() for store in stores], kernels_for(form.keys, form.values)
+    assert not kernels._obstacle(call, *stored, span)
+    got = kernels.attend(call, *stored, span, Launch(16, 32, 4, 2, 3))
+    sides = form.keys, form.values
+    same = attention.narrow(call, *stored, span, sides)
+    wide = [store.to(store.device, torch.float64).stored() for store in stores]
+    exact_mask = allowed.double() if mask == "float" else allowed
+    exact = attention.narrow(Call(*(x.double() for x in call[:3]), exact_mask), *wide, span, sides)
+    error, natural = ((x.double() - exact).norm() / exact.norm() for x in (got, same))
+    assert error <= 1.5 * natural, f"{error:.1e}; {natural:.1e} is natural"
+
+
+def side(codec, width, recent=40):
+    return Side(codec, width, recent)
+
+
+FORMS = {
+    "both": CacheFormat(side(Mustafar(0.5), 64), side(Mustafar(0.7), 64)),
+    "8 bits": CacheFormat(side(Mustafar(0.5, 8), 64), side(Mustafar(0.7, 8), 64)),
+    "8 and 16 bits": CacheFormat(side(Mustafar(0.3, 8), 64), side(Mustafar(0.5), 32)),
+    "keys": CacheFormat(side(Mustafar(0.5), 64), side(Whole(), 32)),
+    "values": CacheFormat(side(Whole(), 32), side(Mustafar(0.5, 8), 64)),
+    "ThinK keys": CacheFormat(side(Channels(24, 4), 64), side(Mustafar(0.5), 64)),
+    "no full words": CacheFormat(side(Mustafar(0.5, multiple=1), 80), side(Mustafar(0.6, 8, 1), 48)),
+    "all numbers": CacheFormat(side(Mustafar(0.0), 32), side(Mustafar(0.0), 32)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_forms(form):
+    check(form)
+    check(form, size=None, mask="float", group=1)
+
+
+def test_several_queries_and_large_groups():
+    check(FORMS["both"], n=5, size=None)
+    check(FORMS["8 bits"], group=20)
+
+
+@pytest.mark.parametrize("form", [FORMS["both"], FORMS["keys"]], ids=["both", "keys"])
+def test_wide_numbers(form):
+    check(form, dtype=torch.float32)
+
+
+def test_a_step_stores_the_token():
+    """On a cache of fixed size, by the kernel and by PyTorch operations."""
+    torch.manual_seed(0)
+    form, pad = FORMS["8 bits"], torch.zeros(B, dtype=torch.int64, device=DEVICE)
+    stores = begun(form, 4, 60, 100, torch.float16, pad)
+    twins = [store.to(store.device, None) for store in stores]
+    for at in range(60, 64):
+        mask = torch.arange(100, device=DEVICE)[None, None, None] <= at
+        call = Call(*(drawn(heads, 1, 64, torch.float16) for heads in (4 * H, H, H)), mask)
+        span = Span(torch.tensor(at, device=DEVICE), 0, 100)
+        kernels = kernels_for(form.keys, form.values)
+        out = kernels.attend(call, *(store.stored() for store in stores), span)
+        form.append(call, *(store.stored() for store in stores), span)
+        want, _ = form.step(call, *(store.stored() for store in twins), span)
+        torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-3)
+    for store, twin in zip(stores, twins, strict=True):
+        for name, x in store.state.items():
+            assert torch.equal(x, twin.state[name]), name
+
+
+@pytest.mark.parametrize("asm", [0, pytest.param(1, marks=pytest.mark.skipif(DEVICE.type != "cuda", reason="PTX"))])
+def test_set_bits_are_counted(asm):
+    words = torch.randint(-(2**31), 2**31, (256,), dtype=torch.int64).to(torch.int32)
+    words[:4] = torch.tensor([0, -1, 1, -(2**31)])
+    got = torch.empty_like(words, device=DEVICE)
+    count_all[(1,)](words.to(DEVICE), got, ASM=asm)
+    assert got.tolist() == [bin(x & 0xFFFFFFFF).count("1") for x in words.tolist()]
+
+
+@triton.jit
+def count_all(X, OUT, ASM: tl.constexpr):
+    at = tl.arange(0, 256)
+    tl.store(OUT + at, mustafar.count_ones(tl.load(X + at), ASM))
