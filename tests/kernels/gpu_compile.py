@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 
 import by_hand
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -194,7 +195,7 @@ def largest(
         types |= {f"{side}_NONZEROS": "*i8" if bits == 8 else f"*{dtype}", f"{side}_BITMAP": "*i32"}
         types |= {f"{side}_ROW_SCALES": "*fp16"}
         constants |= {} if bits == 8 else {f"{side}_ROW_SCALES": None}
-        constants |= dict(zip(of.constants(side), (kept, -(-d // 32), d, d, 1), strict=True))
+        constants |= dict(zip(of.constants(side), of.sizes(None, torch.empty(kept), d, True, 1), strict=True))
     for side in ("D", "DV"):
         constants |= {f"{side}_{size}": n for size, n in zip(SIZES, parts_of(d), strict=True)}
     constants |= {"MASK": None} if mask == "none" else {}

@@ -34,7 +34,14 @@ LARGEST = [
     ("largest", {"keys": [40, 16], "values": None, "mask": "float"}),
     ("largest", {"keys": None, "values": [40, 8], "d": 80, "on_device": False, "mask": "none"}),
 ]
-KERNELS = [*SHARES, *LARGEST, ("share", {"mask": "bool", "rolling": True}), ("merge", {}), ("append", {}), ("finish", {})]
+KERNELS = [
+    *SHARES,
+    *LARGEST,
+    ("share", {"mask": "bool", "rolling": True}),
+    ("merge", {}),
+    ("append", {}),
+    ("finish", {}),
+]
 MASSES = [(kernel, options) for kernel in ("mass", "sums") for options in ({}, {"dtype": "fp32", "d": 256})]
 KERNELS += MASSES
 
