@@ -9,7 +9,7 @@ import torch
 from oracle import CACHE
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from think_compile import SnapKV, report, think_compile
+from think_compile import Mustafar, SnapKV, report, think_compile
 from think_compile.api import _backend_of
 from think_compile.runtime import capture
 from think_compile.runtime.capture import NotCaptured
@@ -141,10 +141,19 @@ def test_steps_attend_with_the_kernel(kind):
     assert "scaled_dot_product" not in code and "flash" not in code
 
 
+@pytest.mark.parametrize(
+    ("keys", "values", "pair"),
+    [
+        ({4: 0.5, 2: 0.25}, 4, "key_bits_value_bits"),
+        (Mustafar(0.5, 8), Mustafar(0.5), "mustafar_mustafar"),
+        (None, Mustafar(0.5, 8), "channels_mustafar"),
+    ],
+    ids=str,
+)
 @torch.no_grad()
-def test_steps_on_codes_replay_one_graph():
+def test_steps_on_codes_replay_one_graph(keys, values, pair):
     """As with ThinK alone; a group leaves the window on the way, and one kernel attends, another stores."""
-    plain, prompt, plan = llama(2), 170, {"keys": {4: 0.5, 2: 0.25}, "values": 4, "recent": 32}
+    plain, prompt, plan = llama(2), 170, {"keys": keys, "values": values, "recent": 32}
     ids = torch.randint(0, 1024, (2, prompt + 140), device="cuda")
     runs = []
     for options in ({}, {"cuda_graphs": False}, {"lowering": "eager", "cuda_graphs": False}):
@@ -160,7 +169,7 @@ def test_steps_on_codes_replay_one_graph():
     cache = StaticCache(config=model.config, max_cache_len=384)
     model(ids[:, :prompt], **{CACHE: cache})
     code = generated_code(lambda: model(ids[:, prompt : prompt + 1].contiguous(), **{CACHE: cache}))
-    assert "attend_key_bits_value_bits" in code and "finish_key_bits_value_bits" in code
+    assert f"attend_{pair}" in code and f"finish_{pair}" in code
 
 
 @pytest.mark.parametrize("plan", [{}, {"keys": {4: 0.5}, "values": 4, "recent": 32}], ids=str)

@@ -252,6 +252,7 @@ def finished() -> dict[str, object]:
 def coded(*, keys=((8, 32), (4, 64), (2, 32)), values=((4, 128),), d=128, sinks=4, records=128) -> dict[str, object]:
     """The kernel that ends a step on codes."""
     of_keys = "whole" if keys is None else "channels" if isinstance(keys, int) else "key_bits"
+    of_keys = "mustafar" if keys == "mustafar" else of_keys
     kernels = kernels_of(of_keys, "whole" if values is None else "value_bits")
     constants = {
         "GROUP": 4,
@@ -272,7 +273,10 @@ def coded(*, keys=((8, 32), (4, 64), (2, 32)), values=((4, 128),), d=128, sinks=
         types |= {f"{side}_CHANNELS": "*i16", f"{side}_FIRST": "*i64", f"{side}_COUNTERS": "*i64"}
         if plan is None:
             constants |= dict.fromkeys(f"{side}_{name}" for name in ("RING", "SINKS", "FIRST", "COUNTERS"))
-        if plan is None or isinstance(plan, int):
+        if kernels.keys.name == "mustafar" and side == "K":
+            types |= {"K_NONZEROS": "*i8", "K_BITMAP": "*i32", "K_ROW_SCALES": "*fp16"}
+            numbers = of.sizes(None, torch.empty(64), d, True, 1)
+        elif plan is None or isinstance(plan, int):
             numbers = parts_of(plan or d)
         else:
             numbers = of.sizes(codec(plan, 32, records), None, d, True, 1)

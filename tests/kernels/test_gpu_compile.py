@@ -51,6 +51,7 @@ CODED = [
     ("coded", {"keys": None, "sinks": 0}),
     ("coded", {"values": None, "records": 64}),
     ("coded", {"keys": 64}),
+    ("coded", {"keys": "mustafar", "values": None, "records": 1, "sinks": 0}),
 ]
 
 

@@ -7,6 +7,7 @@ from think_compile.cache.state import COUNTERS, Call, Prompt, Span, Stored
 from think_compile.formats import attention
 from think_compile.formats.base import CacheFormat, Side
 from think_compile.formats.bits import KeyBits, ValueBits
+from think_compile.formats.mustafar import Mustafar
 from think_compile.formats.think import Channels
 from think_compile.formats.whole import Whole
 from think_compile.kernels import calls
@@ -33,9 +34,13 @@ def side(codec, tiers, group=64, recent=40, sinks=3, **options):
 
 
 def form_of(keys=MIXED, values=MIXED, **options):
-    """16: half of the channels; None: whole rows."""
+    """16: half of the channels; None: whole rows; or a codec that stores rows on arrival."""
     recent, group = options.get("recent", 40), options.get("group", 64)
     whole = Side(Whole(), D, recent, window_group=group)
+    if isinstance(keys, Mustafar) or isinstance(values, Mustafar):
+        kept = {name: x for name, x in options.items() if name not in ("group", "recent")}
+        sides = (Side(Whole(), D, recent) if x is None else Side(x, D, recent, **kept) for x in (keys, values))
+        return CacheFormat(*sides)
     chosen = Side(Channels(D // 2, 4), D, recent, window_group=group, sinks=options.get("sinks", 3))
     return CacheFormat(
         whole if keys is None else chosen if keys == 16 else side(KeyBits, keys, **options),
@@ -120,6 +125,23 @@ BACK = (0, -1, -90, -89, -180, -226, -225)  # into groups, then into the sinks
 )
 def test_steps(keys, values):
     check(form_of(keys, values), [*AHEAD, *BACK])
+
+
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [
+        (Mustafar(0.5), Mustafar(0.7, 8)),
+        (Mustafar(0.6, 8, multiple=1), None),
+        (None, Mustafar(0.5)),
+        (Mustafar(0.0), Mustafar(0.0)),
+    ],
+    ids=str,
+)
+def test_the_largest_numbers(keys, values):
+    check(form_of(keys, values), [*AHEAD, -1, -50, -49])
+    check(form_of(keys, values, encodes_later=False), [*AHEAD, -1, -50, -49])
+    check(form_of(keys, values), [-1000, -999])
+    check(form_of(keys, values, sinks=3), [*AHEAD, -1000, -999, -998, -997, -996])
 
 
 def test_channels_without_sinks():

@@ -35,7 +35,7 @@ class PairKernels:
         codecs: the codecs themselves, if their constants depend on more than the tensors' sizes.
         sinks: number of first tokens that stay whole.
         one_window: whether both sides have one window, or only one side has any.
-        has_writer: whether a kernel stores a token.
+        by_side: whether the kernel that ends a step stores each side by itself, also without codes.
     """
 
     keys: str
@@ -45,12 +45,16 @@ class PairKernels:
     codecs: tuple[Any, Any] = (None, None)
     sinks: int = 0
     one_window: bool = True
-    has_writer: bool = True
+    by_side: bool = False
 
     @property
     def has_codes(self) -> bool:
         """Whether a side is stored in integer codes."""
         return self.codecs != (None, None)
+
+    @property
+    def _ends_by_side(self) -> bool:
+        return self.by_side or self.has_codes
 
     @property
     def _records(self) -> int:
@@ -167,7 +171,7 @@ class PairKernels:
 
         Codes and sinks are stored by PyTorch operations.
         """
-        if self.has_codes or self.sinks or not self.has_writer:
+        if self._ends_by_side or self.sinks:
             return False
         one_token = call.q.is_cuda and call.k.shape[2] == 1 and has_triton() and call.q.dtype != torch.float64
         return one_token and COUNTERS in keys.state and not span.rolling
@@ -188,7 +192,10 @@ class PairKernels:
 
     def step_fits(self, call: Call, keys: Stored, values: Stored, span: Span) -> bool:
         """Whether one kernel merges the attention's shares and stores the token."""
-        stores = self._coded_fits(call, keys, values, span) if self.has_codes else self.append_fits(call, keys, span)
+        if self._ends_by_side:
+            stores = self._coded_fits(call, keys, values, span)
+        else:
+            stores = self.append_fits(call, keys, span)
         return stores and self.attend_fits(call, keys, values, span)
 
     def _coded_fits(self, call: Call, keys: Stored, values: Stored, span: Span) -> bool:
@@ -222,7 +229,7 @@ class PairKernels:
         from think_compile.kernels.pair import step_operation
 
         launch = launch or self.launch(call, keys, values, span)
-        if self.has_codes:
+        if self._ends_by_side:
             return self._coded_step(call, keys, values, span, windows, launch)
         written = [values.state[name] for name in self.value_parts]
         numbers = [_bounds(call, span)[1], int(call.causal), *windows]
@@ -311,10 +318,10 @@ PAIRS = {
         PairKernels("key_bits", "value_bits", CODED_PARTS, CODED_PARTS),
         PairKernels("key_bits", "whole", CODED_PARTS, ("rows",)),
         PairKernels("whole", "value_bits", ("rows",), CODED_PARTS),
-        PairKernels("mustafar", "mustafar", PRUNED_PARTS, PRUNED_PARTS, has_writer=False),
-        PairKernels("mustafar", "whole", PRUNED_PARTS, ("rows",), has_writer=False),
-        PairKernels("whole", "mustafar", ("rows",), PRUNED_PARTS, has_writer=False),
-        PairKernels("channels", "mustafar", ("rows", "channels"), PRUNED_PARTS, has_writer=False),
+        PairKernels("mustafar", "mustafar", PRUNED_PARTS, PRUNED_PARTS, by_side=True),
+        PairKernels("mustafar", "whole", PRUNED_PARTS, ("rows",), by_side=True),
+        PairKernels("whole", "mustafar", ("rows",), PRUNED_PARTS, by_side=True),
+        PairKernels("channels", "mustafar", ("rows", "channels"), PRUNED_PARTS, by_side=True),
     )
 }
 

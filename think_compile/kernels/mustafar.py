@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from think_compile.kernels.codecs import PRUNED_PARTS, DeviceCodec
+from think_compile.kernels.encode import half_above
+from think_compile.kernels.products import MAGIC
 from think_compile.kernels.whole import doubled, halved
 
 
@@ -77,29 +79,29 @@ def spread(low, high, place, marks, ASM: tl.constexpr):
 
 @triton.jit
 def expanded_bytes(
-    nonzeros, bitmap, row, ok, KEPT: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr
+    nonzeros, bitmap, row, ok, KEPT: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr, ASM: tl.constexpr
 ):
     """:func:`expanded` for numbers of 8 bits, four channels at a time."""
-    word, place = marked(bitmap, row, ok, 4 * tl.arange(0, BLOCK // 4), WORDS, ASM)
+    word, place = marked(bitmap, row, ok, 4 * tl.arange(0, TILE // 4), WORDS, ASM)
     marks = word & 15
     at = nonzeros.to(tl.pointer_type(tl.int32)) + (row * (KEPT // 4))[:, None] + place // 4
     low = tl.load(at, mask=marks != 0, other=0)
     high = tl.load(at + 1, mask=(marks != 0) & (place < KEPT - 4), other=0)
     x = spread(low, high, place, marks, ASM)
     a, b, c, d = x.to(tl.int8), (x >> 8).to(tl.int8), (x >> 16).to(tl.int8), (x >> 24).to(tl.int8)
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (x.shape[0], BLOCK))
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (x.shape[0], TILE))
 
 
 @triton.jit
 def expanded(
-    nonzeros, bitmap, rows, ok, KEPT: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr
+    nonzeros, bitmap, rows, ok, KEPT: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr, ASM: tl.constexpr
 ):
-    """[N, BLOCK]: ``rows`` [N] with zeros in the dropped channels, and wherever not ``ok``."""
+    """[N, TILE]: ``rows`` [N] with zeros in the dropped channels, and wherever not ``ok``."""
     row = rows.to(tl.int64)
     if (nonzeros.dtype.element_ty == tl.int8) and (KEPT % 4 == 0):
-        x = expanded_bytes(nonzeros, bitmap, row, ok, KEPT, WORDS, BLOCK, ASM)
+        x = expanded_bytes(nonzeros, bitmap, row, ok, KEPT, WORDS, TILE, ASM)
     else:
-        word, place = marked(bitmap, row, ok, tl.arange(0, BLOCK), WORDS, ASM)
+        word, place = marked(bitmap, row, ok, tl.arange(0, TILE), WORDS, ASM)
         x = tl.load(nonzeros + (row * KEPT)[:, None] + place, mask=(word & 1) != 0, other=0)
     return x
 
@@ -107,7 +109,7 @@ def expanded(
 @triton.jit
 def mustafar_locate(
     nonzeros, bitmap, row_scales, bh, capacity,
-    KEPT: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
+    KEPT: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """The numbers, the bitmaps and the scales of one KV head."""
     scales = bitmap if row_scales is None else row_scales + bh * capacity  # 16 bits: not read
@@ -117,20 +119,20 @@ def mustafar_locate(
 @triton.jit
 def mustafar_prepare(
     q_row, index, real, nonzeros, bitmap, row_scales,
-    KEPT: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
+    KEPT: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """All columns of the queries."""
-    column = tl.arange(0, BLOCK)
+    column = tl.arange(0, TILE)
     return tl.load(q_row + column[None, :], mask=real[:, None] & (column < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
 def mustafar_scores(
     q0, nonzeros, bitmap, row_scales, at, end, rows, ok, scale,
-    KEPT: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
+    KEPT: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Products [M, N] of the queries with ``rows``, times ``scale``."""
-    k = expanded(nonzeros, bitmap, rows, ok, KEPT, WORDS, BLOCK, ASM)
+    k = expanded(nonzeros, bitmap, rows, ok, KEPT, WORDS, TILE, ASM)
     s = halved(tl.dot(doubled(q0), tl.trans(k.to(q0.dtype)), input_precision="ieee"), q0.shape[0]) * scale
     if nonzeros.dtype.element_ty == tl.int8:
         s *= tl.load(row_scales + rows, mask=ok, other=0.0).to(tl.float32)[None, :]
@@ -140,19 +142,19 @@ def mustafar_scores(
 @triton.jit
 def mustafar_zero(
     block_m: tl.constexpr,
-    KEPT: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
+    KEPT: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Empty accumulators."""
-    return tl.zeros([block_m, BLOCK], tl.float32)
+    return tl.zeros([block_m, TILE], tl.float32)
 
 
 @triton.jit
 def mustafar_mix(
     o0, shrink, p, nonzeros, bitmap, row_scales, at, end, rows, ok,
-    KEPT: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
+    KEPT: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """The accumulators times ``shrink``, plus ``p`` times the value rows ``rows``."""
-    v = expanded(nonzeros, bitmap, rows, ok, KEPT, WORDS, BLOCK, ASM)
+    v = expanded(nonzeros, bitmap, rows, ok, KEPT, WORDS, TILE, ASM)
     if nonzeros.dtype.element_ty == tl.int8:
         steps = tl.load(row_scales + rows, mask=ok, other=0.0).to(tl.float32)
         most = tl.max(steps, 0)  # of the tile: so that weights times scales are numbers of fp16
@@ -164,17 +166,51 @@ def mustafar_mix(
 
 
 @triton.jit
+def mustafar_store(
+    new, nonzeros, bitmap, row_scales, start, capacity, KEPT: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Store the largest numbers of one new row; beyond the end nothing changes.
+
+    All addresses are known beforehand: one that depends on loaded data would be taken for a write to that tensor.
+    """
+    column = tl.arange(0, TILE)
+    real = column < WIDTH
+    x = tl.load(new + column, mask=real, other=0.0).to(tl.float32)
+    size = tl.where(x == x, tl.abs(x), float("inf"))
+    mine, other = size[:, None], size[None, :]
+    lower = (column[None, :] < column[:, None]) & (other == mine)
+    stays = real & (tl.sum((real[None, :] & ((other > mine) | lower)).to(tl.int32), 1) < KEPT)
+    place = tl.cumsum(stays.to(tl.int32), 0) - 1
+    slot = tl.arange(0, TILE)
+    kept = tl.sum(tl.where((place[None, :] == slot[:, None]) & stays[None, :], x[None, :], 0.0), 1)
+    if nonzeros.dtype.element_ty == tl.int8:
+        most = tl.max(tl.where(stays, size, 0.0), 0)
+        most = tl.where(tl.max((stays & (x != x)).to(tl.int32), 0) > 0, float("nan"), most)
+        scale = half_above(most, 127)
+        tl.store(row_scales + start, scale, mask=start < capacity)
+        step = tl.broadcast_to(tl.where(scale.to(tl.float32) > 0, scale.to(tl.float32), 1.0), kept.shape)
+        kept = (tl.div_rn(kept, step) + MAGIC) - MAGIC  # rounded to even
+        kept = tl.where(kept == kept, tl.minimum(tl.maximum(kept, -127.0), 127.0), 0.0)
+    room = tl.where(start < capacity, KEPT, 0)
+    tl.store(nonzeros + start * KEPT + slot, kept.to(nonzeros.dtype.element_ty), mask=slot < room)
+    for word in tl.static_range(WORDS):
+        bits = tl.where(stays & (column // 32 == word), 1 << (column % 32), 0)
+        tl.store(bitmap + start * WORDS + word, tl.sum(bits, 0), mask=start < capacity)
+
+
+@triton.jit
 def mustafar_finish(
     o0, total, at, real, nonzeros, bitmap, row_scales,
-    KEPT: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
+    KEPT: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Write the accumulators, divided by ``total``, to rows at ``at``."""
-    column = tl.arange(0, BLOCK)
+    column = tl.arange(0, TILE)
     tl.store(at[:, None] + column[None, :], o0 / total[:, None], mask=real[:, None] & (column < WIDTH)[None, :])
 
 
 def _sizes(codec: Any, nonzeros: Tensor, width: int, asm: bool, parts: int) -> tuple[int, ...]:
-    """KEPT, WORDS, WIDTH, BLOCK and ASM; arguments as in :class:`.codecs.DeviceCodec`."""
+    """KEPT, WORDS, WIDTH, TILE and ASM; arguments as in :class:`.codecs.DeviceCodec`."""
     return nonzeros.shape[-1], -(-width // 32), width, max(32, triton.next_power_of_2(width)), int(asm)
 
 
@@ -191,6 +227,6 @@ MUSTAFAR = DeviceCodec(
         "mix": mustafar_mix,
         "finish": mustafar_finish,
     },
-    size_names=("KEPT", "WORDS", "WIDTH", "BLOCK", "ASM"),
+    size_names=("KEPT", "WORDS", "WIDTH", "TILE", "ASM"),
     sizes=_sizes,
 )

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 from torch.library import triton_op
@@ -24,7 +25,11 @@ from think_compile.kernels.whole import WHOLE
 CODECS = {codec.name: codec for codec in (CHANNELS, WHOLE, MUSTAFAR, KEY_BITS, VALUE_BITS)}
 # Lengths change with each token and must not compile a new kernel variant each time.
 _LENGTHS = ["window_start", "start", "first", "extent", "room", "splits", "whole_splits"]
-_STORES: dict[str, Any] = {"whole": store_template.store_whole_side, "channels": store_template.store_channels_side}
+_STORES: dict[str, Any] = {
+    "whole": store_template.store_whole_side,
+    "channels": store_template.store_channels_side,
+    "mustafar": store_template.store_mustafar_side,
+}
 
 
 def stored_parts(codec: DeviceCodec) -> tuple[str, ...]:
@@ -68,7 +73,7 @@ def kernels_of(keys: str, values: str) -> Kernels:
         {**coded, **whole, **first, "VALUES_ARE_WHOLE": (str(v is WHOLE),)},
         do_not_specialize=_LENGTHS,
     )
-    if {KEY_BITS, VALUE_BITS} & {k, v}:
+    if {KEY_BITS, VALUE_BITS, MUSTAFAR} & {k, v}:
         return Kernels(k, v, share, None, _coded_writer(name, k, v))
     return Kernels(k, v, share, *_writers(name, k, v))
 
@@ -179,7 +184,7 @@ class Coded(NamedTuple):
     """The stored tensors of a side; :func:`coded_step_operation` takes them in this order, without the missing ones.
 
     Attributes:
-        parts: of the codec; None: channels keep their order, and are not stored.
+        parts: of the codec; None: it is not stored.
         ring, sinks, first_token, counters: as in :class:`think_compile.formats.side.Side`; None: there are none.
     """
 
@@ -190,15 +195,23 @@ class Coded(NamedTuple):
     counters: Tensor | None = None
 
     @classmethod
-    def of(cls, tensors: list[Tensor], codec: DeviceCodec, has_sinks: bool, in_order: bool) -> Coded:
-        """From the flat list; whole rows are alone in it, and chosen channels without sinks have no first token."""
-        count = len(stored_parts(codec)) - in_order
+    def of(cls, tensors: list[Tensor], codec: DeviceCodec, has_sinks: bool, lacks: bool) -> Coded:
+        """From the flat list; whole rows are alone in it, and chosen channels without sinks have no first token.
+
+        ``lacks``: the codec's last tensor is not stored.
+        """
+        count = len(stored_parts(codec)) - lacks
         parts = filled(tensors[:count], codec)
         if len(tensors) == count:
             return cls(parts)
         ring, *between, counters = tensors[count:]
         sinks = between.pop(0) if has_sinks else None
         return cls(parts, ring, sinks, between[0] if between else None, counters)
+
+
+def _lacks(codec: DeviceCodec, tensors: list[Tensor], end: int | None) -> bool:
+    """Whether the codec's last tensor is not stored: an order that stays, or scales of numbers in 16 bits."""
+    return tensors[0].dtype != torch.int8 if codec is MUSTAFAR else end == 0
 
 
 def filled(parts: Sequence[Tensor], codec: DeviceCodec) -> list[Any]:
@@ -229,8 +242,10 @@ def coded_step_operation(keys: str, values: str) -> Any:
         kernels, (extent, causal, *windows) = kernels_of(keys, values), numbers
         q, k, v, *ordered = own
         constants = code_constants(kernels, sizes[3:])
-        key_side = Coded.of(keys_, kernels.keys, sizes[0] > 0, constants.get("K_END0") == 0)
-        value_side = Coded.of(values_, kernels.values, sizes[0] > 0, constants.get("V_END0") == 0)
+        key_side = Coded.of(keys_, kernels.keys, sizes[0] > 0, _lacks(kernels.keys, keys_, constants.get("K_END0")))
+        value_side = Coded.of(
+            values_, kernels.values, sizes[0] > 0, _lacks(kernels.values, values_, constants.get("V_END0"))
+        )
         result, before = q.new_empty((*q.shape[:3], v.shape[3])), start.new_empty(())
         counted = value_side if key_side.counters is None else key_side
         assert counted.counters is not None and counted.ring is not None

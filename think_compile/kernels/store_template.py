@@ -15,6 +15,7 @@ import triton.language as tl
 from think_compile.kernels.channels import channels_choose, channels_restore, channels_store
 from think_compile.kernels.encode import deal
 from think_compile.kernels.merge import merged_part
+from think_compile.kernels.mustafar import mustafar_locate, mustafar_store
 from think_compile.kernels.whole import whole_store
 
 
@@ -171,6 +172,26 @@ def store_channels_side(
     end = window_after(base, start, window, whole, RECORD)
     store_in_window(
         new, ring, SINK_ROWS, FIRST_TOKEN, COUNTERS, start, end, first_token, bh, heads, ring_rows, SINKS, D, BLOCK
+    )
+
+
+def store_mustafar_side(
+    Q, NEW, nonzeros, bitmap, row_scales, RING, SINK_ROWS, FIRST_TOKEN, COUNTERS, start, before, bh, heads, window,
+    whole, capacity, ring_rows, GROUP: tl.constexpr, SINKS: tl.constexpr, D: tl.constexpr, RECORD: tl.constexpr,
+    SIZES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As :func:`store_side`, for rows of the largest numbers, which are stored on arrival, one by one."""
+    new, ring = NEW + bh * WIDTH, RING + bh * ring_rows * WIDTH
+    nonzeros, bitmap, row_scales = mustafar_locate(
+        nonzeros, bitmap, row_scales, bh, capacity, KEPT, WORDS, WIDTH, TILE, ASM
+    )
+    first_token = 0
+    if FIRST_TOKEN is not None:  # there is none without sinks
+        first_token = tl.load(FIRST_TOKEN + bh // heads, mask=start > 0, other=0).to(tl.int32)
+    mustafar_store(new, nonzeros, bitmap, row_scales, start, capacity, KEPT, WORDS, WIDTH, TILE)
+    end = window_after(tl.minimum(before, start), start, window, whole, RECORD)
+    store_in_window(
+        new, ring, SINK_ROWS, FIRST_TOKEN, COUNTERS, start, end, first_token, bh, heads, ring_rows, SINKS, WIDTH, BLOCK
     )
 
 
