@@ -228,7 +228,7 @@ def test_what_the_report_says():
         (lambda: Mustafar(0.5, multiple=0), ValueError, ["multiple", ">= 1", "0"]),
         (lambda: ThinkConfig(keys="mustafar"), ValueError, ["keys='mustafar'", "mustafar:RATIO", "mustafar:0.7:8"]),
         (lambda: ThinkConfig(keys="mustafar:half"), ValueError, ["mustafar:half", "mustafar:RATIO"]),
-        (lambda: ThinkConfig(values="mustafar:0.5:8:1"), ValueError, ["values='mustafar:0.5:8:1'", "mustafar:RATIO"]),
+        (lambda: ThinkConfig(values="mustafar:0.5:8:1:1"), ValueError, ["values='mustafar:0.5:8:1:1'", "mustafar:RATIO"]),
         (lambda: ThinkConfig(values="mustafar:0.5:4"), ValueError, ["bits must be 16"]),
         (lambda: ThinkConfig(keys=Mustafar), TypeError, ["a class and not an object"]),
         (lambda: ThinkConfig(keys=Mustafar(0.5), ratio=0.5), ValueError, ["mustafar:0.5", "give one"]),
@@ -255,4 +255,9 @@ def test_heads_of_which_too_little_would_stay(strict):
 def test_texts():
     assert ThinkConfig(keys="mustafar:0.7").keys == Mustafar(0.7)
     assert ThinkConfig(values="mustafar:0.7:8").values == Mustafar(0.7, 8)
-    assert str(Mustafar(0.7, 8)) == "mustafar:0.7:8" and str(Mustafar(0.5)) == "mustafar:0.5"
+    for text, codec in (
+        ("mustafar:0.7:8", Mustafar(0.7, 8)),
+        ("mustafar:0.5", Mustafar(0.5)),
+        ("mustafar:0.5:16:1", Mustafar(0.5, multiple=1)),
+    ):
+        assert str(codec) == text and ThinkConfig(keys=text).keys == codec

@@ -242,6 +242,10 @@ def test_softmax_sums_of_another_mask_are_not_taken(dtype):
             k = torch.randn(2, 2, given.shape[-1], D)
             shown = seen(Call(q, k, k, given, lse=lse), start, 8)
             assert torch.equal(shown.lse, lse) if known else shown.lse.isnan().all(), (start, known)
+    for shape in ((8, 1), (1, 1), (1, 8)):  # of all keys, or of all queries
+        all_seen = torch.ones(1, 1, *shape, dtype=torch.bool)
+        mask = all_seen if dtype == torch.bool else torch.zeros(all_seen.shape)
+        assert seen(Call(q, k[:, :, :8], k[:, :, :8], mask, lse=lse), None, 8).lse.isnan().all()
 
 
 @pytest.mark.parametrize("rule", [RULED[0], RULED[2]], ids=str)

@@ -42,15 +42,14 @@ def hashable(what: str, given: Any) -> Any:
 
 
 def _named(side: str, text: str) -> Codec:
-    """From "mustafar:RATIO" or "mustafar:RATIO:BITS"."""
+    """From "mustafar:RATIO", "mustafar:RATIO:BITS" or "mustafar:RATIO:BITS:MULTIPLE"."""
     name, *numbers = text.split(":")
     try:
-        ratio, *bits = (kind(number) for kind, number in zip((float, int), numbers, strict=False))
-        if len(numbers) > 2:
+        ratio, *others = (kind(number) for kind, number in zip((float, int, int), numbers, strict=False))
+        if len(numbers) > 3:
             raise ValueError
     except ValueError:
-        raise ValueError(
-            f'{side}={text!r} is not {name}:RATIO or {name}:RATIO:BITS, for example "{name}:0.7:8".'
-        ) from None
-    codec: Codec = NAMED[name](ratio, *bits)
+        allowed = f'{name}:RATIO, {name}:RATIO:BITS or {name}:RATIO:BITS:MULTIPLE, for example "{name}:0.7:8"'
+        raise ValueError(f"{side}={text!r} is not {allowed}.") from None
+    codec: Codec = NAMED[name](ratio, *others)
     return codec

@@ -52,7 +52,9 @@ class Mustafar:
             raise ValueError(f"Mustafar: multiple must be an int >= 1, got {self.multiple!r}.")
 
     def __str__(self) -> str:
-        return f"mustafar:{self.ratio:g}" + (f":{self.bits}" if self.bits != 16 else "")
+        numbers = [f"{self.ratio:g}", str(self.bits), str(self.multiple)]
+        used = 3 if self.multiple != Mustafar.multiple else 2 if self.bits != Mustafar.bits else 1
+        return ":".join(["mustafar", *numbers[:used]])
 
     def check(self, width: int) -> None:
         """Raise if too few of ``width`` numbers would stay.

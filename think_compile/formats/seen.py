@@ -117,6 +117,8 @@ def _if_causal(lse: Tensor, mask: Tensor | None, key_valid: Tensor, query_valid:
     if mask is None:
         return lse
     mask = mask[(None,) * (4 - mask.dim())]
+    if mask.shape[-1] == 1:  # the same for all keys
+        mask = mask.expand(-1, -1, -1, key_valid.shape[1])
     columns = torch.arange(mask.shape[-1], device=mask.device)
     rows = start + torch.arange(query_valid.shape[1], device=mask.device)[:, None]
     visible = key_valid[:, None, None, : mask.shape[-1]] & (columns <= rows)
