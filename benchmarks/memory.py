@@ -44,8 +44,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 WHOLE = (None, ThinkConfig(0.0))
 THINK_KIVI: tuple[Any, Any] = ({2: 0.6}, 2)
+LARGEST = tuple((f"mustafar:{numbers}", f"mustafar:{numbers}") for numbers in ("0.7", "0.7:8"))
 WORKLOADS = (
-    Workload("Llama-3.1-8B", 32768, WHOLE + _plans(({4: 0.5}, 4), (4, 4), ({4: 0.6}, 4), (2, 2), THINK_KIVI)),
+    Workload("Llama-3.1-8B", 32768, WHOLE + _plans(({4: 0.5}, 4), (4, 4), ({4: 0.6}, 4), (2, 2), THINK_KIVI, *LARGEST)),
     Workload(
         "Llama-2-7B",
         498 - STEPS,

@@ -196,11 +196,15 @@ def _part(part: Part, side: Side, model: Any, batch: int, rows: _Rows) -> Tensor
     if part.name == "channels":
         kept = torch.rand(*shape[:2], side.width, device=device).topk(shape[2]).indices
         return (kept.sort().values if shape[2] < side.width else kept).to(part.dtype)
+    if part.name == "bitmap":  # one sequence's, for all: the numbers of each row are distinct
+        drawn = side.codec.encode(torch.rand(1, heads, capacity, side.width, device=device), {})
+        return drawn["bitmap"].expand(shape).contiguous()
     if part.dtype is None or part.dtype.is_floating_point:
         scale = 1.0 if part.dtype is None else 0.01  # steps of codes
         return torch.empty(shape, device=device, dtype=part.dtype or model.dtype).normal_(std=scale).abs_()
-    if part.dtype == torch.uint8:
-        return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    if part.dtype in (torch.uint8, torch.int8):
+        known = torch.iinfo(part.dtype)
+        return torch.randint(known.min, known.max + 1, shape, dtype=part.dtype, device=device)
     return torch.zeros(shape, dtype=part.dtype, device=device)
 
 

@@ -32,6 +32,7 @@ PLANS: tuple[tuple[Any, Any], ...] = (
     (2, 2),
     ({16: 0.5}, 4),
     (4, None),
+    *((f"mustafar:{numbers}", f"mustafar:{numbers}") for numbers in ("0.7", "0.7:8", "0.5", "0.5:8")),
 )
 SPARE = 64
 DRAWN = 2  # sequences; larger batches repeat them

@@ -228,7 +228,7 @@ def test_what_the_report_says():
         (lambda: Mustafar(0.5, multiple=0), ValueError, ["multiple", ">= 1", "0"]),
         (lambda: ThinkConfig(keys="mustafar"), ValueError, ["keys='mustafar'", "mustafar:RATIO", "mustafar:0.7:8"]),
         (lambda: ThinkConfig(keys="mustafar:half"), ValueError, ["mustafar:half", "mustafar:RATIO"]),
-        (lambda: ThinkConfig(values="mustafar:0.5:8:1:1"), ValueError, ["values='mustafar:0.5:8:1:1'", "mustafar:RATIO"]),
+        (lambda: ThinkConfig(values="mustafar:0.5:8:1:1"), ValueError, ["0.5:8:1:1'", "mustafar:RATIO"]),
         (lambda: ThinkConfig(values="mustafar:0.5:4"), ValueError, ["bits must be 16"]),
         (lambda: ThinkConfig(keys=Mustafar), TypeError, ["a class and not an object"]),
         (lambda: ThinkConfig(keys=Mustafar(0.5), ratio=0.5), ValueError, ["mustafar:0.5", "give one"]),
