@@ -36,7 +36,10 @@ Ratio = Annotated[
     float | None,
     typer.Option(help="Share of the key channels to drop, in [0, 1); 0.5 without --keys.", show_default=False),
 ]
-_PLAN = "{}: bits:share+bits:share (8:0.25+4:0.75), one number of bits, or lossless, balanced, small."
+_PLAN = (
+    "{}: bits:share+bits:share (8:0.25+4:0.75), one number of bits, or lossless, balanced, small; "
+    "or mustafar:ratio, the largest numbers of each token."
+)
 Keys = Annotated[str | None, typer.Option(help=_PLAN.format("Bits of the key channels"), show_default=False)]
 Values = Annotated[str | None, typer.Option(help=_PLAN.format("Bits of the value channels"), show_default=False)]
 Group = Annotated[int, typer.Option(help="Tokens that are encoded together, with codes of 8, 4 or 2 bits.")]

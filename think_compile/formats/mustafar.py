@@ -12,11 +12,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from think_compile.cache.state import BATCH_SIZE, CAPACITY, HEADS, Part, State
 from think_compile.formats.bits import half_above
 from think_compile.formats.seen import Seen
 from think_compile.formats.side import FormatError
+from think_compile.kernels.calls import MAX_WIDTH
 
 LEAST = 8  # numbers of a row that must stay
 BITS = (16, 8)
@@ -87,18 +89,8 @@ class Mustafar:
 
     def encode(self, rows: Tensor, chosen: State) -> State:
         """[B, H, S, W] -> the parts. Ties go to the lower channel; NaN counts as largest."""
-        count = self.count(rows.shape[3])
-        stays = largest(rows, count)
-        rank = stays.cumsum(-1, dtype=torch.int32) - 1
-        at = torch.where(stays, rank, count).to(torch.int64)  # the dropped ones go to a last, extra column
-        numbers = rows.new_zeros(*rows.shape[:3], count + 1).scatter(3, at, rows)[..., :count]
-        state = {"nonzeros": numbers, "bitmap": _packed(stays)}
-        if self.bits == 16:
-            return state
-        wide = numbers.to(torch.promote_types(rows.dtype, torch.float32))
-        scale = half_above(wide.abs().amax(-1, keepdim=True), _LARGEST_CODE)
-        codes = (wide / torch.where(scale > 0, scale, 1).to(wide.dtype)).round().nan_to_num(0)
-        return state | {"nonzeros": codes.clamp(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int8), "row_scales": scale}
+        names = "nonzeros", "bitmap", "row_scales"
+        return dict(zip(names, largest_numbers(rows, self.count(rows.shape[3]), self.bits), strict=False))
 
     def decode(self, state: State, width: int) -> Tensor:
         """[B, H, S, W]: the rows, zero where numbers were dropped."""
@@ -124,6 +116,32 @@ class Mustafar:
         """For the report."""
         how = "" if self.bits == 16 else " in 8 bits"
         return f"{self.count(width)} of {width} numbers of each token{how} ({self.mean_bits(width):.3g} bits a number)"
+
+
+@torch.library.custom_op("think_compile::largest_numbers", mutates_args=())
+def largest_numbers(rows: Tensor, count: int, bits: int) -> list[Tensor]:
+    """The ``count`` largest numbers of each row [..., W], the bitmap of their channels, and scales if ``bits`` is 8."""
+    if rows.is_cuda and has_triton() and rows.dtype != torch.float64 and rows.shape[-1] <= MAX_WIDTH:
+        from think_compile.kernels import mustafar
+
+        return mustafar.largest_numbers(rows, count, bits)
+    stays = largest(rows, count)
+    place = stays.cumsum(-1, dtype=torch.int32) - 1
+    at = torch.where(stays, place, count).to(torch.int64)  # the dropped ones go to a last, extra column
+    numbers = rows.new_zeros(*rows.shape[:-1], count + 1).scatter(-1, at, rows)[..., :count].contiguous()
+    if bits == 16:
+        return [numbers, _packed(stays)]
+    wide = numbers.to(torch.promote_types(rows.dtype, torch.float32))
+    scale = half_above(wide.abs().amax(-1, keepdim=True), _LARGEST_CODE)
+    codes = (wide / torch.where(scale > 0, scale, 1).to(wide.dtype)).round().nan_to_num(0)
+    return [codes.clamp(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int8), _packed(stays), scale]
+
+
+@largest_numbers.register_fake
+def _(rows: Tensor, count: int, bits: int) -> list[Tensor]:
+    numbers = rows.new_empty(*rows.shape[:-1], count, dtype=torch.int8 if bits == 8 else rows.dtype)
+    bitmap = rows.new_empty(*rows.shape[:-1], -(-rows.shape[-1] // 32), dtype=torch.int32)
+    return [numbers, bitmap] + ([rows.new_empty(*rows.shape[:-1], 1, dtype=torch.float16)] if bits == 8 else [])
 
 
 def largest(rows: Tensor, count: int) -> Tensor:

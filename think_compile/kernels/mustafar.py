@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from think_compile.kernels.codecs import PRUNED_PARTS, DeviceCodec
 from think_compile.kernels.encode import half_above
 from think_compile.kernels.products import MAGIC
+from think_compile.kernels.shares import device_of_launch
 from think_compile.kernels.whole import doubled, halved
 
 
@@ -197,6 +199,32 @@ def mustafar_store(
     for word in tl.static_range(WORDS):
         bits = tl.where(stays & (column // 32 == word), 1 << (column % 32), 0)
         tl.store(bitmap + start * WORDS + word, tl.sum(bits, 0), mask=start < capacity)
+
+
+@triton.jit
+def store_rows(
+    ROWS, NONZEROS, BITMAP, ROW_SCALES, rows, KEPT: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Store the largest numbers of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    scales = BITMAP if ROW_SCALES is None else ROW_SCALES
+    mustafar_store(ROWS + row * WIDTH, NONZEROS, BITMAP, scales, row, rows, KEPT, WORDS, WIDTH, TILE)
+
+
+def largest_numbers(rows: Tensor, count: int, bits: int) -> list[Tensor]:
+    """As :func:`think_compile.formats.mustafar.largest_numbers`, by a kernel."""
+    rows, width = rows.contiguous(), rows.shape[-1]
+    dtype = torch.int8 if bits == 8 else rows.dtype
+    found = [rows.new_empty(*rows.shape[:-1], count, dtype=dtype)]
+    found.append(rows.new_empty(*rows.shape[:-1], -(-width // 32), dtype=torch.int32))
+    scales = rows.new_empty(*rows.shape[:-1], 1, dtype=torch.float16) if bits == 8 else None
+    many = rows.numel() // width
+    if many:
+        with device_of_launch(rows):
+            sizes = (count, -(-width // 32), width, max(32, triton.next_power_of_2(width)))
+            store_rows[(many,)](rows, *found, scales, many, *sizes)
+    return found if scales is None else [*found, scales]
 
 
 @triton.jit

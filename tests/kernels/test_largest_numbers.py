@@ -8,6 +8,7 @@ from test_codes import B, H, begun, drawn, shown
 
 from think_compile.cache.state import Call, Span
 from think_compile.formats import attention
+from think_compile.formats import mustafar as mustafar_format
 from think_compile.formats.base import CacheFormat, Side
 from think_compile.formats.mustafar import Mustafar
 from think_compile.formats.think import Channels
@@ -101,6 +102,21 @@ def test_a_step_stores_the_token():
     for store, twin in zip(stores, twins, strict=True):
         for name, x in store.state.items():
             assert torch.equal(x, twin.state[name]), name
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_a_prompt(dtype, bits):
+    """Every part as PyTorch operations make it, also of ties, zeros and what is no number."""
+    torch.manual_seed(0)
+    for width, count in ((64, 24), (80, 33), (48, 48)):
+        rows = torch.randn(2, 1, 9, width).to(dtype)
+        rows[0, 0, 0], rows[0, 0, 1, ::2] = 0, -1.5
+        rows[0, 0, 2, 5], rows[0, 0, 2, 7], rows[0, 0, 3, 3] = torch.nan, -torch.inf, torch.inf
+        want = mustafar_format.largest_numbers(rows, count, bits)
+        got = mustafar.largest_numbers(rows.to(DEVICE), count, bits)
+        for one, other in zip(got, want, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one.cpu().nan_to_num(7), other.nan_to_num(7))
 
 
 @pytest.mark.parametrize("asm", [0, pytest.param(1, marks=pytest.mark.skipif(DEVICE.type != "cuda", reason="PTX"))])
