@@ -6,11 +6,13 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import CACHE
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from think_compile import Mustafar, SnapKV, report, think_compile
 from think_compile.api import _backend_of
+from think_compile.kernels import lse
 from think_compile.runtime import capture
 from think_compile.runtime.capture import NotCaptured
 
@@ -188,6 +190,25 @@ def test_steps_on_the_kept_tokens_replay_one_graph(plan):
             assert not report(model).refused and report(model).selected == ((96, prompt),)
         assert torch.equal(runs[0], runs[1])
         assert (runs[0] - runs[2]).norm() <= 0.05 * runs[2].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_stock_attention_tells_the_softmax_sums(masked, dtype):
+    """Whatever backend runs; the output is the same as without."""
+    q, k, v = (torch.randn(2, heads, 190, 128, device="cuda", dtype=dtype) for heads in (8, 2, 2))
+    causal = torch.ones(190, 190, dtype=torch.bool, device="cuda").tril()
+    mask = causal.expand(2, 1, -1, -1) if masked else None
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            out, found = lse.attend(q, k, v, mask, 0.0, not masked, enable_gqa=True)
+            want = F.scaled_dot_product_attention(q, k, v, mask, 0.0, not masked, enable_gqa=True)
+        assert torch.equal(out, want)
+        logits = q.float() @ k.float().repeat_interleave(4, 1).mT / 128**0.5
+        expected = logits.masked_fill(~causal, -torch.inf).logsumexp(-1)
+        if found is not None:  # a fused backend
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-2)
+        assert found is not None or dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["growing", "fixed"])
