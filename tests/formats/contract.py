@@ -52,7 +52,8 @@ FORMATS = {
     "ThinK, pruned values": CacheFormat(Side(Channels(4, 4), D, 3), Side(ValueBits(((16, 4),), 4, group=1), D, 3)),
     "Mustafar": CacheFormat(Side(Mustafar(0.5, multiple=1), D, 3), Side(Mustafar(0.6, multiple=1), D, 3)),
     "Mustafar, 8 bits": CacheFormat(Side(Mustafar(0.5, 8, 1), D, 3), Side(Mustafar(0.3, 8, 1), D, 3)),
-    "Mustafar, all numbers": CacheFormat(Side(Mustafar(0.0), D, 3), Side(Mustafar(0.0), D, 0)),
+    "Mustafar, all numbers": CacheFormat(Side(Mustafar(0.0), D, 3), Side(Mustafar(0.0), D, 3)),
+    "Mustafar, two windows": CacheFormat(Side(Mustafar(0.5, multiple=1), D, 3), Side(Mustafar(0.5, 8, 1), D, 0)),
     "Mustafar keys, later tokens whole": CacheFormat(Side(Mustafar(0.5, 16, 1), D, 3, encodes_later=False), WHOLE),
     "ThinK, Mustafar values": CacheFormat(Side(Channels(4, 4), D, 3), Side(Mustafar(0.5, multiple=1), D, 3)),
     "Mustafar keys, bits": CacheFormat(

@@ -84,6 +84,19 @@ def test_wide_numbers(form):
     check(form, dtype=torch.float32)
 
 
+def test_what_has_no_kernel():
+    """Two windows, also where only the device knows their starts; 8 bits in fp32."""
+    for sides, dtype, why in (
+        ((side(Mustafar(0.5), 64, 40), side(Mustafar(0.5), 64, 8)), torch.float16, "different windows"),
+        ((side(Mustafar(0.5, 8), 64), side(Whole(), 64)), torch.float32, "16 bits"),
+    ):
+        form = CacheFormat(*sides)
+        stores = begun(form, 4, 60, 100, dtype, torch.zeros(B, dtype=torch.int64, device=DEVICE))
+        call = Call(*(drawn(heads, 1, 64, dtype) for heads in (4 * H, H, H)))
+        span = Span(torch.tensor(60, device=DEVICE), 0, 100)
+        assert why in kernels_for(*sides)._obstacle(call, *(store.stored() for store in stores), span)
+
+
 def test_a_step_stores_the_token():
     """On a cache of fixed size, by the kernel and by PyTorch operations."""
     torch.manual_seed(0)
