@@ -182,7 +182,7 @@ class _Rows(NamedTuple):
 def _part(part: Part, side: Side, model: Any, batch: int, rows: _Rows) -> Tensor:
     """A part of a side of random content, for a cache of fixed size."""
     (tokens, capacity, prompt), group, device = rows, side.codec.group, model.device
-    records = side.encoded_for(capacity) // group
+    records = side.encoded_for(capacity, fixed=True) // group
     heads, ring = widths_of(model.config).heads, side.ring_rows(capacity)
     letters: dict[str, int] = {"B": batch, "H": heads, "C": records, "R": ring, "K": tokens}
     shape = [letters[size] if isinstance(size, str) else size for size in part.shape]
@@ -196,7 +196,7 @@ def _part(part: Part, side: Side, model: Any, batch: int, rows: _Rows) -> Tensor
     if part.name == "channels":
         kept = torch.rand(*shape[:2], side.width, device=device).topk(shape[2]).indices
         return (kept.sort().values if shape[2] < side.width else kept).to(part.dtype)
-    if part.name == "bitmap":  # one sequence's, for all: the numbers of each row are distinct
+    if part.name == "bitmap":  # each row has as many bits as numbers; drawn for one sequence, and repeated
         drawn = side.codec.encode(torch.rand(1, heads, capacity, side.width, device=device), {})
         return drawn["bitmap"].expand(shape).contiguous()
     if part.dtype is None or part.dtype.is_floating_point:

@@ -26,8 +26,7 @@ FORMS: tuple[dict[str, Any], ...] = ({"ratio": 0.0}, {"keys": {4: 0.5}, "values"
 def run(setting: Setting, layers: int = 32) -> Iterator[dict[str, Any]]:
     """The check, then for each form and budget the step on a short context, and on as many tokens of a long prompt.
 
-    ``of_short``: relative to the short context. ``of_dense_bytes``: of the cache,
-    without room for later tokens.
+    ``of_short``: relative to the short context. ``of_dense_bytes``: of the cache, without room for later tokens.
     """
     yield {"check": "error over the plain model's in bf16", "ratio": check(ThinkConfig(0.0))}
     release()

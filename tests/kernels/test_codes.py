@@ -55,7 +55,7 @@ def _kernels(form):
     return kernels_for(form.keys, form.values)
 
 
-def check(form, *, n=1, size=300, mask="bool", group_size=4, length=150, dtype=torch.float16):
+def check(form, *, n=1, size=300, mask="bool", group_size=4, length=150, dtype=torch.float16, launch=None):
     torch.manual_seed(0)
     pad = torch.tensor([0, 5], device=DEVICE)
     stores = begun(form, group_size, length, size, dtype, pad)
@@ -74,7 +74,7 @@ def check(form, *, n=1, size=300, mask="bool", group_size=4, length=150, dtype=t
     span = Span(length if size is None else torch.tensor(length, device=DEVICE), 0, columns)
     stored, kernels = [store.stored() for store in stores], _kernels(form)
     assert not kernels._obstacle(call, *stored, span)
-    got = kernels.attend(call, *stored, span)
+    got = kernels.attend(call, *stored, span, launch)
     sides = form.keys, form.values
     same = attention.narrow(call, *stored, span, sides)
     wide = [store.to(store.device, torch.float64).stored() for store in stores]

@@ -1,13 +1,13 @@
 """The attention kernel for rows of the largest numbers: within the error of its precision."""
 
 import pytest
+import test_codes
 import torch
 import triton
 import triton.language as tl
-from test_codes import B, H, begun, drawn, shown
+from test_codes import B, H, begun, drawn
 
 from think_compile.cache.state import Call, Span
-from think_compile.formats import attention
 from think_compile.formats import mustafar as mustafar_format
 from think_compile.formats.base import CacheFormat, Side
 from think_compile.formats.mustafar import Mustafar
@@ -25,31 +25,9 @@ def no_kernel_is_missing(monkeypatch):
     monkeypatch.setattr(calls, "has_triton", lambda: True)
 
 
-def check(form, *, n=1, size=300, mask="bool", group=4, length=150, dtype=torch.float16):
-    """The kernel's error, relative to fp64, is that of the reference in this precision."""
-    torch.manual_seed(0)
-    pad = torch.tensor([0, 5], device=DEVICE)
-    stores = begun(form, group, length, size, dtype, pad)
-    if size is None:
-        stores = [store.reserve(n) for store in stores]
-    columns = size or length + n
-    last = torch.arange(length, length + n, device=DEVICE)[:, None]
-    allowed = (torch.arange(columns, device=DEVICE) <= last) & shown(columns, pad)
-    if mask == "float":
-        allowed = torch.zeros(allowed.shape, dtype=dtype, device=DEVICE).masked_fill(~allowed, torch.finfo(dtype).min)
-    d, dv = form.keys.width, form.values.width
-    call = Call(*(drawn(heads, n, w, dtype) for heads, w in ((H * group, d), (H, d), (H, dv))), allowed)
-    span = Span(length if size is None else torch.tensor(length, device=DEVICE), 0, columns)
-    stored, kernels = [store.stored() for store in stores], kernels_for(form.keys, form.values)
-    assert not kernels._obstacle(call, *stored, span)
-    got = kernels.attend(call, *stored, span, Launch(16, 32, 4, 2, 3))
-    sides = form.keys, form.values
-    same = attention.narrow(call, *stored, span, sides)
-    wide = [store.to(store.device, torch.float64).stored() for store in stores]
-    exact_mask = allowed.double() if mask == "float" else allowed
-    exact = attention.narrow(Call(*(x.double() for x in call[:3]), exact_mask), *wide, span, sides)
-    error, natural = ((x.double() - exact).norm() / exact.norm() for x in (got, same))
-    assert error <= 1.5 * natural, f"{error:.1e}; {natural:.1e} is natural"
+def check(form, *, group=4, **options):
+    """With tiles smaller than the cache, and several shares."""
+    test_codes.check(form, group_size=group, launch=Launch(16, 32, 4, 2, 3), **options)
 
 
 def side(codec, width, recent=40):
@@ -132,7 +110,9 @@ def test_rows_of_a_prompt(dtype, bits):
             assert one.dtype == other.dtype and torch.equal(one.cpu().nan_to_num(7), other.nan_to_num(7))
 
 
-@pytest.mark.parametrize("asm", [0, pytest.param(1, marks=pytest.mark.skipif(DEVICE.type != "cuda", reason="PTX"))])
+@pytest.mark.parametrize(
+    "asm", [0, pytest.param(1, marks=pytest.mark.skipif(DEVICE.type != "cuda", reason="PTX runs on a GPU"))]
+)
 def test_set_bits_are_counted(asm):
     words = torch.randint(-(2**31), 2**31, (256,), dtype=torch.int64).to(torch.int32)
     words[:4] = torch.tensor([0, -1, 1, -(2**31)])

@@ -165,15 +165,15 @@ class Side:
         """Tokens for which a cache of fixed size has room, at most: encoded ones, and those in the window."""
         return self.encoded_room(state) + (self.recent + self.window_group - 1 if self.flushes else 0)
 
-    def encoded_for(self, capacity: int) -> int:
-        """Tokens that are ever encoded in a cache of fixed size, rounded up to whole records.
+    def encoded_for(self, capacity: int, *, fixed: bool) -> int:
+        """Tokens that the rows or records for ``capacity`` tokens hold.
 
-        Rows are encoded on arrival, or by groups on leaving the window: the last tokens never do.
+        If groups are encoded on leaving the window, the last tokens of a cache of fixed size never are.
         """
         group = self.window_group
-        if not self.flushes:
-            return -(-capacity // group) * group
-        return torch.sym_max(group, (capacity - self.recent) // group * group)
+        if fixed and self.flushes:
+            return torch.sym_max(group, (capacity - self.recent) // group * group)
+        return -(-capacity // group) * group
 
     def capacity_for(self, length: int) -> int:
         """Tokens to allocate for in a growing cache of ``length`` tokens: a multiple of the group."""
@@ -216,7 +216,7 @@ class Side:
 
     def pack(self, rows: Tensor, chosen: State, length: Length, capacity: int, *, fixed: bool) -> State:
         """The stored form of rows [B, H, S, W], of which ``length`` hold tokens."""
-        size = self.encoded_for(capacity) if fixed else -(-capacity // self.window_group) * self.window_group
+        size = self.encoded_for(capacity, fixed=fixed)
         if self.flushes:
             encoded = self.codec.encode(groups.counted(rows, size, chosen[sinks.BEGIN] + self.sinks, length), chosen)
         else:

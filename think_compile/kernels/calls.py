@@ -210,8 +210,10 @@ class PairKernels:
 
         past, own = self._parts(keys, values, call.q), _own(call)
         own += past[0][2:]  # the ordered queries, if the keys are codes
-        sizes, numbers = self._sizes(call, past), [_bounds(call, span)[1], int(call.causal), *windows]
-        stored = [_coded_tensors(side, names) for side, names in ((keys, self.key_parts), (values, self.value_parts))]
+        sides = ((keys, self.key_parts), (values, self.value_parts))
+        counts = [sum(name in side.state for name in names) for side, names in sides]
+        sizes, numbers = self._sizes(call, past), [_bounds(call, span)[1], int(call.causal), *windows, *counts]
+        stored = [_coded_tensors(side, names) for side, names in sides]
         operation, mask = coded_step_operation(self.keys, self.values), _four_axes(call.mask)
         result: Tensor = operation(own, *stored, mask, span.start, numbers, sizes, scale_of(call), list(launch))
         return result

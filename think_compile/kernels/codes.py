@@ -304,6 +304,7 @@ def block_finish(
 def value_locate(VALUES, bh, capacity, SIZES: tl.constexpr):
     """The codes, the ranges and the channels of one KV head."""
     at = ranges + bh * capacity * (BLOCKS * 2 * TOKENS)
+    # channels that keep their order are not stored, and not read
     return codes + bh * capacity * BYTES, at, at if END0 == 0 else channels + bh * WIDTH
 
 

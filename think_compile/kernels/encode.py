@@ -232,6 +232,7 @@ def restore(ring, row, wanted, LOCATED, record, SIZES: tl.constexpr):
 def locate(POINTERS, bh, capacity, SIZES: tl.constexpr):
     """The codes, the ranges and the channels of one KV head."""
     at = ranges + bh * capacity * RANGES
+    # channels that keep their order are not stored, and not read
     return codes + bh * capacity * BYTES, at, at if END0 == 0 else channels + bh * WIDTH
 
 

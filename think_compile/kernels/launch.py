@@ -138,13 +138,10 @@ def launch_for_codes(
         wanted = -(-ring // max(WHOLE_TILE, extent // splits // CODES_PER_ROW)) if slots else 1
         return max(slots - splits, -(-wanted // 2)) if splits < slots < splits + wanted else wanted
 
-    lengths = [max(1, records * share // 32) for share in (32, 31, 30, 28)]  # a cache is rarely full
-
-    def records_in_turn(splits: int) -> float:
+    def records_in_turn(splits: int) -> int:
         """Records that a slot reads one after another; programs in excess start when those of whole rows have ended."""
         waits = splits + whole(splits) > slots
-        in_turn = sum(-(-length // splits) for length in lengths) / len(lengths)
-        return in_turn + (-(-ring * CODES_PER_ROW // (whole(splits) * group)) if waits else 0)
+        return -(-records // splits) + (-(-ring * CODES_PER_ROW // (whole(splits) * group)) if waits else 0)
 
     splits = min(range(1, max(1, min(slots, records)) + 1), key=records_in_turn)
     return Launch(block_m, group, 1, 2, splits, whole(splits))

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 from torch.library import triton_op
@@ -195,23 +194,17 @@ class Coded(NamedTuple):
     counters: Tensor | None = None
 
     @classmethod
-    def of(cls, tensors: list[Tensor], codec: DeviceCodec, has_sinks: bool, lacks: bool) -> Coded:
+    def of(cls, tensors: list[Tensor], codec: DeviceCodec, has_sinks: bool, count: int) -> Coded:
         """From the flat list; whole rows are alone in it, and chosen channels without sinks have no first token.
 
-        ``lacks``: the codec's last tensor is not stored.
+        ``count``: how many of them are the codec's.
         """
-        count = len(stored_parts(codec)) - lacks
         parts = filled(tensors[:count], codec)
         if len(tensors) == count:
             return cls(parts)
         ring, *between, counters = tensors[count:]
         sinks = between.pop(0) if has_sinks else None
         return cls(parts, ring, sinks, between[0] if between else None, counters)
-
-
-def _lacks(codec: DeviceCodec, tensors: list[Tensor], end: int | None) -> bool:
-    """Whether the codec's last tensor is not stored: an order that stays, or scales of numbers in 16 bits."""
-    return tensors[0].dtype != torch.int8 if codec is MUSTAFAR else end == 0
 
 
 def filled(parts: Sequence[Tensor], codec: DeviceCodec) -> list[Any]:
@@ -224,7 +217,7 @@ def coded_step_operation(keys: str, values: str) -> Any:
     """As :func:`step_operation`, for sides of codes; arguments as there.
 
     ``own`` ends with the queries in the order of the keys' plan, if the keys are codes. ``keys_`` and ``values_``: see
-    :class:`Coded`. ``sizes``: as in :class:`.shares.Given`.
+    :class:`Coded`; ``numbers`` ends with how many of each are the codec's. ``sizes``: as in :class:`.shares.Given`.
     """
 
     @triton_op(f"think_compile::step_{keys}_{values}", mutates_args={"keys_", "values_"})
@@ -239,13 +232,10 @@ def coded_step_operation(keys: str, values: str) -> Any:
         scale: float,
         launch: list[int],
     ) -> Tensor:
-        kernels, (extent, causal, *windows) = kernels_of(keys, values), numbers
+        kernels, (extent, causal, *windows, key_parts, value_parts) = kernels_of(keys, values), numbers
         q, k, v, *ordered = own
-        constants = code_constants(kernels, sizes[3:])
-        key_side = Coded.of(keys_, kernels.keys, sizes[0] > 0, _lacks(kernels.keys, keys_, constants.get("K_END0")))
-        value_side = Coded.of(
-            values_, kernels.values, sizes[0] > 0, _lacks(kernels.values, values_, constants.get("V_END0"))
-        )
+        key_side = Coded.of(keys_, kernels.keys, sizes[0] > 0, key_parts)
+        value_side = Coded.of(values_, kernels.values, sizes[0] > 0, value_parts)
         result, before = q.new_empty((*q.shape[:3], v.shape[3])), start.new_empty(())
         counted = value_side if key_side.counters is None else key_side
         assert counted.counters is not None and counted.ring is not None
@@ -257,7 +247,7 @@ def coded_step_operation(keys: str, values: str) -> Any:
         with device_of_launch(q):
             shares = launch_shares(kernels, given)
             group, heads = q.shape[1] // k.shape[1], k.shape[1]
-            constants |= _value_sizes(v) | shares.sizes()
+            constants = code_constants(kernels, sizes[3:]) | _value_sizes(v) | shares.sizes()
             traced(kernels.finish_step)[(k.shape[0] * heads, shares.parts + 2)](
                 *shares, result, q, k, v, *key_side.parts, *key_side[1:], *value_side.parts, *value_side[1:],
                 start, before, heads, *windows, extent, key_side.parts[0].shape[2], value_side.parts[0].shape[2],

@@ -34,7 +34,7 @@ class Given(NamedTuple):
 
     Attributes:
         own: q [B, Hq, N, D], k [B, H, N, D] and v [B, H, N, Dv] of the call, contiguous.
-        keys, values: the stored tensors in the codec's order; None for channels that keep their order.
+        keys, values: the stored tensors in the codec's order; None for those that it does not store.
         whole: the rings and the sinks, or None: the keys' ring and sinks, the values', and the first token of each
             sequence.
         mask: [B or 1, Hq or 1, N or 1, columns], or None.

@@ -21,7 +21,10 @@ class RuleError(ValueError):
 
 
 class TokenRule(Protocol):
-    """Selects the tokens of a first call that are stored; later tokens all are."""
+    """Selects the tokens of a first call that are stored; later tokens all are.
+
+    With ``wants_lse = True``, ``seen.lse`` comes from the model's attention, if this gives one.
+    """
 
     def positions(self, seen: Seen) -> Tensor:
         """[B, H, K] int64: the rows of the stored tokens among the S rows of ``seen``, K <= S, without duplicates."""
